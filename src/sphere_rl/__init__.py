@@ -1,0 +1,1 @@
+"""SPHERE: spectral plasticity for Mixture-of-Experts policies in deep reinforcement learning."""
