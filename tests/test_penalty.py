@@ -1,0 +1,229 @@
+"""The penalty against its literal formula, finite differences, its laws, and itself on three libraries."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jaxtyping import config as jaxtyping_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sphere_rl.penalty import (
+    gate_penalty,
+    layers_penalty,
+    per_expert_penalty,
+    sphere_penalty,
+    weighted_features,
+)
+
+torch.set_num_threads(1)
+SHAPES = [(7, 4), (4, 7), (5, 5), (1, 6), (6, 1)]
+
+
+def literal(phi: np.ndarray) -> float:
+    """‖A − (tr A/m) I‖_F² as it is written, always with the m×m Gram."""
+    samples, m = phi.shape
+    gram = phi.T @ phi / samples
+    return float(np.linalg.norm(gram - np.trace(gram) / m * np.eye(m), "fro") ** 2)
+
+
+def draw(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def routed(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Features [6, 3, 4] and top-2 gates [6, 3]."""
+    gates = np.abs(draw(6, 3, seed=seed + 1))
+    gates[np.arange(6), gates.argmin(axis=1)] = 0.0
+    return draw(6, 3, 4, seed=seed), gates / gates.sum(axis=1, keepdims=True)
+
+
+@pytest.fixture
+def _unchecked_shapes():
+    """Users run without the shape checker: there the functions' own errors are what they see."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_equals_the_literal_formula(shape):
+    phi = draw(*shape)
+    np.testing.assert_allclose(sphere_penalty(phi), literal(phi), rtol=1e-12, atol=1e-14)
+
+
+def test_hand_arithmetic():
+    # A = diag(1, 4)·1/2 -> eigenvalues 0.5, 2, mean 1.25: (0.75)² + (0.75)² = 1.125.
+    assert float(sphere_penalty(np.array([[1.0, 0.0], [0.0, 2.0]]))) == 1.125
+    # One sample of three features: A has eigenvalues 9, 0, 0 and mean 3: 36 + 9 + 9.
+    assert float(sphere_penalty(np.array([[1.0, 2.0, 2.0]]))) == pytest.approx(54.0, abs=1e-12)
+
+
+def test_isotropic_features_cost_nothing_even_in_float32():
+    orthogonal = np.linalg.qr(draw(64, 16))[0].astype(np.float32) * 1000
+    # ‖A‖² − tr²/m would leave a residue near 1e-7·‖A‖² ≈ 400 here.
+    assert 0 <= float(sphere_penalty(orthogonal)) < 0.1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.floats(0.1, 10.0), st.integers(0, 2**16))
+def test_scale_law_and_rotation_invariance(samples, m, scale, seed):
+    phi = draw(samples, m, seed=seed)
+    value = float(sphere_penalty(phi))
+    rotation = np.linalg.qr(draw(m, m, seed=seed + 1))[0]
+    assert value == pytest.approx(literal(phi), rel=1e-9, abs=1e-12)
+    assert float(sphere_penalty(scale * phi)) == pytest.approx(scale**4 * value, rel=1e-9, abs=1e-9)
+    assert float(sphere_penalty(phi @ rotation)) == pytest.approx(value, rel=1e-9, abs=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 8), st.floats(0.01, 0.9), st.integers(0, 2**16))
+def test_one_gradient_step_on_the_gram_contracts_eigenvalues_to_their_mean(m, beta, seed):
+    """A = ΦᵀΦ/N with Φ = √m·A^½ makes the penalty a function of A; a step shrinks each λ_i − λ̄ by 1 − β."""
+    root = draw(m, m, seed=seed)
+    gram = torch.from_numpy(root @ root.T).requires_grad_()
+    phi = torch.linalg.cholesky(gram) * m**0.5  # [m, m] = L √m, so ΦΦᵀ/m = A: the same spectrum as ΦᵀΦ/m
+    (gradient,) = torch.autograd.grad(sphere_penalty(phi), gram)
+    gradient = (gradient + gradient.T) / 2
+    before = torch.linalg.eigvalsh(gram.detach())
+    after = torch.linalg.eigvalsh(gram.detach() - beta / 2 * gradient)
+    expected = (1 - beta) * before + beta * before.mean()
+    torch.testing.assert_close(after, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradient_by_finite_differences(shape):
+    phi = torch.from_numpy(draw(*shape)).requires_grad_()
+    assert torch.autograd.gradcheck(sphere_penalty, phi)
+    assert torch.autograd.gradgradcheck(sphere_penalty, phi)
+
+
+def test_variants_pass_gradients_to_features_and_gates():
+    features, gates = (torch.from_numpy(a).requires_grad_() for a in routed())
+    assert torch.autograd.gradcheck(per_expert_penalty, (features, gates))
+    assert torch.autograd.gradcheck(lambda f, g: sphere_penalty(weighted_features(f, g)), (features, gates))
+    assert torch.autograd.gradcheck(gate_penalty, gates)
+
+
+def test_weighted_features_scales_and_concatenates():
+    features = np.array([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]])
+    gates = np.array([[0.5, 0.0], [0.25, 0.75]])
+    expected = [[0.5, 1.0, 0.0, 0.0], [1.25, 1.5, 5.25, 6.0]]
+    np.testing.assert_array_equal(weighted_features(features, gates), expected)
+
+
+def test_variants_against_literal_sums():
+    features, gates = routed()
+    blocks = [features[:, e] * gates[:, e, None] for e in range(3)]
+    assert float(per_expert_penalty(features, gates)) == pytest.approx(sum(map(literal, blocks)), rel=1e-12)
+    assert float(layers_penalty(blocks)) == pytest.approx(sum(map(literal, blocks)), rel=1e-12)
+    assert float(layers_penalty([gates, blocks[0]])) == pytest.approx(
+        literal(gates) + literal(blocks[0]), rel=1e-12
+    )
+    gram = gates.T @ gates / len(gates)
+    by_hand = (np.linalg.norm(gram, "fro") ** 2 - np.trace(gram) ** 2 / 3) / 3
+    assert float(gate_penalty(gates)) == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_joint_penalty_holds_the_cross_expert_terms():
+    """Joint = per-expert Grams + 2·Σ_{e<f}‖Φ_eᵀΦ_f/N‖² + the spread of the experts' traces."""
+    features, gates = routed()
+    blocks = [features[:, e] * gates[:, e, None] for e in range(3)]
+    cross = sum(
+        2 * np.linalg.norm(blocks[e].T @ blocks[f] / 6, "fro") ** 2 for e in range(3) for f in range(e + 1, 3)
+    )
+    traces = np.array([np.sum(b * b) / 6 for b in blocks])
+    spread = np.sum(traces**2) / 4 - traces.sum() ** 2 / 12
+    joint = float(sphere_penalty(weighted_features(features, gates)))
+    assert joint == pytest.approx(float(per_expert_penalty(features, gates)) + cross + spread, rel=1e-12)
+
+
+FUNCTIONS = {
+    "sphere": lambda f, g: sphere_penalty(weighted_features(f, g)),
+    "layers": lambda f, g: layers_penalty([f[:, 0], f[:, 1]]) + 0 * g.sum(),
+    "per_expert": per_expert_penalty,
+    "gate": lambda f, g: gate_penalty(g) + 0 * f.sum(),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_numpy_torch_and_jax_agree_in_value_and_gradient(name):
+    function = FUNCTIONS[name]
+    arrays = routed()
+    tensors = [torch.from_numpy(a).requires_grad_() for a in arrays]
+    value = function(*tensors)
+    gradients = torch.autograd.grad(value, tensors)
+    functional = torch.func.grad(function, argnums=(0, 1))(*tensors)
+    with jax.enable_x64(True):
+        jax_arrays = [jnp.asarray(a) for a in arrays]
+        jax_value, jax_gradients = jax.jit(jax.value_and_grad(function, argnums=(0, 1)))(*jax_arrays)
+    assert isinstance(value, torch.Tensor)
+    assert isinstance(jax_value, jax.Array)
+    np.testing.assert_allclose(value.detach(), function(*arrays), rtol=1e-12)
+    np.testing.assert_allclose(jax_value, function(*arrays), rtol=1e-12)
+    for torch_gradient, func_gradient, jax_gradient in zip(gradients, functional, jax_gradients, strict=True):
+        np.testing.assert_allclose(torch_gradient, np.asarray(jax_gradient), rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(func_gradient.detach(), torch_gradient, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4, 9)])
+def test_every_float_dtype_keeps_its_kind(shape):
+    phi = draw(*shape)
+    exact = literal(phi)
+    for dtype, tolerance in [(np.float16, 2e-2), (np.float32, 1e-5), (np.float64, 1e-12)]:
+        value = sphere_penalty(phi.astype(dtype))
+        assert value.dtype == dtype
+        assert float(value) == pytest.approx(exact, rel=tolerance)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        value = sphere_penalty(torch.from_numpy(phi).to(dtype))
+        assert value.dtype == dtype
+        assert float(value) == pytest.approx(exact, rel=5e-2)
+    value = sphere_penalty(jnp.asarray(phi, dtype=jnp.bfloat16))
+    assert value.dtype == jnp.bfloat16
+    assert float(value) == pytest.approx(exact, rel=5e-2)
+
+
+@pytest.mark.usefixtures("_unchecked_shapes")
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sphere_penalty(np.ones((2, 3), dtype=np.int64)), "phi: got dtype int64"),
+        (lambda: sphere_penalty(np.ones(3)), r"phi: got shape \(3,\), allowed: \[N, m\]"),
+        (lambda: sphere_penalty(torch.ones(2, 3, 4)), r"phi: got shape \(2, 3, 4\), allowed: \[N, m\]"),
+        (lambda: sphere_penalty(torch.ones(0, 3)), r"phi: got shape \(0, 3\)"),
+        (lambda: gate_penalty(jnp.ones((2, 3), dtype=jnp.int32)), "gates: got dtype int32"),
+        (lambda: weighted_features(np.ones((2, 3)), np.ones((2, 3))), r"features: got shape \(2, 3\)"),
+        (lambda: per_expert_penalty(np.ones((2, 3, 4)), np.ones((2, 4))), r"gates: got shape \(2, 4\)"),
+        (lambda: layers_penalty([]), "phis: got no layer"),
+    ],
+)
+def test_misuse_is_one_clear_line(call, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_gram_formed_is_the_smaller_one():
+    """64 samples of 2 560 features: the m×m Gram would be 26 MB in float32, the N×N one is 16 kB."""
+    sizes = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.append(out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    phi = torch.randn(64, 2560, generator=torch.Generator().manual_seed(0))
+    with Recorder():
+        sphere_penalty(phi)
+    assert max(sizes) == phi.numel()
+
+
+def test_importing_loads_neither_torch_nor_jax():
+    code = "import sys, sphere_rl.penalty; assert not {'torch', 'jax'} & set(sys.modules), 'heavy import'"
+    subprocess.run([sys.executable, "-c", code], check=True)
