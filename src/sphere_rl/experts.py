@@ -1,0 +1,272 @@
+"""Grouped expert layers: one forward and one backward pass that compute only the selected experts.
+
+A gate assigns every sample to some of E experts. The assignments are kept sorted by expert, so every expert owns
+one contiguous block of rows, and a linear layer of all experts is a few matrix products on such blocks. Dense
+routing, always-on experts and a plain MLP (one expert) are special cases of the same routing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which expert sees which sample: M assignments sorted by expert, and by sample inside an expert.
+
+    weights: dense routing weights [N, E], zero where not selected. sample: the row of each assignment. gate:
+    its routing weight. counts: assignments of each expert. weights and gate carry gradients to the logits.
+    """
+
+    weights: Float[Tensor, "N E"]
+    sample: Int[Tensor, "M"]
+    gate: Float[Tensor, "M"]
+    counts: tuple[int, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """N, the rows that were routed."""
+        return self.weights.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return len(self.counts)
+
+    @cached_property
+    def expert(self) -> Int[Tensor, "M"]:
+        """The expert of each assignment, ascending."""
+        counts = torch.tensor(self.counts, device=self.sample.device)
+        experts = torch.arange(self.num_experts, device=self.sample.device)
+        return experts.repeat_interleave(counts, output_size=len(self.sample))
+
+    @cached_property
+    def blocks(self) -> tuple[tuple[int, int, int], ...]:
+        """(expert, first row, end row) of every expert that has assignments."""
+        blocks, start = [], 0
+        for expert, count in enumerate(self.counts):
+            if count:
+                blocks.append((expert, start, start + count))
+            start += count
+        return tuple(blocks)
+
+
+def _routing(weights: Float[Tensor, "N E"], selected: Bool[Tensor, "N E"]) -> Routing:
+    expert, sample = selected.t().nonzero(as_tuple=True)
+    counts = tuple(selected.sum(0).tolist())
+    return Routing(weights=weights, sample=sample, gate=weights[sample, expert], counts=counts)
+
+
+def _softmax_of_largest(
+    logits: Float[Tensor, "N E"], k: int, temperature: float
+) -> tuple[Float[Tensor, "N E"], Bool[Tensor, "N E"]]:
+    if not 1 <= k <= logits.shape[1]:
+        raise ValueError(f"k = {k}: expected 1 to {logits.shape[1]}, the number of routed experts")
+    order = logits.detach().argsort(dim=1, descending=True, stable=True)
+    selected = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order[:, :k], True)
+    return (logits / temperature).masked_fill(~selected, -torch.inf).softmax(dim=1), selected
+
+
+def top_k_routing(logits: Float[Tensor, "N E"], k: int, temperature: float = 1.0) -> Routing:
+    """Softmax over each row's k largest logits, zero elsewhere; of equal logits the lowest index wins."""
+    return _routing(*_softmax_of_largest(logits, k, temperature))
+
+
+def dense_routing(logits: Float[Tensor, "N E"], temperature: float = 1.0) -> Routing:
+    """Softmax over all experts: every expert sees every sample, M = N·E."""
+    return _routing((logits / temperature).softmax(dim=1), torch.ones_like(logits, dtype=torch.bool))
+
+
+def shared_top_k_routing(logits: Float[Tensor, "N R"], num_shared: int, k: int, temperature: float = 1.0) -> Routing:
+    """Always-on experts 0 … num_shared − 1 with weight 1, then top-k of the R routed ones (DeepSeekMoE).
+
+    The layer it drives has E = num_shared + R experts.
+    """
+    weights, selected = _softmax_of_largest(logits, k, temperature)
+    shared = weights.new_ones(len(weights), num_shared)
+    return _routing(torch.cat((shared, weights), dim=1), torch.cat((shared.bool(), selected), dim=1))
+
+
+def single_routing(
+    num_samples: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> Routing:
+    """Every sample to the only expert with weight 1: a plain MLP as a layer of one expert."""
+    weights = torch.ones(num_samples, 1, device=device, dtype=dtype)
+    sample = torch.arange(num_samples, device=device)
+    return Routing(weights=weights, sample=sample, gate=weights[:, 0], counts=(num_samples,))
+
+
+def grouped_linear(
+    x: Float[Tensor, "M in"],
+    weight: Float[Tensor, "E out in"],
+    bias: Float[Tensor, "E out"],
+    routing: Routing,
+) -> Float[Tensor, "M out"]:
+    """y_j = W_e x_j + b_e with e the expert of assignment j."""
+    rows = [F.linear(x[start:end], weight[e], bias[e]) for e, start, end in routing.blocks]
+    return torch.cat(rows) if rows else x.new_zeros(0, weight.shape[1])
+
+
+class GroupedLinear(nn.Module):
+    """One linear layer for each of E experts; row j of the input goes through the expert of assignment j.
+
+    Weights [E, out, in] are LeCun-normal (standard deviation 1/√in), biases [E, out] zero. With spectral_norm
+    every W_e is divided by an estimate of its largest singular value: one power iteration in each training
+    forward (Miyato et al. 2018).
+    """
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        num_experts: int,
+        *,
+        generator: torch.Generator,
+        spectral_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        normal = torch.randn(num_experts, out_dim, in_dim, generator=generator)
+        self.weight = nn.Parameter(normal * in_dim**-0.5)
+        self.bias = nn.Parameter(torch.zeros(num_experts, out_dim))
+        self.spectral_norm = spectral_norm
+        if spectral_norm:
+            self.register_buffer("u", F.normalize(torch.randn(num_experts, out_dim, generator=generator), dim=1))
+            self.register_buffer("v", F.normalize(torch.randn(num_experts, in_dim, generator=generator), dim=1))
+
+    def forward(self, x: Float[Tensor, "M in"], routing: Routing) -> Float[Tensor, "M out"]:
+        """Rows sorted by expert as in `routing`, one output row for each."""
+        weight = self._normalized_weight() if self.spectral_norm else self.weight
+        return grouped_linear(x, weight, self.bias, routing)
+
+    def _normalized_weight(self) -> Float[Tensor, "E out in"]:
+        if self.training:
+            with torch.no_grad():
+                v = torch.einsum("eoi,eo->ei", self.weight, self.u)
+                self.v.copy_(F.normalize(v, dim=1))
+                u = torch.einsum("eoi,ei->eo", self.weight, self.v)
+                self.u.copy_(F.normalize(u, dim=1))
+        # Clones: a later forward moves the buffers in place while this graph may still need them.
+        sigma = torch.einsum("eo,eoi,ei->e", self.u.clone(), self.weight, self.v.clone())
+        return self.weight / sigma[:, None, None]
+
+    def extra_repr(self) -> str:
+        """Sizes, as nn.Linear shows them."""
+        experts, out_dim, in_dim = self.weight.shape
+        return f"in={in_dim}, out={out_dim}, experts={experts}, spectral_norm={self.spectral_norm}"
+
+
+@dataclass(frozen=True)
+class RoutedFeatures:
+    """Hidden features of one expert layer, for the routed (sample, expert) pairs only.
+
+    values: after the activation, one row an assignment; preactivation: what the activation was applied to.
+    The weighted features are φ(x) = [g_1 h_1 ‖ … ‖ g_E h_E] ∈ R^m, m = E·H, and A = ΦᵀΦ/N.
+    """
+
+    values: Float[Tensor, "M H"]
+    preactivation: Float[Tensor, "M Z"]
+    routing: Routing
+
+    def dense(self) -> Float[Tensor, "N E H"]:
+        """Features without gate weights, zero where an expert was not selected."""
+        return self._scatter(self.values)
+
+    def weighted(self) -> Float[Tensor, "N m"]:
+        """Φ: gate-weighted features of all experts side by side, m = E·H."""
+        return self._scatter(self.routing.gate[:, None] * self.values).flatten(1)
+
+    def gram(self) -> Float[Tensor, "N N"]:
+        """ΦΦᵀ/N, summed over experts from the routed rows only."""
+        n = self.routing.num_samples
+        weighted = self.routing.gate[:, None] * self.values
+        gram = weighted.new_zeros(n, n)
+        for _, start, end in self.routing.blocks:
+            rows, block = self.routing.sample[start:end], weighted[start:end]
+            gram = gram.index_put((rows[:, None], rows[None, :]), block @ block.t(), accumulate=True)
+        return gram / n
+
+    def sphere_penalty(self) -> Float[Tensor, ""]:
+        """‖A‖_F² − (tr A)²/m over all experts jointly; gradients reach the features and the gate."""
+        gram = self.gram()
+        m = self.routing.num_experts * self.values.shape[1]
+        return gram.square().sum() - gram.trace().square() / m
+
+    def sphere_penalty_per_expert(self) -> Float[Tensor, ""]:
+        """Σ_e ‖A_e‖_F² − (tr A_e)²/H with A_e = Φ_eᵀΦ_e/N: no cross-expert terms."""
+        n, width = self.routing.num_samples, self.values.shape[1]
+        weighted = self.routing.gate[:, None] * self.values
+        penalty = weighted.new_zeros(())
+        for _, start, end in self.routing.blocks:
+            block = weighted[start:end]
+            gram = block @ block.t() / n
+            penalty = penalty + gram.square().sum() - gram.trace().square() / width
+        return penalty
+
+    def _scatter(self, rows: Float[Tensor, "M H"]) -> Float[Tensor, "N E H"]:
+        n, experts = self.routing.num_samples, self.routing.num_experts
+        dense = rows.new_zeros(n, experts, rows.shape[1])
+        return dense.index_put((self.routing.sample, self.routing.expert), rows)
+
+
+@dataclass(frozen=True)
+class ExpertOutput:
+    """Result of an expert MLP: out [N, A] = Σ_e g_e · expert_e(x), and the features of each hidden layer."""
+
+    out: Float[Tensor, "N A"]
+    features: tuple[RoutedFeatures, ...]
+
+
+class ExpertMLP(nn.Module):
+    """E MLPs of the same shape with ReLU, mixed by a routing: out = Σ_e g_e · expert_e(x).
+
+    layer_norm: Linear → LayerNorm (no affine) → activation. crelu: the activation is [relu(z), relu(−z)] on
+    half as many linear units, so `hidden` stays the width of the features. spectral_norm: hidden layers only.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        hidden: Sequence[int],
+        out_dim: int,
+        num_experts: int,
+        *,
+        generator: torch.Generator,
+        layer_norm: bool = False,
+        crelu: bool = False,
+        spectral_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        odd = [width for width in hidden if crelu and width % 2]
+        if odd:
+            raise ValueError(f"hidden = {tuple(hidden)}: expected even widths with crelu")
+        self.layer_norm, self.crelu = layer_norm, crelu
+        layers, width = [], in_dim
+        for features in hidden:
+            units = features // 2 if crelu else features
+            layers.append(GroupedLinear(width, units, num_experts, generator=generator, spectral_norm=spectral_norm))
+            width = features
+        self.hidden = nn.ModuleList(layers)
+        self.head = GroupedLinear(width, out_dim, num_experts, generator=generator)
+
+    def forward(self, x: Float[Tensor, "N in"], routing: Routing) -> ExpertOutput:
+        """Rows of x through their experts; `routing` must have been made for as many rows and experts."""
+        h, features = x[routing.sample], []
+        for layer in self.hidden:
+            z = layer(h, routing)
+            if self.layer_norm:
+                z = F.layer_norm(z, z.shape[1:])
+            h = torch.cat((z.relu(), (-z).relu()), dim=1) if self.crelu else z.relu()
+            features.append(RoutedFeatures(values=h, preactivation=z, routing=routing))
+        weighted = routing.gate[:, None] * self.head(h, routing)
+        out = weighted.new_zeros(len(x), weighted.shape[1]).index_add(0, routing.sample, weighted)
+        return ExpertOutput(out=out, features=tuple(features))
