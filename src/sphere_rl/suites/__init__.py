@@ -1,10 +1,10 @@
 """Task suites: named sequences of environments behind one vectorised interface.
 
 A module of this package that defines ``SUITES`` (a tuple of `Suite` objects) is found by itself. Every suite makes
-`gymnasium.vector.VectorEnv`s in **same-step autoreset** mode: the step that ends an episode returns the first observation of
-the next one, and ``info["final_obs"]`` (rows marked by ``info["_final_obs"]``) is the true last observation, so that every
-transition a learner sees is real. Where a task knows success, ``info["success"]`` [B] belongs to the step just taken and
-``info["final_info"]["success"]`` to the last step of the episodes that just ended.
+`gymnasium.vector.VectorEnv`s in **same-step autoreset** mode: the step that ends an episode returns the first
+observation of the next one, and ``info["final_obs"]`` (rows marked by ``info["_final_obs"]``) is the true last
+observation, so that every transition a learner sees is real. Where a task knows success, ``info["success"]`` [B]
+belongs to the step just taken and ``info["final_info"]["success"]`` to the last step of the episodes that just ended.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ def environment_id(task: str) -> str:
 class SameStepEnvPool(VectorEnv):
     """An EnvPool environment in same-step autoreset mode.
 
-    EnvPool itself spends the step after an episode's end on the reset: it ignores that step's action and its reward belongs
-    to nothing. Here the ended environments are reset at once, in the same call, so no such transition exists.
+    EnvPool itself spends the step after an episode's end on the reset: it ignores that step's action and its reward
+    belongs to nothing. Here the ended environments are reset at once, in the same call: no such transition exists.
     """
 
     metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
@@ -69,9 +69,7 @@ class SameStepEnvPool(VectorEnv):
         observation, info = self._pool.reset()
         return observation, _columns(info)
 
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """Step every environment; reset those whose episode ended."""
         observation, reward, terminated, truncated, raw = self._pool.step(actions)
         info = _columns(raw)
