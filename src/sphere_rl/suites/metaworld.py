@@ -28,7 +28,7 @@ CW10 = (
     "peg-unplug-side",
 )  # fmt: skip
 
-ALL_TASKS = tuple(
+ALL_TASKS: tuple[str, ...] = tuple(
     """assembly basketball bin-picking box-close button-press button-press-topdown button-press-topdown-wall
     button-press-wall coffee-button coffee-pull coffee-push dial-turn disassemble door-close door-lock door-open
     door-unlock drawer-close drawer-open faucet-close faucet-open hammer hand-insert handle-press handle-press-side
@@ -93,7 +93,7 @@ def _columns(info: dict[str, Any]) -> dict[str, Any]:
 class MetaWorld:
     """A sequence of MetaWorld v3 tasks."""
 
-    all_tasks = ALL_TASKS
+    all_tasks: tuple[str, ...] = ALL_TASKS
 
     def __init__(self, name: str, summary: str, tasks: tuple[str, ...]) -> None:
         self.name, self.summary, self.tasks = name, summary, tasks

@@ -1,0 +1,144 @@
+"""An agent: actor, critic, their optimisers, the observation normaliser, its methods and its random stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gymnasium.spaces import Discrete
+from gymnasium.spaces.utils import flatdim
+from gymnasium.vector import VectorEnv
+from torch import Tensor, nn
+
+from sphere_rl.config import TrainConfig
+from sphere_rl.methods import Method, methods
+from sphere_rl.networks import Actor, MoENetwork, NetworkOptions
+from sphere_rl.rollout import ObservationNormalizer
+from sphere_rl.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class Spaces:
+    """What an agent must know of its environment; ``action_dim`` is the number of actions where they are discrete."""
+
+    observation_dim: int
+    action_dim: int
+    discrete: bool
+
+    @classmethod
+    def of(cls, envs: VectorEnv) -> Spaces:
+        """The spaces of one of these environments."""
+        action = envs.single_action_space
+        return cls(flatdim(envs.single_observation_space), flatdim(action), isinstance(action, Discrete))
+
+
+class Agent:
+    """Everything that learns. Equal arguments give equal agents; no global random state is used."""
+
+    def __init__(self, config: TrainConfig, spaces: Spaces, seed: int) -> None:
+        self.config, self.spaces, self.device = config, spaces, torch.device(config.device)
+        self.methods: list[Method] = [methods()[name](getattr(config.options, name)) for name in config.method]
+        for method in self.methods:
+            method.check(config.actor, spaces.discrete)
+        init = torch.Generator().manual_seed(derive_seed(seed, "init"))
+        self.generator = torch.Generator(self.device).manual_seed(derive_seed(seed, "training"))
+        self.actor, self.critic = self.fresh_networks(init)
+        self.learning_rate = config.learning_rate
+        self.actor_parameters: list[Tensor] = list(self.actor.parameters())
+        self.critic_parameters: list[Tensor] = list(self.critic.parameters())
+        self.actor_optimizer = self._make_optimizer(self.actor_parameters)
+        self.critic_optimizer = self._make_optimizer(self.critic_parameters)
+        self.normalizer = (
+            ObservationNormalizer(spaces.observation_dim, config.observation_clip)
+            if config.normalize_observations
+            else None
+        )
+        for method in self.methods:
+            method.start(self)
+
+    def fresh_networks(self, generator: torch.Generator) -> tuple[Actor, MoENetwork]:
+        """Build an actor and a critic with new weights, on this agent's device."""
+        options, spaces = self.network_options, self.spaces
+        observation_dim, action_dim = spaces.observation_dim, spaces.action_dim
+        actor = Actor(self.config.actor, observation_dim, action_dim, options, generator, spaces.discrete)
+        critic = MoENetwork(self.config.critic, observation_dim, 1, options, generator)
+        return actor.to(self.device), critic.to(self.device)
+
+    @property
+    def network_options(self) -> NetworkOptions:
+        """The configured options with those that the methods set."""
+        changes = {key: value for method in self.methods for key, value in method.network_options().items()}
+        return NetworkOptions(**(vars(self.config.network) | changes))
+
+    def moments(self, parameter: Tensor) -> list[Tensor]:
+        """Adam's moment estimates of a parameter, to be changed in place; empty before its first step."""
+        for optimizer in (self.actor_optimizer, self.critic_optimizer):
+            if parameter in optimizer.state:
+                return [value for value in optimizer.state[parameter].values() if value.shape == parameter.shape]
+        return []
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Set the step size of both optimisers."""
+        self.learning_rate = rate
+        for optimizer in (self.actor_optimizer, self.critic_optimizer):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next iteration depends on."""
+        return {
+            "actor": self.actor.state_dict(),
+            "critic": self.critic.state_dict(),
+            "actor_optimizer": self.actor_optimizer.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "normalizer": self.normalizer.state_dict() if self.normalizer else None,
+            "generator": self.generator.get_state(),
+            "learning_rate": self.learning_rate,
+            "methods": {method.name: method.state_dict() for method in self.methods},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave, into an agent made from the same config."""
+        for method in self.methods:
+            method.load_state_dict(state["methods"][method.name])
+        self.actor.load_state_dict(state["actor"])
+        self.critic.load_state_dict(state["critic"])
+        self.actor_optimizer.load_state_dict(state["actor_optimizer"])
+        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        if self.normalizer:
+            self.normalizer.load_state_dict(state["normalizer"])
+        self.generator.set_state(state["generator"])
+        self.set_learning_rate(state["learning_rate"])
+
+    def _make_optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
+        for method in self.methods:
+            optimizer = method.make_optimizer(parameters, self.config)
+            if optimizer is not None:
+                return optimizer
+        return torch.optim.Adam(parameters, lr=self.config.learning_rate, eps=self.config.adam_eps, fused=True)
+
+
+class Policy(nn.Module):
+    """A trained policy as a plain module: raw observations [N, D] → mean action (or logits) [N, A].
+
+    The normaliser's statistics are buffers, so ``state_dict`` is the whole policy.
+    """
+
+    def __init__(self, actor: Actor, normalizer: ObservationNormalizer | None) -> None:
+        super().__init__()
+        self.actor, self.clip = actor, normalizer.clip if normalizer else None
+        if normalizer is not None:
+            self.register_buffer("mean", torch.as_tensor(normalizer.mean.copy()))
+            self.register_buffer("var", torch.as_tensor(normalizer.var.copy()))
+
+    def normalize(self, observation: Tensor) -> Tensor:
+        """What the actor sees of raw observations."""
+        if self.clip is None:
+            return observation
+        scaled = (observation - self.mean) / (self.var + 1e-8).sqrt()  # type: ignore[operator]
+        return scaled.clip(-self.clip, self.clip).to(next(self.actor.parameters()).dtype)
+
+    def forward(self, observation: Tensor) -> Tensor:
+        """Mean action or logits."""
+        return self.actor(self.normalize(observation))

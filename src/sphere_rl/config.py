@@ -1,0 +1,249 @@
+"""The configuration of a run: one frozen dataclass, a sentence under each field, checked when it is made.
+
+Later sources win: the defaults (CW10's), the suite's preset, a TOML file, flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from tyro.conf import arg
+
+from sphere_rl.errors import ConfigError
+from sphere_rl.methods import check_methods, methods
+from sphere_rl.networks import KINDS, NetworkOptions
+from sphere_rl.suites import Suite, check_task, make_suite
+
+if TYPE_CHECKING:
+    MethodOptions = Any
+else:
+    MethodOptions = make_dataclass(
+        "MethodOptions",
+        [(name, method.Config, field(default_factory=method.Config)) for name, method in methods().items()],
+        frozen=True,
+    )
+    MethodOptions.__doc__ = "Options of every method, by method name."
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Continual PPO on a task sequence. Defaults are the CW10 preset."""
+
+    suite: str = "cw10"
+    """Task suite; `sphere list --suites` names them. Its preset sets the defaults of the other fields."""
+    tasks: tuple[str, ...] = ()
+    """Tasks in training order; the suite's own sequence when none are named."""
+    protocol: Literal["rl", "crl"] = "crl"
+    """rl: a fresh agent for each task. crl: one agent through the sequence; schedules restart at each task."""
+    actor: str = "topk_moe"
+    """Actor architecture; `sphere list --actors` names them."""
+    critic: str = "dense"
+    """Critic architecture, of the same kinds as the actor's."""
+    method: tuple[str, ...] = ("none",)
+    """Mitigation methods, composed in this order; `sphere list --methods` names them."""
+    seed: int = 0
+    """Seed of every random stream of the run."""
+    steps_per_task: int = 1_000_000
+    """Environment steps on each task, all environments together; rounded down to whole iterations."""
+
+    num_envs: int = 8
+    """Parallel environments."""
+    num_steps: int = 2048
+    """Steps of each environment in one rollout."""
+    minibatch_size: int = 256
+    """Samples in a minibatch; divides num_envs * num_steps."""
+    num_epochs: int = 10
+    """Passes over each rollout."""
+    learning_rate: float = 3e-4
+    """Adam's step size at the start of a task."""
+    learning_rate_schedule: Literal["constant", "linear", "kl"] = "linear"
+    """linear: to learning_rate_end over the task. kl: adapted after every minibatch to hold kl_target."""
+    learning_rate_end: float = 1e-4
+    """Step size at the end of a task with the linear schedule."""
+    kl_target: float = 0.03
+    """kl schedule: rate times 1.5 where KL is below half of this, divided by 1.5 where above twice this."""
+    learning_rate_bounds: tuple[float, float] = (1e-5, 1e-2)
+    """kl schedule: smallest and largest rate."""
+    adam_eps: float = 1e-5
+    """Adam's epsilon."""
+    gamma: float = 0.99
+    """Discount."""
+    gae_lambda: float = 0.95
+    """Decay of generalised advantage estimation."""
+    clip: float = 0.2
+    """PPO's clip range of the probability ratio."""
+    value_coefficient: float = 0.5
+    """Weight of the mean squared value error."""
+    entropy_coefficient: float = 0.0
+    """Weight of the entropy bonus."""
+    max_grad_norm: float = 0.5
+    """Global-norm clip, separate for actor and critic."""
+    normalize_observations: bool = False
+    """Normalise observations by running statistics, frozen during a rollout and carried across tasks."""
+    observation_clip: float = 10.0
+    """Bound on normalised observations."""
+    network: Annotated[NetworkOptions, arg(prefix_name=False)] = field(default_factory=NetworkOptions)
+    """Sizes and layers of actor and critic."""
+
+    eval_every: int = 100_000
+    """Environment steps between evaluations on the current task."""
+    eval_episodes: int = 10
+    """Deterministic episodes of an evaluation during a task."""
+    final_eval_episodes: int = 50
+    """Episodes of the evaluation at the end of a task, and on every earlier task after the last."""
+    spectrum_every: int = 0
+    """Environment steps between spectral measurements; 0: twenty times a task. Negative: never."""
+    checkpoint_every: int = 100_000
+    """Environment steps of a segment: after each, a checkpoint is written and environments start anew."""
+    env_threads: int = 1
+    """Threads that step environments, where the suite uses threads."""
+    torch_threads: int = 1
+    """Threads of PyTorch's own operations; part of what makes a run bitwise repeatable."""
+    device: str = "cpu"
+    """PyTorch device of networks and rollouts."""
+    options: Annotated[MethodOptions, arg(prefix_name=False)] = field(default_factory=MethodOptions)  # type: ignore[misc]
+    """Options of the methods."""
+
+    def __post_init__(self) -> None:
+        suite = make_suite(self.suite)
+        for task in self.tasks:
+            check_task(suite, task)
+        for name in ("actor", "critic"):
+            if getattr(self, name) not in KINDS:
+                raise ConfigError(name, getattr(self, name), f"one of {', '.join(KINDS)}")
+        check_methods(self.method)
+        self._check_numbers()
+        batch = self.num_envs * self.num_steps
+        if batch % self.minibatch_size:
+            raise ConfigError("minibatch_size", self.minibatch_size, f"a divisor of num_envs * num_steps ({batch})")
+        if self.steps_per_task < batch:
+            raise ConfigError("steps_per_task", self.steps_per_task, f"at least one rollout ({batch} steps)")
+
+    def _check_numbers(self) -> None:
+        for name in POSITIVE:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(name, getattr(self, name), "a finite number above 0")
+        for name in ("seed", "value_coefficient", "entropy_coefficient", "learning_rate_end"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(name, getattr(self, name), "a finite number, 0 or more")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(name, getattr(self, name), "0 to 1")
+        low, high = self.learning_rate_bounds
+        if not 0 < low <= high:
+            raise ConfigError("learning_rate_bounds", self.learning_rate_bounds, "two rates, 0 < low <= high")
+
+    @property
+    def steps_per_iteration(self) -> int:
+        """Environment steps of one rollout."""
+        return self.num_envs * self.num_steps
+
+    @property
+    def iterations_per_task(self) -> int:
+        """Whole rollouts that fit in ``steps_per_task``."""
+        return self.steps_per_task // self.steps_per_iteration
+
+    @property
+    def task_sequence(self) -> tuple[str, ...]:
+        """The tasks to train, in order.
+
+        Raises:
+            ConfigError: none are named and the suite has no sequence of its own.
+        """
+        tasks = self.tasks or make_suite(self.suite).tasks
+        if not tasks:
+            raise ConfigError("tasks", "", f"at least one task: {self.suite} has no sequence of its own")
+        return tasks
+
+
+POSITIVE = (
+    "steps_per_task num_envs num_steps minibatch_size num_epochs learning_rate kl_target adam_eps clip max_grad_norm "
+    "observation_clip eval_every eval_episodes final_eval_episodes checkpoint_every env_threads torch_threads"
+).split()
+
+
+def preset(suite: Suite) -> TrainConfig:
+    """The defaults of a suite."""
+    return override(TrainConfig(suite=suite.name), suite.preset)
+
+
+def load_toml(path: Path, config: TrainConfig) -> TrainConfig:
+    """Apply a TOML file: keys are field names, tables are ``[network]`` and method names.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or names a field or value that does not exist.
+    """
+    try:
+        return override(config, tomllib.loads(path.read_text()))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError("config", str(path), f"a readable TOML file ({error})") from None
+
+
+def override(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    """Replace fields by name; ``"sphere.rho"`` and ``{"sphere": {"rho": ...}}`` both reach a method's option."""
+    own: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in changes.items():
+        table, _, inner = key.partition(".")
+        if inner:
+            nested.setdefault(table, {})[inner] = value
+        elif isinstance(value, Mapping):
+            nested.setdefault(table, {}).update(value)
+        else:
+            own[key] = value
+    for table, values in nested.items():
+        if table == "network":
+            own["network"] = _replace(own.get("network", config.network), values, "network.")
+        elif table in methods():
+            options = own.get("options", config.options)
+            changed = _replace(getattr(options, table), values, f"{table}.")
+            own["options"] = dataclasses.replace(options, **{table: changed})
+        else:
+            raise ConfigError(table, dict(values), f"network or a method: {', '.join(methods())}")
+    return _replace(config, own, "")
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Nested plain data, for config.json: ``override(TrainConfig(), to_dict(c)) == c``."""
+    data = dataclasses.asdict(config)
+    return data | data.pop("options")
+
+
+def from_dict(data: Mapping[str, Any]) -> TrainConfig:
+    """Rebuild what `to_dict` gave."""
+    return override(TrainConfig(), data)
+
+
+def _replace(instance: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(type(instance), include_extras=False)
+    known = {f.name for f in fields(instance)}
+    converted = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(prefix + name, value, f"a field: {', '.join(sorted(known))}")
+        converted[name] = _convert(prefix + name, value, hints[name])
+    return dataclasses.replace(instance, **converted)
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    """Check a plain value against a field's type; lists become tuples, whole numbers become floats."""
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(name, value, f"one of {', '.join(map(str, get_args(hint)))}")
+        return value
+    if get_origin(hint) is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list | tuple):
+            raise ConfigError(name, value, "a list")
+        return tuple(_convert(name, item, get_args(hint)[0]) for item in items)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
+        raise ConfigError(name, value, f"a value of type {hint.__name__}")
+    return value

@@ -1,0 +1,137 @@
+"""Mitigation methods: one file each, found by itself.
+
+A module of this package defines one subclass of `Method`, named after the file: its rule, defaults and citation. A
+method acts through hooks at fixed places of training; what it does not override does nothing. Several methods compose
+in the order given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from sphere_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sphere_rl.agent import Agent
+    from sphere_rl.config import TrainConfig
+    from sphere_rl.networks import Trace
+    from sphere_rl.ppo import Minibatch
+    from sphere_rl.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Options of a method; subclasses add fields, each with a sentence, and check them in ``__post_init__``."""
+
+
+@dataclass(frozen=True)
+class ActorStep:
+    """One minibatch's actor forward pass, as penalties and gradient rules see it.
+
+    ``trace`` and ``loss`` (the PPO loss, a scalar) belong to the same graph; ``parameters`` are all of the actor's.
+    """
+
+    agent: Agent
+    batch: Minibatch
+    trace: Trace
+    loss: Tensor
+    parameters: Sequence[Tensor]
+
+
+class Method:
+    """A mitigation of plasticity loss. Subclass it in a module of this package; override only what the rule needs."""
+
+    name: ClassVar[str]
+    """The module's name; set on discovery."""
+    summary: ClassVar[str]
+    """One line for ``sphere list``."""
+    citation: ClassVar[str]
+    """Whose rule it is."""
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def check(self, actor: str, discrete: bool) -> None:
+        """Raise `ConfigError` where the method cannot apply to this actor."""
+
+    def network_options(self) -> dict[str, Any]:
+        """Fields of `NetworkOptions` that the method sets, for actor and critic."""
+        return {}
+
+    def make_optimizer(self, parameters: Sequence[Tensor], config: TrainConfig) -> torch.optim.Optimizer | None:
+        """Make the optimiser of these parameters that replaces Adam, or ``None``."""
+        return None
+
+    def start(self, agent: Agent) -> None:
+        """The agent has just been made: networks and optimisers are fresh. Also called before a state is loaded."""
+
+    def on_task_start(self, agent: Agent, task_index: int) -> None:
+        """A task of the sequence begins (0 for the first)."""
+
+    def actor_penalty(self, step: ActorStep) -> Tensor | None:
+        """Compute a scalar to add to the actor's loss."""
+        return None
+
+    def critic_penalty(self, agent: Agent, batch: Minibatch, trace: Trace) -> Tensor | None:
+        """Compute a scalar to add to the critic's loss."""
+        return None
+
+    def actor_gradients(self, step: ActorStep, gradients: list[Tensor]) -> list[Tensor]:
+        """Change the gradients of the actor's loss before they are clipped; the graph of ``step`` is still alive."""
+        return gradients
+
+    def after_minibatch(self, agent: Agent, batch: Minibatch) -> None:
+        """Both optimisers have taken their step."""
+
+    def after_iteration(self, agent: Agent, rollout: Rollout) -> None:
+        """All epochs on this rollout are done."""
+
+    def metrics(self) -> dict[str, float | Tensor]:
+        """Numbers for ``train.jsonl`` about the last iteration; their names carry the method's."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next minibatch depends on: nested dicts and lists of tensors, numbers and strings."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+
+    @property
+    def uses_actor_gradients(self) -> bool:
+        """Whether `actor_gradients` is overridden and active: the graph is kept for it."""
+        return type(self).actor_gradients is not Method.actor_gradients
+
+
+@cache
+def methods() -> dict[str, type[Method]]:
+    """All methods by name."""
+    found: dict[str, type[Method]] = {}
+    for module in iter_modules(__path__):
+        members = vars(import_module(f"{__name__}.{module.name}")).values()
+        own = [
+            m for m in members if isinstance(m, type) and issubclass(m, Method) and m.__module__.endswith(module.name)
+        ]
+        for method in own:
+            method.name = module.name
+            found[module.name] = method
+    return found
+
+
+def check_methods(names: Sequence[str]) -> None:
+    """Raise `ConfigError` for a name that no method has, or that is given twice."""
+    for name in names:
+        if name not in methods():
+            raise ConfigError("method", name, f"one or more of {', '.join(methods())}")
+        if names.count(name) > 1:
+            raise ConfigError("method", " ".join(names), "each method once")

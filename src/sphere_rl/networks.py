@@ -1,0 +1,265 @@
+"""Actors and critics: a router that weighs E experts for each sample, and the experts.
+
+Every architecture is the same two parts. ``dense`` and ``wide`` have one expert and no gate; the others differ only in
+how the gate's logits become routing weights. So every actor has features of the same kind, and the penalty, the
+diagnostics and the mitigation methods need no cases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from sphere_rl.errors import ConfigError
+from sphere_rl.experts import (
+    ExpertMLP,
+    RoutedFeatures,
+    Routing,
+    dense_routing,
+    shared_top_k_routing,
+    single_routing,
+    top_k_routing,
+)
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
+    """Shape of an actor or critic.
+
+    ``layer_norm``, ``crelu`` and ``spectral_norm`` act in every hidden layer, those of the gate included.
+    """
+
+    width: int = 256
+    depth: int = 3
+    num_experts: int = 10
+    top_k: int = 2
+    num_shared: int = 1
+    temperature: float = 1.0
+    layer_norm: bool = False
+    crelu: bool = False
+    spectral_norm: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("width", "depth", "num_experts"):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, getattr(self, name), "at least 1")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise ConfigError("top_k", self.top_k, f"1 to num_experts ({self.num_experts})")
+        if not 0 <= self.num_shared <= self.num_experts - self.top_k:
+            raise ConfigError(
+                "num_shared", self.num_shared, f"0 to {self.num_experts - self.top_k}, num_experts - top_k"
+            )
+        if not self.temperature > 0:
+            raise ConfigError("temperature", self.temperature, "a number above 0")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one forward pass computed: the output and all that the penalty and the diagnostics read.
+
+    Attributes:
+        output: mean of the Gaussian or logits of the categorical policy; values for a critic.
+        gates: routing weights after top-k (zero for unselected experts); ones [N, 1] without a gate.
+        logits: the gate's logits, ``None`` without a gate.
+        features: hidden features of each expert layer, first to last.
+        gate_features: hidden features of each layer of the gate, empty without one.
+    """
+
+    output: Float[Tensor, "N A"]
+    gates: Float[Tensor, "N E"]
+    logits: Float[Tensor, "N R"] | None
+    features: tuple[RoutedFeatures, ...]
+    gate_features: tuple[RoutedFeatures, ...]
+
+
+class MoENetwork(nn.Module):
+    """output(x) = Σ_e g_e(x) · expert_e(x), with g from a gate MLP, or g = 1 for a single expert.
+
+    ``kind`` is one of `KINDS`. Gate and experts are MLPs of the same width and depth with ReLU; weights are
+    LeCun-normal, biases zero, drawn from ``generator``.
+    """
+
+    def __init__(
+        self, kind: str, observation_dim: int, output_dim: int, options: NetworkOptions, generator: torch.Generator
+    ) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise ConfigError("actor", kind, f"one of {', '.join(KINDS)}")
+        self.kind, self.options = kind, options
+        width = wide_width(observation_dim, output_dim, options) if kind == "wide" else options.width
+        gated = kind not in ("dense", "wide")
+        num_experts = options.num_experts if gated else 1
+        num_routed = num_experts - (options.num_shared if kind == "shared_moe" else 0)
+        build: dict[str, Any] = {
+            "generator": generator,
+            "layer_norm": options.layer_norm,
+            "crelu": options.crelu,
+            "spectral_norm": options.spectral_norm,
+        }
+        hidden = [width] * options.depth
+        self.gate = ExpertMLP(observation_dim, hidden, num_routed, 1, **build) if gated else None
+        self.experts = ExpertMLP(observation_dim, hidden, output_dim, num_experts, **build)
+
+    def trace(self, observation: Float[Tensor, "N D"]) -> Trace:
+        """One forward pass with everything it computed."""
+        whole = single_routing(len(observation), device=observation.device, dtype=observation.dtype)
+        if self.gate is None:
+            routing, logits, gate_features = whole, None, ()
+        else:
+            gate = self.gate(observation, whole)
+            routing, logits, gate_features = self._route(gate.out), gate.out, gate.features
+        experts = self.experts(observation, routing)
+        return Trace(experts.out, routing.weights, logits, experts.features, gate_features)
+
+    def forward(self, observation: Float[Tensor, "N D"]) -> Float[Tensor, "N A"]:
+        """The output alone."""
+        return self.trace(observation).output
+
+    def _route(self, logits: Float[Tensor, "N R"]) -> Routing:
+        options = self.options
+        if self.kind == "shared_moe":
+            return shared_top_k_routing(logits, options.num_shared, options.top_k, options.temperature)
+        if self.kind == "dense_moe" or (self.kind == "ds_moe" and self.training):
+            return dense_routing(logits, options.temperature)
+        return top_k_routing(logits, options.top_k, options.temperature)
+
+
+KINDS: dict[str, str] = {
+    "dense": "one MLP, no experts",
+    "wide": "one MLP with as many parameters as the mixture of experts",
+    "topk_moe": "the gate selects top-k experts, softmax over the selected logits",
+    "dense_moe": "all experts, softmax over all logits",
+    "shared_moe": "always-on shared experts beside top-k of the rest (DeepSeekMoE)",
+    "ds_moe": "all experts while training, top-k in evaluation (dense training, sparse inference)",
+}
+"""Every actor and critic architecture with its one-line description."""
+
+
+def wide_width(observation_dim: int, output_dim: int, options: NetworkOptions) -> int:
+    """Width at which one MLP has about the parameters of the mixture: width·√(their ratio), rounded."""
+    one = mlp_parameters(observation_dim, output_dim, options)
+    gate = mlp_parameters(observation_dim, options.num_experts, options)
+    return round(options.width * sqrt((gate + options.num_experts * one) / one))
+
+
+def mlp_parameters(observation_dim: int, output_dim: int, options: NetworkOptions) -> int:
+    """Weights and biases of one MLP observation → depth × width → output."""
+    width = options.width
+    return (observation_dim + 1) * width + (options.depth - 1) * (width + 1) * width + (width + 1) * output_dim
+
+
+class GaussianHead(nn.Module):
+    """Diagonal Gaussian with a state-independent log σ, initially 0; the network's output is its mean."""
+
+    def __init__(self, action_dim: int) -> None:
+        super().__init__()
+        self.log_std = nn.Parameter(torch.zeros(action_dim))
+
+    def sample(self, mean: Float[Tensor, "N A"], generator: torch.Generator) -> Float[Tensor, "N A"]:
+        """Draw actions; they are not clipped here."""
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        return mean + self.log_std.exp() * noise
+
+    def mode(self, mean: Float[Tensor, "N A"]) -> Float[Tensor, "N A"]:
+        """The deterministic action."""
+        return mean
+
+    def log_prob(self, mean: Float[Tensor, "N A"], action: Float[Tensor, "N A"]) -> Float[Tensor, "N"]:
+        """log N(action; mean, σ²), summed over action dimensions."""
+        z = (action - mean) * (-self.log_std).exp()
+        return -0.5 * z.square().sum(-1) - (self.log_std + LOG_SQRT_2PI).sum()
+
+    def entropy(self, mean: Float[Tensor, "N A"]) -> Float[Tensor, "N"]:
+        """Differential entropy in nats, the same for every state."""
+        return (self.log_std + LOG_SQRT_2PI + 0.5).sum().expand(len(mean))
+
+    def parameters_of(self, mean: Float[Tensor, "N A"]) -> Float[Tensor, "N P"]:
+        """Mean and log σ side by side: what a rollout stores to compare policies by."""
+        return torch.cat((mean, self.log_std.expand_as(mean)), dim=-1)
+
+    def kl(self, old: Float[Tensor, "N P"], mean: Float[Tensor, "N A"]) -> Float[Tensor, "N"]:
+        """KL(old ‖ new) of the policies with parameters ``old`` and the present ones, in nats."""
+        old_mean, old_log_std = old.chunk(2, dim=-1)
+        variance = (2 * self.log_std).exp()
+        squared = (2 * old_log_std).exp() + (old_mean - mean).square()
+        return (self.log_std - old_log_std + 0.5 * (squared / variance - 1)).sum(-1)
+
+
+class CategoricalHead(nn.Module):
+    """Categorical policy over discrete actions; the network's output is its logits."""
+
+    def sample(self, logits: Float[Tensor, "N A"], generator: torch.Generator) -> Shaped[Tensor, "N"]:
+        """Draw action indices."""
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+
+    def mode(self, logits: Float[Tensor, "N A"]) -> Shaped[Tensor, "N"]:
+        """The most likely action."""
+        return logits.argmax(-1)
+
+    def log_prob(self, logits: Float[Tensor, "N A"], action: Shaped[Tensor, "N"]) -> Float[Tensor, "N"]:
+        """log π(action)."""
+        return logits.log_softmax(-1).gather(-1, action[:, None].long()).squeeze(-1)
+
+    def entropy(self, logits: Float[Tensor, "N A"]) -> Float[Tensor, "N"]:
+        """−Σ π log π in nats."""
+        log_probability = logits.log_softmax(-1)
+        return -(log_probability.exp() * log_probability).sum(-1)
+
+    def parameters_of(self, logits: Float[Tensor, "N A"]) -> Float[Tensor, "N P"]:
+        """Log-probabilities: what a rollout stores to compare policies by."""
+        return logits.log_softmax(-1)
+
+    def kl(self, old: Float[Tensor, "N P"], logits: Float[Tensor, "N A"]) -> Float[Tensor, "N"]:
+        """KL(old ‖ new) in nats."""
+        return (old.exp() * (old - logits.log_softmax(-1))).sum(-1)
+
+
+LOG_SQRT_2PI = 0.9189385332046727
+"""log √(2π)."""
+
+
+class Actor(MoENetwork):
+    """A policy network: observations [N, D] → mean (or logits) [N, A], with the head that makes it a distribution."""
+
+    def __init__(
+        self,
+        kind: str,
+        observation_dim: int,
+        action_dim: int,
+        options: NetworkOptions,
+        generator: torch.Generator,
+        discrete: bool = False,
+    ) -> None:
+        super().__init__(kind, observation_dim, action_dim, options, generator)
+        self.head = CategoricalHead() if discrete else GaussianHead(action_dim)
+
+
+def make_actor(
+    kind: str,
+    observation_dim: int,
+    action_dim: int,
+    *,
+    seed: int = 0,
+    discrete: bool = False,
+    **options: Any,
+) -> Actor:
+    """Make an actor: a torch module, observations [N, D] → mean [N, A].
+
+    Args:
+        kind: one of `KINDS`.
+        observation_dim: D.
+        action_dim: A, the number of action dimensions or of discrete actions.
+        seed: of the initial weights; the global random state is not used.
+        discrete: a categorical policy in place of the Gaussian.
+        options: fields of `NetworkOptions`.
+
+    Raises:
+        ConfigError: an unknown kind or an impossible size.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return Actor(kind, observation_dim, action_dim, NetworkOptions(**options), generator, discrete)

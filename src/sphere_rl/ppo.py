@@ -1,0 +1,168 @@
+"""Proximal Policy Optimization (Schulman et al. 2017): losses as pure functions and the update loop.
+
+Actor and critic have their own Adam and their own global-norm clip; advantages are normalised in each minibatch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from sphere_rl.agent import Agent
+from sphere_rl.config import TrainConfig
+from sphere_rl.errors import TrainingError
+from sphere_rl.methods import ActorStep
+from sphere_rl.rollout import Rollout, gae
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """Samples of a rollout, flat: what the losses read."""
+
+    observation: Float[Tensor, "N D"]
+    action: Shaped[Tensor, "N *A"]
+    policy: Float[Tensor, "N P"]
+    log_prob: Float[Tensor, "N"]
+    advantage: Float[Tensor, "N"]
+    value_target: Float[Tensor, "N"]
+
+    def __getitem__(self, index: Int[Tensor, "M"]) -> Minibatch:
+        """The samples of these rows."""
+        return Minibatch(**{name: tensor[index] for name, tensor in vars(self).items()})
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.log_prob)
+
+
+def policy_loss(
+    log_prob: Float[Tensor, "N"], old_log_prob: Float[Tensor, "N"], advantage: Float[Tensor, "N"], clip: float
+) -> Float[Tensor, ""]:
+    """−mean min(r Â, clip(r, 1 − ε, 1 + ε) Â) with r = exp(log π − log π_old)."""
+    ratio = (log_prob - old_log_prob).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+
+
+def value_loss(value: Float[Tensor, "N"], target: Float[Tensor, "N"]) -> Float[Tensor, ""]:
+    """Mean squared error; the value is not clipped."""
+    return (value - target).square().mean()
+
+
+def normalize(advantage: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
+    """Zero mean, unit standard deviation."""
+    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+
+
+def adapt_learning_rate(rate: float, kl: float, target: float, bounds: tuple[float, float]) -> float:
+    """×1.5 where KL < target/2, ÷1.5 where KL > 2·target, within bounds."""
+    if kl > 2 * target:
+        return max(bounds[0], rate / 1.5)
+    if kl < target / 2:
+        return min(bounds[1], rate * 1.5)
+    return rate
+
+
+def update(agent: Agent, rollout: Rollout, config: TrainConfig) -> dict[str, float]:
+    """Train on one rollout for all epochs; return the means of each minibatch's statistics.
+
+    Raises:
+        TrainingError: a loss or gradient norm was not finite.
+    """
+    advantage = gae(
+        rollout.reward, rollout.value, rollout.next_value, rollout.terminated, rollout.done,
+        config.gamma, config.gae_lambda,
+    )  # fmt: skip
+    batch = flatten(rollout, advantage)
+    statistics = []
+    for _ in range(config.num_epochs):
+        order = torch.randperm(len(batch), generator=agent.generator, device=agent.device)
+        for index in order.split(config.minibatch_size):
+            minibatch = batch[index]
+            actor_statistics = actor_step(agent, minibatch, config)
+            critic_statistics = critic_step(agent, minibatch, config)
+            statistics.append(torch.stack(actor_statistics + critic_statistics))
+            if config.learning_rate_schedule == "kl":
+                kl = float(actor_statistics[1])
+                rate = adapt_learning_rate(agent.learning_rate, kl, config.kl_target, config.learning_rate_bounds)
+                agent.set_learning_rate(rate)
+            for method in agent.methods:
+                method.after_minibatch(agent, minibatch)
+    for method in agent.methods:
+        method.after_iteration(agent, rollout)
+    return summarize(torch.stack(statistics))
+
+
+def flatten(rollout: Rollout, advantage: Float[Tensor, "T B"]) -> Minibatch:
+    """All T·B samples of a rollout; the value target is Â + V."""
+    return Minibatch(
+        observation=rollout.observation.flatten(0, 1),
+        action=rollout.action.flatten(0, 1),
+        policy=rollout.policy.flatten(0, 1),
+        log_prob=rollout.log_prob.flatten(),
+        advantage=advantage.flatten(),
+        value_target=(advantage + rollout.value).flatten(),
+    )
+
+
+STATISTICS = ("policy_loss", "kl", "clip_fraction", "entropy", "actor_grad_norm", "value_loss", "critic_grad_norm")
+
+
+def actor_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Tensor]:
+    """One gradient step of the actor; every penalty and diagnostic shares this one forward pass."""
+    trace, head = agent.actor.trace(batch.observation), agent.actor.head
+    log_prob, entropy = head.log_prob(trace.output, batch.action), head.entropy(trace.output).mean()
+    loss = policy_loss(log_prob, batch.log_prob, normalize(batch.advantage), config.clip)
+    step = ActorStep(agent, batch, trace, loss - config.entropy_coefficient * entropy, agent.actor_parameters)
+    penalties = [method.actor_penalty(step) for method in agent.methods]
+    total = sum((p for p in penalties if p is not None), start=step.loss)
+    rules = [method for method in agent.methods if method.uses_actor_gradients]
+    gradients = list(
+        torch.autograd.grad(total, agent.actor_parameters, retain_graph=bool(rules), materialize_grads=True)
+    )
+    for method in rules:
+        gradients = method.actor_gradients(step, gradients)
+    norm = apply_gradients(agent.actor_optimizer, agent.actor_parameters, gradients, config.max_grad_norm)
+    with torch.no_grad():
+        kl = head.kl(batch.policy, trace.output).mean()
+        clipped = ((log_prob - batch.log_prob).exp() - 1).abs().gt(config.clip).float().mean()
+    return [loss.detach(), kl, clipped, entropy.detach(), norm]
+
+
+def critic_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Tensor]:
+    """One gradient step of the critic."""
+    trace = agent.critic.trace(batch.observation)
+    loss = value_loss(trace.output.squeeze(-1), batch.value_target)
+    penalties = [method.critic_penalty(agent, batch, trace) for method in agent.methods]
+    total = sum((p for p in penalties if p is not None), start=config.value_coefficient * loss)
+    gradients = list(torch.autograd.grad(total, agent.critic_parameters, materialize_grads=True))
+    norm = apply_gradients(agent.critic_optimizer, agent.critic_parameters, gradients, config.max_grad_norm)
+    return [loss.detach(), norm]
+
+
+def apply_gradients(
+    optimizer: torch.optim.Optimizer, parameters: list[Tensor], gradients: list[Tensor], max_norm: float
+) -> Tensor:
+    """Clip by global norm, step, and return the norm before clipping."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+    optimizer.step()
+    return norm
+
+
+def summarize(statistics: Float[Tensor, "U S"]) -> dict[str, float]:
+    """Means over an iteration's minibatches; the only place where the losses are read back.
+
+    Raises:
+        TrainingError: one of them is NaN or infinite; the message names the first such minibatch.
+    """
+    broken = ~torch.isfinite(statistics).all(1)
+    if broken.any():
+        first = int(broken.nonzero()[0])
+        values = dict(zip(STATISTICS, statistics[first].tolist(), strict=True))
+        names = ", ".join(f"{k} = {v}" for k, v in values.items() if not torch.isfinite(torch.tensor(v)))
+        raise TrainingError(f"minibatch {first + 1} of {len(statistics)}: {names}")
+    return dict(zip(STATISTICS, statistics.mean(0).tolist(), strict=True))
