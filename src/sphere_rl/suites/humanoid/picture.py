@@ -1,0 +1,67 @@
+"""Offscreen pictures of a model."""
+
+# pyright: reportAttributeAccessIssue=false
+# (MuJoCo's native members have no type stubs)
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import mujoco
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from sphere_rl.errors import ConfigError
+
+REMEDY = "a working OpenGL library: install libegl1 (MUJOCO_GL=egl) or libosmesa6 (MUJOCO_GL=osmesa)"
+
+
+def _context(width: int, height: int) -> Any:
+    """MuJoCo's own choice, but EGL on a Linux machine without a display: MuJoCo would open a window there."""
+    headless = sys.platform == "linux" and "DISPLAY" not in os.environ and not os.environ.get("MUJOCO_GL")
+    try:
+        if headless:
+            from mujoco.egl import GLContext
+        else:
+            from mujoco import GLContext
+        context = GLContext(width, height)
+        context.make_current()
+    except Exception as error:  # each backend fails in its own way
+        raise ConfigError("MUJOCO_GL", os.environ.get("MUJOCO_GL", ""), f"{REMEDY} ({error})") from error
+    return context
+
+
+class Camera:
+    """The scene through the model's camera `follow`."""
+
+    def __init__(self, model: mujoco.MjModel, width: int, height: int) -> None:
+        self._model, self._width, self._height = model, width, height
+        self._context = _context(width, height)
+        self._data = mujoco.MjData(model)
+        self._scene = mujoco.MjvScene(model, maxgeom=model.ngeom + 100)
+        self._resources = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._resources)
+        self._view = mujoco.MjvCamera()
+        self._view.type = mujoco.mjtCamera.mjCAMERA_FIXED
+        self._view.fixedcamid = model.camera("follow").id
+
+    def picture(self, qpos: Float[np.ndarray, "Q"]) -> UInt8[np.ndarray, "height width 3"]:
+        """The model in a given position."""
+        self._context.make_current()
+        self._data.qpos[:] = qpos
+        mujoco.mj_forward(self._model, self._data)
+        everything = mujoco.mjtCatBit.mjCAT_ALL.value
+        options = mujoco.MjvOption()
+        mujoco.mjv_updateScene(self._model, self._data, options, None, self._view, everything, self._scene)
+        frame = mujoco.MjrRect(0, 0, self._width, self._height)
+        mujoco.mjr_render(frame, self._scene, self._resources)
+        pixels = np.zeros((self._height, self._width, 3), dtype=np.uint8)
+        mujoco.mjr_readPixels(pixels, None, frame, self._resources)
+        return np.ascontiguousarray(pixels[::-1])
+
+    def close(self) -> None:
+        """Free the graphics memory."""
+        self._resources.free()
+        self._context.free()
