@@ -88,7 +88,7 @@ class TrainConfig:
     """Normalise observations by running statistics, frozen during a rollout and carried across tasks."""
     observation_clip: float = 10.0
     """Bound on normalised observations."""
-    network: Annotated[NetworkOptions, arg(prefix_name=False)] = field(default_factory=NetworkOptions)
+    network: Annotated[NetworkOptions, arg(name="")] = field(default_factory=NetworkOptions)
     """Sizes and layers of actor and critic."""
 
     eval_every: int = 100_000
@@ -107,7 +107,7 @@ class TrainConfig:
     """Threads of PyTorch's own operations; part of what makes a run bitwise repeatable."""
     device: str = "cpu"
     """PyTorch device of networks and rollouts."""
-    options: Annotated[MethodOptions, arg(prefix_name=False)] = field(default_factory=MethodOptions)  # type: ignore[misc]
+    options: Annotated[MethodOptions, arg(name="")] = field(default_factory=MethodOptions)  # type: ignore[misc]
     """Options of the methods."""
 
     def __post_init__(self) -> None:

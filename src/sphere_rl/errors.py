@@ -1,4 +1,4 @@
-"""The two ways a run can go wrong: its user's input, and its training."""
+"""The ways a run can go wrong: what its user asked for, and its training."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ class ConfigError(ValueError):
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
         super().__init__(f"{field}: {value!r} is not allowed; expected {allowed}")
+
+
+class CommandLineError(ValueError):
+    """What a parser of arguments says, already one line; the command line exits with 2."""
 
 
 class RunFolderError(ValueError):

@@ -29,20 +29,26 @@ from sphere_rl.experts import (
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """Shape of an actor or critic.
-
-    ``layer_norm``, ``crelu`` and ``spectral_norm`` act in every hidden layer, those of the gate included.
-    """
+    """Shape of an actor or critic; the layers of the gate are those of an expert."""
 
     width: int = 256
+    """Units of a hidden layer."""
     depth: int = 3
+    """Hidden layers."""
     num_experts: int = 10
+    """Experts of a mixture, shared ones included."""
     top_k: int = 2
+    """Experts that the gate selects for a sample."""
     num_shared: int = 1
+    """Always-on experts of shared_moe."""
     temperature: float = 1.0
+    """Divides the gate's logits before the softmax."""
     layer_norm: bool = False
+    """Linear, LayerNorm without affine, activation in every hidden layer."""
     crelu: bool = False
+    """Activation [relu(z), relu(-z)] on half as many linear units in every hidden layer."""
     spectral_norm: bool = False
+    """Every hidden weight divided by its largest singular value."""
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "num_experts"):

@@ -4,8 +4,8 @@
 the learning-rate schedule and the step counter start again at each task, and the agent is never told which task it is.
 
 Training is cut into segments. EnvPool cannot save the state of its environments, so at every segment's start they are
-made anew, from a seed that only (run seed, task, segment) decide, and at its end a checkpoint is written. A run that was
-interrupted therefore continues bitwise as the run that was not. Environments that can save their state go on instead.
+made anew, from a seed that only (run seed, task, segment) decide, and at its end a checkpoint is written. A run that
+was interrupted so continues bitwise as the run that was not. Environments that can save their state go on instead.
 """
 
 from __future__ import annotations

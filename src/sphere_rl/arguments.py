@@ -1,0 +1,81 @@
+"""The words of ``sphere train``, turned into a configuration: suite preset, TOML file, flags, in this order."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sphere_rl.config import TrainConfig, load_toml, preset
+from sphere_rl.errors import CommandLineError
+from sphere_rl.suites import make_suite
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train an agent on a sequence of tasks. Flags win over the file, the file over the suite's preset."""
+
+    settings: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    config: Path | None = None
+    """TOML file with any of these options."""
+    out: Path | None = None
+    """Run folder; by default runs/<suite>-<protocol>-<actor>-<method>-seed<seed>."""
+    quiet: bool = False
+    """No progress display."""
+
+
+def parse_train(words: list[str]) -> tuple[TrainConfig, Path, bool]:
+    """Configuration, run folder and quietness.
+
+    Raises:
+        ConfigError: a value that is not allowed.
+        CommandLineError: a flag that does not exist, or a value of the wrong type.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--suite", nargs="?")
+    first.add_argument("--config", nargs="?", type=Path)
+    early, _ = first.parse_known_args(words)
+    default = preset(make_suite(early.suite or (_suite_of(early.config) if early.config else None) or "cw10"))
+    if early.config:
+        default = load_toml(early.config, default)
+    parsed = parse(Train, Train(settings=default), words, "train")
+    return parsed.settings, parsed.out or Path("runs") / default_name(parsed.settings), parsed.quiet
+
+
+def default_name(config: TrainConfig) -> str:
+    """Name of a run's folder where none is given."""
+    return f"{config.suite}-{config.protocol}-{config.actor}-{'+'.join(config.method)}-seed{config.seed}"
+
+
+def parse(kind: Any, default: Any, words: list[str], command: str) -> Any:
+    """Parse words into a dataclass with tyro; its framed errors become one line."""
+    screen = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(screen):
+            return tyro.cli(kind, default=default, args=words, prog=f"sphere {command}")
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise CommandLineError(_first_sentence(screen.getvalue())) from None
+
+
+def _suite_of(path: Path) -> str | None:
+    """The suite that a TOML file names; whatever is wrong with the file is said when it is loaded."""
+    with contextlib.suppress(OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        return tomllib.loads(path.read_text()).get("suite")
+    return None
+
+
+def _first_sentence(framed: str) -> str:
+    """The message of a framed error: the lines between the frame's top and its first rule."""
+    inner = [line.strip(" │") for line in framed.splitlines() if line.startswith("│")]
+    stop = next((i for i, line in enumerate(inner) if set(line) <= {"─", " "}), len(inner))
+    message = " ".join(inner[:stop]) or " ".join(framed.split())
+    return re.sub(r"^Error parsing settings[\w.]*: ", "", message)

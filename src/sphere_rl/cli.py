@@ -1,0 +1,213 @@
+"""The command line: parse, call, and turn errors into one line and an exit code.
+
+Exit codes: 0 done · 2 bad arguments or configuration · 3 the run failed · 130 interrupted. Libraries load when a
+command needs them, so that ``sphere --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sphere_rl.errors import CommandLineError, ConfigError, RunFolderError, TrainingError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"sphere-rl {version('sphere-rl')}")
+        return 0
+    if words[0] not in COMMANDS:
+        return fail(f"command: {words[0]!r} is not allowed; expected one of {', '.join(COMMANDS)}")
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return COMMANDS[words[0]](words[1:]) or 0
+    except (CommandLineError, ConfigError, RunFolderError) as error:
+        return fail(str(error))
+    except TrainingError as error:
+        return fail(str(error), code=3)
+    except KeyboardInterrupt:
+        return fail("interrupted", code=130)
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        sys.stdout = None
+        return 0
+    except Exception:
+        traceback.print_exc()
+        return 3
+
+
+def overview() -> str:
+    """The text of ``sphere --help``."""
+    rows = "\n".join(f"  {name:<9} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items())
+    purpose = "Plastic Mixture-of-Experts policies in continual reinforcement learning."
+    return f"usage: sphere COMMAND ...\n\n{purpose}\n\n{rows}\n\nsphere COMMAND --help tells a command's options."
+
+
+def fail(message: str, code: int = 2) -> int:
+    """Say what is wrong in one line."""
+    print(f"sphere: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def interrupt(*_: object) -> NoReturn:
+    """Treat a polite kill as Ctrl-C: the run says so in its status."""
+    raise KeyboardInterrupt
+
+
+def train(words: list[str]) -> None:
+    """Train an agent on a sequence of tasks."""
+    from sphere_rl import protocol
+    from sphere_rl.arguments import parse_train
+    from sphere_rl.monitors import make_monitors
+    from sphere_rl.runs import RunFolder
+
+    config, out, quiet = parse_train(words)
+    config.task_sequence  # noqa: B018  refuse before the folder is made
+    with RunFolder(out) as folder:
+        with resumable(folder):
+            protocol.start(config, folder, lambda step: make_monitors(config, folder, step, quiet))
+        print_results(folder)
+
+
+def resume(words: list[str]) -> None:
+    """Continue an interrupted run exactly, from its newest checkpoint."""
+    from sphere_rl import protocol
+    from sphere_rl.config import from_dict
+    from sphere_rl.monitors import make_monitors
+    from sphere_rl.runs import RunFolder
+
+    options = run_parser("resume", resume.__doc__)
+    options.add_argument("--quiet", action="store_true", help="no progress display")
+    given = options.parse_args(words)
+    RunFolder.existing(given.run)
+    with RunFolder(given.run) as folder:
+        if folder.status().get("state") == "finished":
+            print(f"{given.run}: finished already", file=sys.stderr)
+            return
+        config = from_dict(folder.config())
+        with resumable(folder):
+            protocol.resume(folder, lambda step: make_monitors(config, folder, step, given.quiet))
+        print_results(folder)
+
+
+@contextlib.contextmanager
+def resumable(folder: Any) -> Any:
+    """After an interruption, say how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\ncontinue with: sphere resume {folder.path}", file=sys.stderr)
+        raise
+
+
+def evaluate(words: list[str]) -> None:
+    """Run deterministic episodes of a run's policy."""
+    import json
+
+    from sphere_rl.config import from_dict
+    from sphere_rl.evaluation import evaluate as run_episodes
+    from sphere_rl.policies import load_policy
+    from sphere_rl.runs import RunFolder
+    from sphere_rl.suites import check_task, make_suite
+
+    options = run_parser("evaluate", evaluate.__doc__)
+    options.add_argument("--checkpoint", default="latest", help="latest, or a file of the run's checkpoints folder")
+    options.add_argument("--tasks", nargs="+", help="tasks of the run's suite; by default all tasks of the run")
+    options.add_argument("--episodes", type=positive, default=50)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--json", action="store_true", help="one JSON object a task instead of the table")
+    given = options.parse_args(words)
+    config = from_dict(RunFolder.existing(given.run).config())
+    suite, policy = make_suite(config.suite), load_policy(given.run, given.checkpoint)
+    for task in given.tasks or ():
+        check_task(suite, task)
+    results = [
+        {"task": task} | run_episodes(policy, suite, task, given.episodes, given.seed, config.env_threads).row()
+        for task in given.tasks or config.task_sequence
+    ]
+    if given.json:
+        print("\n".join(map(json.dumps, results)))
+    else:
+        print_table(f"{given.run}, {given.checkpoint}, {given.episodes} deterministic episodes", results)
+
+
+def list_all(words: list[str]) -> None:
+    """List suites, tasks, actors, methods or metrics."""
+    from sphere_rl import catalogue
+
+    options = ArgumentParser(prog="sphere list", description=list_all.__doc__)
+    for topic in catalogue.TOPICS:
+        options.add_argument(f"--{topic}", action="store_true", help=f"only the {topic}")
+    given = options.parse_args(words)
+    chosen = [topic for topic in catalogue.TOPICS if getattr(given, topic)]
+    for topic in chosen or catalogue.TOPICS:
+        print_table(topic, catalogue.TOPICS[topic]())
+
+
+def run_parser(command: str, description: str | None) -> ArgumentParser:
+    """A parser whose first argument is a run folder."""
+    options = ArgumentParser(prog=f"sphere {command}", description=description)
+    options.add_argument("run", type=Path, help="run folder")
+    return options
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise CommandLineError(message)
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; expected a whole number above 0")
+    return int(text)
+
+
+def print_results(folder: Any) -> None:
+    """The evaluations at the ends of the tasks."""
+    columns = ("task", "task_step", "episodes", "success_final", "success_once", "mean_return")
+    rows = [{name: row[name] for name in columns} for row in folder.read("eval") if row["phase"] == "final"]
+    print_table(f"{folder.path}: at the end of each task", rows)
+
+
+def print_table(title: str, rows: list[dict[str, Any]]) -> None:
+    """Rows with equal keys as a table; wide cells fold on a terminal and stay whole in a pipe."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=400)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, title_style="bold")
+    for name in rows[0] if rows else ():
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*("–" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+    console.print(table)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "train": train,
+    "resume": resume,
+    "evaluate": evaluate,
+    "list": list_all,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
