@@ -26,7 +26,6 @@ class Humanoid:
         "minibatch_size": 64,
         "learning_rate_schedule": "kl",
         "normalize_observations": True,
-        "checkpoint_every": 1_024_000,  # environments start anew after it: long against 128 episodes of 1000 steps
         "sphere": {"mode": "grad", "rho": 0.001},
     }
 

@@ -11,6 +11,7 @@ from typing import Any
 import gymnasium
 import mujoco
 import numpy as np
+import torch
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -114,11 +115,26 @@ class HumanoidVectorEnv(VectorEnv):
             self._restart(np.flatnonzero(done))
         return self._observe(), reward, terminated, truncated, info
 
-    def set_state(self, qpos: Float[np.ndarray, "B Q"], qvel: Float[np.ndarray, "B V"]) -> Float[np.ndarray, "B D"]:
-        """Put every robot into a given state, at the start of an episode; returns the observations."""
+    def place(self, qpos: Float[np.ndarray, "B Q"], qvel: Float[np.ndarray, "B V"]) -> Float[np.ndarray, "B D"]:
+        """Put every robot into a given position and velocity, at the start of an episode; returns the observations."""
         self._qpos[:], self._qvel[:] = qpos, qvel
         self._begin(np.arange(self.num_envs))
         return self._observe()
+
+    def get_state(self) -> dict[str, Any]:
+        """Everything the future depends on, as tensors and plain numbers."""
+        streams = [generator.bit_generator.state for generator in self._generators]
+        return {"streams": streams} | {name: torch.tensor(array) for name, array in self._episode_arrays().items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `get_state` gave, bitwise."""
+        for name, array in self._episode_arrays().items():
+            array[:] = state[name].numpy()
+        for generator, stream in zip(self._generators, state["streams"], strict=True):
+            generator.bit_generator.state = stream
+
+    def _episode_arrays(self) -> dict[str, np.ndarray]:
+        return {"state": self._state, "memory": self._memory, "steps": self._steps, "returns": self._returns}
 
     def readings(self) -> Readings:
         """What the task sees now."""

@@ -89,8 +89,8 @@ def hurdles(spec: mujoco.MjSpec) -> None:
     for y in (4.725, -4.725):
         _box(walls, (35.0, y, 1.0), (35.5, 0.275, 1.0), GLASS)
     _box(walls, (-0.525, 0.0, 1.0), (0.05, 5.0, 1.0), GLASS)
-    for x in range(7, 71, 7):
-        _box(spec.worldbody, (x, 0.0, 0.1875), (0.03, 5.0, 0.1875), RED)
+    for row in range(1, 11):
+        _box(spec.worldbody, (7.0 * row, 0.0, 0.1875), (0.03, 5.0, 0.1875), RED)
     _count_contacts(spec, "obstacle", body="walls")
 
 
