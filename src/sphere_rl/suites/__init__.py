@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from sphere_rl.errors import ConfigError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import gymnasium
 
 
+@runtime_checkable
 class Suite(Protocol):
     """A benchmark: its task sequence, its training preset and its environments."""
 
