@@ -1,0 +1,203 @@
+"""Does our PPO learn as a peer's? Dense actor on one MetaWorld task beside Stable-Baselines3.
+
+    python benchmarks/learning.py --task window-close --steps 400000 --seeds 0 1 --jobs 2
+
+Both learners step the same EnvPool environments with the CW10 preset. Stable-Baselines3 differs where it cannot be set:
+actor and critic share an optimiser and a gradient clip, and weights start as PyTorch's defaults. Every run writes its
+training episodes' success and return an iteration; finished runs are kept, so the command can be repeated. The table and
+the plot go to benchmarks/learning/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sphere_rl.config import TrainConfig
+from sphere_rl.rollout import EpisodeRecorder
+from sphere_rl.runs import RunFolder
+from sphere_rl.suites import make_suite
+
+RESULTS = Path(__file__).parent / "learning"
+LEARNERS = ("sphere-rl", "stable-baselines3")
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--task", default="window-close")
+    options.add_argument("--steps", type=int, default=400_000)
+    options.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    options.add_argument("--jobs", type=int, default=2)
+    options.add_argument("--out", type=Path, default=Path("runs/learning"))
+    options.add_argument("--peer", type=int, help=argparse.SUPPRESS)  # this process is the peer with that seed
+    given = options.parse_args()
+    if given.peer is not None:
+        train_peer(given.task, given.steps, given.peer, peer_log(given.out, given.task, given.peer))
+        return
+    with ThreadPoolExecutor(given.jobs) as pool:
+        list(pool.map(lambda command: subprocess.run(command, check=True), commands(given)))
+    write_results(read_curves(given), given.task)
+
+
+def commands(given: argparse.Namespace) -> list[list[str]]:
+    """What is left to run."""
+    left = []
+    for seed in given.seeds:
+        folder = own_folder(given.out, given.task, seed)
+        if folder.status().get("state") != "finished":
+            verb = ["resume", str(folder.path)] if folder.config_path.exists() else train_words(given, seed)
+            left.append([sys.executable, "-m", "sphere_rl.cli", *verb, "--quiet"])
+        if not peer_log(given.out, given.task, seed).exists():
+            again = ["--task", given.task, "--steps", str(given.steps), "--out", str(given.out), "--peer", str(seed)]
+            left.append([sys.executable, __file__, *again])
+    return left
+
+
+def train_words(given: argparse.Namespace, seed: int) -> list[str]:
+    return f"""train --suite cw10 --protocol rl --tasks {given.task} --actor dense --method none --seed {seed}
+        --steps-per-task {given.steps} --spectrum-every -1 --out {own_folder(given.out, given.task, seed).path}""".split()
+
+
+def own_folder(out: Path, task: str, seed: int) -> RunFolder:
+    return RunFolder(out / f"sphere-rl-{task}-{seed}")
+
+
+def peer_log(out: Path, task: str, seed: int) -> Path:
+    return out / f"stable-baselines3-{task}-{seed}.jsonl"
+
+
+def train_peer(task: str, steps: int, seed: int, log: Path) -> None:
+    """Stable-Baselines3's PPO with the CW10 preset; one line an iteration, the file appears when it is done."""
+    import torch
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.vec_env import VecEnv
+
+    torch.set_num_threads(1)
+    config, envs = TrainConfig(), make_suite("cw10").make(task, TrainConfig().num_envs, seed, 1)
+    recorder, rows, episodes = EpisodeRecorder(envs.num_envs), [], []
+
+    class Adapter(VecEnv):
+        """Our vector environment as theirs: ended environments are reset in the same step in both."""
+
+        def __init__(self) -> None:
+            super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
+
+        def reset(self) -> np.ndarray:
+            return envs.reset()[0].astype(np.float32)
+
+        def step_async(self, actions: np.ndarray) -> None:
+            self.actions = actions
+
+        def step_wait(self) -> Any:
+            observation, reward, terminated, truncated, info = envs.step(self.actions)
+            done = terminated | truncated
+            episodes.extend(episode for _, episode in recorder.step(reward, done, info))
+            infos: list[dict[str, Any]] = [{} for _ in done]
+            for i in np.flatnonzero(done):
+                infos[i] = {
+                    "terminal_observation": info["final_obs"][i].astype(np.float32),
+                    "TimeLimit.truncated": bool(truncated[i] and not terminated[i]),
+                }
+            if len(done) and self._count() % config.num_steps == 0:
+                rows.append(row_of(self.count * envs.num_envs, episodes))
+                episodes.clear()
+            return observation.astype(np.float32), reward, done, infos
+
+        count = 0
+
+        def _count(self) -> int:
+            self.count += 1
+            return self.count
+
+        def close(self) -> None: ...
+        def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+            return [None] * self.num_envs
+
+        def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None: ...
+        def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+            return [None] * self.num_envs
+
+        def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+            return [False] * self.num_envs
+
+    learner = PPO(
+        "MlpPolicy", Adapter(), n_steps=config.num_steps, batch_size=config.minibatch_size, n_epochs=config.num_epochs,
+        learning_rate=lambda left: config.learning_rate_end + left * (config.learning_rate - config.learning_rate_end),
+        gamma=config.gamma, gae_lambda=config.gae_lambda, clip_range=config.clip, ent_coef=0.0, vf_coef=0.5,
+        max_grad_norm=config.max_grad_norm, seed=seed, device="cpu",
+        policy_kwargs={
+            "net_arch": {"pi": [256] * 3, "vf": [256] * 3}, "activation_fn": torch.nn.ReLU, "ortho_init": False,
+            "optimizer_kwargs": {"eps": config.adam_eps},
+        },
+    )  # fmt: skip
+    iterations = steps // config.steps_per_iteration
+    learner.learn(iterations * config.steps_per_iteration)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows[:iterations]))
+
+
+def row_of(step: int, episodes: list[Any]) -> dict[str, float]:
+    return {
+        "global_step": step,
+        "success_once": float(np.mean([e.success_once for e in episodes])),
+        "success_final": float(np.mean([e.success_final for e in episodes])),
+        "mean_return": float(np.mean([e.total_reward for e in episodes])),
+    }
+
+
+def read_curves(given: argparse.Namespace) -> dict[str, dict[int, list[dict[str, float]]]]:
+    """Rows by learner and seed."""
+    own = {seed: own_folder(given.out, given.task, seed).read("train") for seed in given.seeds}
+    peer = {
+        seed: [json.loads(line) for line in peer_log(given.out, given.task, seed).read_text().splitlines()]
+        for seed in given.seeds
+    }
+    return dict(zip(LEARNERS, (own, peer), strict=True))
+
+
+def write_results(curves: dict[str, dict[int, list[dict[str, float]]]], task: str) -> None:
+    """Curves as CSV, a table of means over parts of training, and the plot."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    RESULTS.mkdir(exist_ok=True)
+    columns = ("success_final", "success_once", "mean_return")
+    lines = ["learner,seed,global_step," + ",".join(columns)]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), constrained_layout=True)
+    table = [f"| {task} | seed | " + " | ".join(f"success / return, {part}" for part in PARTS) + " |"]
+    table.append("|---|---|" + "---|" * len(PARTS))
+    for (learner, by_seed), color in zip(curves.items(), ("#0072b2", "#d55e00"), strict=True):
+        for seed, rows in by_seed.items():
+            lines += [f"{learner},{seed},{r['global_step']}," + ",".join(f"{r[c]:.6g}" for c in columns) for r in rows]
+            for axis, column in zip(axes, ("success_final", "mean_return"), strict=True):
+                style = "-" if learner == LEARNERS[0] else "--"
+                axis.plot([r["global_step"] for r in rows], [r[column] for r in rows], style, color=color,
+                          label=f"{learner}, seed {seed}")  # fmt: skip
+            cells = []
+            for low, high in PARTS.values():
+                part = rows[int(low * len(rows)) : max(1, int(high * len(rows)))]
+                success, total = (np.mean([r[c] for r in part]) for c in ("success_final", "mean_return"))
+                cells.append(f"{success:.2f} / {total:.0f}")
+            table.append(f"| {learner} | {seed} | " + " | ".join(cells) + " |")
+    for axis, label in zip(axes, ("success at the episode's end", "return"), strict=True):
+        axis.set(xlabel="environment steps", ylabel=f"{label}, training episodes", title=task)
+    axes[0].legend(fontsize=8)
+    figure.savefig(RESULTS / f"{task}.png", dpi=120)
+    (RESULTS / f"{task}.csv").write_text("\n".join(lines) + "\n")
+    (RESULTS / f"{task}.md").write_text("\n".join(table) + "\n")
+    print("\n".join(table))
+
+
+PARTS = {"first third": (0, 1 / 3), "second third": (1 / 3, 2 / 3), "last third": (2 / 3, 1)}
+
+if __name__ == "__main__":
+    main()
