@@ -40,7 +40,7 @@ class Agent:
         self.config, self.spaces, self.device = config, spaces, torch.device(config.device)
         self.methods: list[Method] = [methods()[name](getattr(config.options, name)) for name in config.method]
         for method in self.methods:
-            method.check(config.actor, spaces.discrete)
+            method.check(config, spaces.discrete)
         init = torch.Generator().manual_seed(derive_seed(seed, "init"))
         self.generator = torch.Generator(self.device).manual_seed(derive_seed(seed, "training"))
         self.actor, self.critic = self.fresh_networks(init)
@@ -73,10 +73,20 @@ class Agent:
 
     def moments(self, parameter: Tensor) -> list[Tensor]:
         """Adam's moment estimates of a parameter, to be changed in place; empty before its first step."""
+        state = self._optimizer_state(parameter)
+        return [state[key] for key in ("exp_avg", "exp_avg_sq") if key in state]
+
+    def forget(self, parameter: Tensor) -> None:
+        """Let Adam start anew on a parameter that was replaced: moments and step count are zero again."""
+        state = self._optimizer_state(parameter)
+        for value in (*self.moments(parameter), *([state["step"]] if "step" in state else [])):
+            value.zero_()
+
+    def _optimizer_state(self, parameter: Tensor) -> dict[str, Any]:
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
             if parameter in optimizer.state:
-                return [value for value in optimizer.state[parameter].values() if value.shape == parameter.shape]
-        return []
+                return optimizer.state[parameter]
+        return {}
 
     def set_learning_rate(self, rate: float) -> None:
         """Set the step size of both optimisers."""

@@ -54,6 +54,8 @@ class NetworkOptions:
         for name in ("width", "depth", "num_experts"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "at least 1")
+        if self.crelu and self.width % 2:
+            raise ConfigError("width", self.width, "an even number with crelu")
         if not 1 <= self.top_k <= self.num_experts:
             raise ConfigError("top_k", self.top_k, f"1 to num_experts ({self.num_experts})")
         if not 0 <= self.num_shared <= self.num_experts - self.top_k:
@@ -147,10 +149,10 @@ KINDS: dict[str, str] = {
 
 
 def wide_width(observation_dim: int, output_dim: int, options: NetworkOptions) -> int:
-    """Width at which one MLP has about the parameters of the mixture: width·√(their ratio), rounded."""
+    """Width at which one MLP has about the parameters of the mixture: width·√(their ratio), rounded to even."""
     one = mlp_parameters(observation_dim, output_dim, options)
     gate = mlp_parameters(observation_dim, options.num_experts, options)
-    return round(options.width * sqrt((gate + options.num_experts * one) / one))
+    return 2 * round(options.width * sqrt((gate + options.num_experts * one) / one) / 2)
 
 
 def mlp_parameters(observation_dim: int, output_dim: int, options: NetworkOptions) -> int:

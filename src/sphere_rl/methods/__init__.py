@@ -3,6 +3,10 @@
 A module of this package defines one subclass of `Method`, named after the file: its rule, defaults and citation. A
 method acts through hooks at fixed places of training; what it does not override does nothing. Several methods compose
 in the order given.
+
+Rules that hold for every method: parameters keep their identity (they are changed in place, never replaced by new
+objects); what is replaced or reset starts with fresh Adam moments (`Agent.moments`, `Agent.forget`); randomness comes
+from ``agent.generator``; whatever the next minibatch depends on is in ``state_dict``.
 """
 
 from __future__ import annotations
@@ -61,8 +65,8 @@ class Method:
     def __init__(self, config: Any) -> None:
         self.config = config
 
-    def check(self, actor: str, discrete: bool) -> None:
-        """Raise `ConfigError` where the method cannot apply to this actor."""
+    def check(self, config: TrainConfig, discrete: bool) -> None:
+        """Raise `ConfigError` where the method cannot apply to this actor and critic."""
 
     def network_options(self) -> dict[str, Any]:
         """Fields of `NetworkOptions` that the method sets, for actor and critic."""
@@ -115,23 +119,24 @@ class Method:
 
 @cache
 def methods() -> dict[str, type[Method]]:
-    """All methods by name."""
+    """All methods by name. Modules whose name begins with an underscore are what several methods share."""
     found: dict[str, type[Method]] = {}
-    for module in iter_modules(__path__):
-        members = vars(import_module(f"{__name__}.{module.name}")).values()
-        own = [
-            m for m in members if isinstance(m, type) and issubclass(m, Method) and m.__module__.endswith(module.name)
-        ]
-        for method in own:
-            method.name = module.name
-            found[module.name] = method
+    for name in (module.name for module in iter_modules(__path__) if not module.name.startswith("_")):
+        module = import_module(f"{__name__}.{name}")
+        for member in vars(module).values():
+            if isinstance(member, type) and issubclass(member, Method) and member.__module__ == module.__name__:
+                member.name = name
+                found[name] = member
     return found
 
 
 def check_methods(names: Sequence[str]) -> None:
-    """Raise `ConfigError` for a name that no method has, or that is given twice."""
+    """Raise `ConfigError` for a name that no method has or that is given twice, and for two optimisers."""
     for name in names:
         if name not in methods():
             raise ConfigError("method", name, f"one or more of {', '.join(methods())}")
         if names.count(name) > 1:
             raise ConfigError("method", " ".join(names), "each method once")
+    optimizers = [name for name in names if methods()[name].make_optimizer is not Method.make_optimizer]
+    if len(optimizers) > 1:
+        raise ConfigError("method", " ".join(names), f"at most one that replaces Adam, not {' and '.join(optimizers)}")
