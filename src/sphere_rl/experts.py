@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -56,6 +57,11 @@ class Routing:
                 blocks.append((expert, start, start + count))
             start += count
         return tuple(blocks)
+
+    @cached_property
+    def block_rows(self) -> tuple[Int[Tensor, "_"], ...]:
+        """The samples of each block, ascending."""
+        return tuple(self.sample[start:end] for _, start, end in self.blocks)
 
 
 def _routing(weights: Float[Tensor, "N E"], selected: Bool[Tensor, "N E"]) -> Routing:
@@ -109,9 +115,65 @@ def grouped_linear(
     bias: Float[Tensor, "E out"],
     routing: Routing,
 ) -> Float[Tensor, "M out"]:
-    """y_j = W_e x_j + b_e with e the expert of assignment j."""
-    rows = [F.linear(x[start:end], weight[e], bias[e]) for e, start, end in routing.blocks]
-    return torch.cat(rows) if rows else x.new_zeros(0, weight.shape[1])
+    """y_j = W_e x_j + b_e with e the expert of assignment j; only experts with assignments are computed."""
+    if routing.num_experts == 1:
+        return F.linear(x, weight.squeeze(0), bias.squeeze(0))
+    if torch._C._are_functorch_transforms_active():
+        return _composed_forward(x, weight, bias, routing.counts)
+    return _GroupedLinear.apply(x, weight, bias, routing)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """One matrix product for each expert that has rows, written straight into its rows of the result.
+
+    Rows in one block per expert cost what the selected experts cost however skewed the counts are; padding the
+    blocks to one batched product is slower as soon as they differ, and no faster on one core when they do not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, routing: Routing) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.routing = routing
+        y = bias.index_select(0, routing.expert)
+        counts = routing.counts
+        for rows, x_e, w_e in zip(y.split(counts), x.split(counts), weight.mT.unbind(0), strict=True):
+            if len(rows):
+                rows.addmm_(x_e, w_e)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        x, weight = ctx.saved_tensors
+        counts = ctx.routing.counts
+        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+            return *_composed_backward(grad, x, weight, counts), None
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(weight)
+        grad_bias = grad.new_zeros(len(weight), grad.shape[1]).index_add_(0, ctx.routing.expert, grad)
+        for g_e, x_e, out in zip(grad.split(counts), x.split(counts), grad_weight.unbind(0), strict=True):
+            torch.mm(g_e.t(), x_e, out=out) if len(g_e) else out.zero_()
+        if grad_x is not None:
+            for g_e, w_e, out in zip(grad.split(counts), weight.unbind(0), grad_x.split(counts), strict=True):
+                if len(g_e):
+                    torch.mm(g_e, w_e, out=out)
+        return grad_x, grad_weight, grad_bias, None
+
+
+def _composed_forward(x: Tensor, weight: Tensor, bias: Tensor, counts: tuple[int, ...]) -> Tensor:
+    """`_GroupedLinear.forward` in operations that differentiate any number of times."""
+    parts = zip(x.split(counts), weight, bias, strict=True)
+    return torch.cat([F.linear(x_e, w_e, b_e) for x_e, w_e, b_e in parts])
+
+
+def _composed_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, counts: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_GroupedLinear.backward` in operations that differentiate any number of times."""
+    grads = grad.split(counts)
+    grad_x = torch.cat([g_e @ w_e for g_e, w_e in zip(grads, weight, strict=True)])
+    grad_weight = torch.stack([g_e.t() @ x_e for g_e, x_e in zip(grads, x.split(counts), strict=True)])
+    return grad_x, grad_weight, torch.stack([g_e.sum(0) for g_e in grads])
 
 
 class GroupedLinear(nn.Module):
@@ -190,16 +252,14 @@ class RoutedFeatures:
         n = self.routing.num_samples
         weighted = self.routing.gate[:, None] * self.values
         gram = weighted.new_zeros(n, n)
-        for _, start, end in self.routing.blocks:
-            rows, block = self.routing.sample[start:end], weighted[start:end]
+        for (_, start, end), rows in zip(self.routing.blocks, self.routing.block_rows, strict=True):
+            block = weighted[start:end]
             gram = gram.index_put((rows[:, None], rows[None, :]), block @ block.t(), accumulate=True)
         return gram / n
 
     def sphere_penalty(self) -> Float[Tensor, ""]:
         """‖A‖_F² − (tr A)²/m over all experts jointly; gradients reach the features and the gate."""
-        gram = self.gram()
-        m = self.routing.num_experts * self.values.shape[1]
-        return gram.square().sum() - gram.trace().square() / m
+        return _SpherePenalty.apply(self.routing.gate[:, None] * self.values, self.routing)
 
     def sphere_penalty_per_expert(self) -> Float[Tensor, ""]:
         """Σ_e ‖A_e‖_F² − (tr A_e)²/H with A_e = Φ_eᵀΦ_e/N: no cross-expert terms."""
@@ -216,6 +276,54 @@ class RoutedFeatures:
         n, experts = self.routing.num_samples, self.routing.num_experts
         dense = rows.new_zeros(n, experts, rows.shape[1])
         return dense.index_put((self.routing.sample, self.routing.expert), rows)
+
+
+class _SpherePenalty(torch.autograd.Function):
+    """‖S − cI‖_F² + (m − N)c², S = ΦΦᵀ/N, c = tr S/m, with gradient 4/N (S − cI)Φ, both from routed rows only.
+
+    A sum of squares: ‖A‖² − (tr A)²/m would cancel where the spectrum is almost flat. Two samples meet in S only
+    through experts they share, so expert e adds the products of its own rows Φ_e. An expert that sees most
+    samples does so as an N × N product, the others through the index of their c_e² entries.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weighted: Tensor, routing: Routing) -> Tensor:
+        n, m = routing.num_samples, routing.num_experts * weighted.shape[1]
+        gram = weighted.new_zeros(n, n)
+        blocks = []
+        for (_, start, end), rows in zip(routing.blocks, routing.block_rows, strict=True):
+            block, entries = weighted[start:end], None
+            if end - start == n:
+                gram.addmm_(block, block.t())
+            elif end - start > 0.75 * n:
+                block = weighted.new_zeros(n, weighted.shape[1]).index_copy_(0, rows, block)
+                gram.addmm_(block, block.t())
+            else:
+                entries = (rows[:, None] * n + rows).view(-1)
+                gram.put_(entries, block @ block.t(), accumulate=True)
+            blocks.append((block, entries))
+        gram /= n
+        mean = gram.trace() / m
+        gram.diagonal().sub_(mean)
+        ctx.saved = gram, blocks, routing
+        return gram.square().sum() + (m - n) * mean.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, None]:
+        gram, blocks, routing = ctx.saved
+        n = routing.num_samples
+        parts = []
+        for (_, start, end), rows, (block, entries) in zip(routing.blocks, routing.block_rows, blocks, strict=True):
+            if entries is not None:
+                parts.append(gram.take(entries).view(end - start, end - start) @ block)
+            elif end - start == n:
+                parts.append(gram @ block)
+            else:
+                parts.append((gram @ block).index_select(0, rows))
+        return torch.cat(parts).mul_(grad * (4 / n)), None
 
 
 @dataclass(frozen=True)
@@ -260,7 +368,8 @@ class ExpertMLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "N in"], routing: Routing) -> ExpertOutput:
         """Rows of x through their experts; `routing` must have been made for as many rows and experts."""
-        h, features = x[routing.sample], []
+        alone = routing.num_experts == 1  # every sample once, in order: nothing to gather or add up
+        h, features = x if alone else x.index_select(0, routing.sample), []
         for layer in self.hidden:
             z = layer(h, routing)
             if self.layer_norm:
@@ -268,5 +377,6 @@ class ExpertMLP(nn.Module):
             h = torch.cat((z.relu(), (-z).relu()), dim=1) if self.crelu else z.relu()
             features.append(RoutedFeatures(values=h, preactivation=z, routing=routing))
         weighted = routing.gate[:, None] * self.head(h, routing)
-        out = weighted.new_zeros(len(x), weighted.shape[1]).index_add(0, routing.sample, weighted)
+        out = weighted.new_zeros(len(x), weighted.shape[1])
+        out = weighted if alone else out.index_add(0, routing.sample, weighted)
         return ExpertOutput(out=out, features=tuple(features))
