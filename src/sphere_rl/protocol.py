@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
-import torch
-
 from sphere_rl import checkpoint
 from sphere_rl.agent import Agent, Policy, Spaces
 from sphere_rl.config import TrainConfig, from_dict, to_dict
@@ -25,6 +23,7 @@ from sphere_rl.evaluation import evaluate, summarize
 from sphere_rl.ppo import update
 from sphere_rl.rollout import Collector, Rollout
 from sphere_rl.runs import Logs, RunFolder
+from sphere_rl.runtime import tune_process
 from sphere_rl.seeding import derive_seed
 from sphere_rl.suites import make_suite
 
@@ -59,7 +58,7 @@ def start(config: TrainConfig, folder: RunFolder, monitors: Callable[[int], list
 def resume(folder: RunFolder, monitors: Callable[[int], list[Monitor]]) -> None:
     """Train from the newest checkpoint to the end; ``monitors(global_step)`` makes those who watch."""
     config = from_dict(folder.config())
-    torch.set_num_threads(config.torch_threads)
+    tune_process(config.torch_threads)
     state = checkpoint.latest_run(folder)
     run = Run(config, folder, state, monitors)
     try:

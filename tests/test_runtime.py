@@ -1,0 +1,31 @@
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PROBE = """
+import resource, torch
+from sphere_rl.runtime import tune_process
+
+tune_process(1)
+tiny = torch.full((1000,), 1e-38) * 0.1
+
+def gradients():
+    return [torch.zeros(10, 256, 256) for _ in range(3)]
+
+for _ in range(5):
+    gradients()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    gradients()
+print(torch.get_num_threads(), int(tiny.count_nonzero()), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the memory setting is glibc's")
+def test_denormals_are_flushed_and_freed_gradients_stay_in_the_process():
+    result = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True)
+    threads, denormals, page_faults = map(int, result.stdout.split())
+    assert (threads, denormals) == (1, 0)
+    assert page_faults < 640  # 8 MB in 4 KiB pages 20 times are 38 400 where memory goes back to the system
