@@ -1,0 +1,156 @@
+"""Run folders as tables: what statistics, figures and the report read. Nothing here is written, nothing recomputed.
+
+A *method* in these tables is a label: the composed names, and every setting in which runs of that composition differ
+(``sphere rho=0.01``), so that no table mixes runs that were made differently.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from sphere_rl.errors import RunFolderError
+from sphere_rl.runs import RunFolder
+from sphere_rl.suites import make_suite
+
+KEY = ("suite", "protocol", "actor", "method", "seed")
+"""Columns that name an experiment: one seed of one method. Protocol rl may spread its tasks over several folders."""
+IDENTITY = {"suite", "protocol", "actor", "method", "seed", "tasks"}
+"""Fields of a configuration that name a run; runs that differ in others carry the difference in their label."""
+INCIDENTAL = {"device", "env_threads", "torch_threads", "checkpoint_every", "eval_every", "spectrum_every"}
+"""Fields that change how a run is watched or computed, not what is trained."""
+EVAL = {
+    "global_step": pl.Int64, "task_index": pl.Int64, "task": pl.String, "task_step": pl.Int64, "phase": pl.String,
+    "episodes": pl.Int64, "success_final": pl.Float64, "success_once": pl.Float64, "mean_return": pl.Float64,
+    "std_return": pl.Float64, "mean_length": pl.Float64,
+}  # fmt: skip
+SPECTRUM = {
+    "global_step": pl.Int64, "task_index": pl.Int64, "task": pl.String, "task_step": pl.Int64, "batch": pl.String,
+    "r_e_K": pl.Float64, "r_e_A": pl.Float64, "gate_entropy": pl.Float64, "expert_load": pl.List(pl.Float64),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Results:
+    """Four tables that share the columns ``run`` and `KEY`.
+
+    runs: one row a folder, with its state, progress and speed. evals, spectra: one row a line of the logs.
+    """
+
+    root: Path
+    runs: pl.DataFrame
+    evals: pl.DataFrame
+    spectra: pl.DataFrame
+
+    def folder(self, run: str) -> RunFolder:
+        """A run's folder by its name in the tables."""
+        return RunFolder.existing(self.root / run)
+
+    @property
+    def tasks(self) -> dict[str, tuple[str, ...]]:
+        """For each suite its tasks in training order: the longest sequence among the runs, then all others."""
+        found: dict[str, list[str]] = {}
+        for row in self.runs.sort("num_tasks", descending=True, maintain_order=True).iter_rows(named=True):
+            names = found.setdefault(row["suite"], list(row["tasks"]))
+            names.extend(task for task in row["tasks"] if task not in names)
+        return {suite: tuple(names) for suite, names in found.items()}
+
+
+def run_folders(root: Path | str) -> list[Path]:
+    """Every run folder at or below ``root``, by name."""
+    return sorted(path.parent for path in Path(root).rglob("config.json") if (path.parent / "checkpoints").is_dir())
+
+
+def load_results(root: Path | str) -> Results:
+    """Read every run folder at or below ``root``; runs that are still going are read as far as they are.
+
+    Raises:
+        RunFolderError: there is no run folder.
+    """
+    root = Path(root)
+    folders = [RunFolder(path) for path in run_folders(root)]
+    if not folders:
+        raise RunFolderError(f"{root}: holds no run folder")
+    saved = [json.loads(folder.config_path.read_text()) for folder in folders]
+    labels = method_labels([record["config"] for record in saved])
+    runs, evals, spectra = [], [], []
+    for folder, record, label in zip(folders, saved, labels, strict=True):
+        config, run = record["config"], str(folder.path.relative_to(root))
+        key = {"run": run} | {name: config[name] for name in KEY} | {"method": label}
+        runs.append(key | _run_row(folder, record))
+        evals.extend(key | row for row in folder.read("eval"))
+        spectra.extend(key | row for row in folder.read("spectrum"))
+    keys = {"run": pl.String} | dict.fromkeys(KEY, pl.String) | {"seed": pl.Int64}
+    return Results(
+        root,
+        pl.DataFrame(runs, infer_schema_length=None, schema_overrides={"error": pl.String, "speed": pl.Float64}),
+        _table(evals, keys | EVAL),
+        _table(spectra, keys | SPECTRUM),
+    )
+
+
+def method_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Label of each run: its methods, and ``name=value`` for every setting in which its peers differ.
+
+    Peers are the runs of the same suite, actor and methods, whatever their protocol.
+    """
+    flat = [dict(_settings(config)) for config in configs]
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for i, config in enumerate(configs):
+        groups.setdefault((config["suite"], config["actor"], *config["method"]), []).append(i)
+    labels = ["+".join(config["method"]) for config in configs]
+    for members in groups.values():
+        for name in flat[members[0]]:
+            if len({repr(flat[i].get(name)) for i in members}) > 1:
+                for i in members:
+                    labels[i] += f" {name.rpartition('.')[2]}={plain(flat[i].get(name))}"
+    return labels
+
+
+def plain(value: Any) -> str:
+    """A setting's value in few characters."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Settings that tell what was trained: own fields, the network's, and the options of the methods in use."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            if name == "network" or name in config["method"]:
+                yield from ((f"{name}.{inner}", item) for inner, item in value.items())
+        elif name not in IDENTITY | INCIDENTAL:
+            yield name, value
+
+
+def _run_row(folder: RunFolder, record: Mapping[str, Any]) -> dict[str, Any]:
+    config, status = record["config"], folder.status()
+    train = folder.read("train")
+    speeds = sorted(row["steps_per_second"] for row in train)
+    finals = [row["task"] for row in folder.read("eval") if row["phase"] == "final"]
+    tasks = config["tasks"] or make_suite(config["suite"]).tasks
+    batch = config["num_envs"] * config["num_steps"]
+    return {
+        "state": status.get("state", "new"),
+        "task": status.get("task"),
+        "error": status.get("error"),
+        "tasks": list(tasks),
+        "num_tasks": len(tasks),
+        "tasks_done": len(finals),
+        "steps_per_task": config["steps_per_task"] // batch * batch,
+        "global_step": train[-1]["global_step"] if train else 0,
+        "speed": speeds[len(speeds) // 2] if speeds else None,
+        "commit": record["commit"],
+    }
+
+
+def _table(rows: list[dict[str, Any]], schema: Mapping[str, Any]) -> pl.DataFrame:
+    """Rows as a table that has at least the columns of ``schema``, null where a row has no such entry."""
+    complete = [dict.fromkeys(schema) | row for row in rows]
+    if not complete:
+        return pl.DataFrame(schema=dict(schema))
+    return pl.DataFrame(complete, infer_schema_length=None, schema_overrides=dict(schema), strict=False)

@@ -1,0 +1,240 @@
+"""Statistics of runs: pure functions of tables, with bootstrap intervals from a seeded generator.
+
+Scores are a matrix [S, T], seeds by tasks, of the success at the end of training on each task. What is resampled
+follows the protocol: in ``rl`` every entry is a run of its own, so seeds are drawn anew within each task (the task is
+the stratum, Agarwal et al. 2021); in ``crl`` a row is one agent, so whole rows are drawn. One seed has no interval.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float
+from numpy import ndarray
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000
+GROUP = ("suite", "actor", "method")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A statistic with its 95 % percentile bootstrap interval, and the number of seeds behind it."""
+
+    value: float
+    low: float | None
+    high: float | None
+    seeds: int
+
+    def __str__(self) -> str:
+        bounds = "" if self.low is None else f" [{self.low:.2f}, {self.high:.2f}]"
+        return f"{self.value:.2f}{bounds}"
+
+
+Statistic = Callable[[Float[ndarray, "*b n"]], Float[ndarray, "*b"]]
+
+
+def mean(values: Float[ndarray, "*b n"]) -> Float[ndarray, "*b"]:
+    """Mean over the last axis: average final success, where the values are final successes."""
+    return np.asarray(values.mean(-1))
+
+
+def iqm(values: Float[ndarray, "*b n"]) -> Float[ndarray, "*b"]:
+    """Interquartile mean: the mean without the lowest and the highest quarter (Agarwal et al. 2021)."""
+    from scipy.stats import trim_mean
+
+    return np.asarray(trim_mean(values, 0.25, axis=-1))
+
+
+def estimate(
+    scores: Float[ndarray, "S T"], protocol: str, statistic: Statistic = mean, *, seed: int = 0
+) -> Estimate | None:
+    """Statistic of all entries with its interval; ``None`` without scores. Seeds that miss a task are left out."""
+    scores = complete(scores)
+    if not scores.size:
+        return None
+    draws = bootstrap(scores, protocol, statistic, seed=seed)
+    low, high = interval(draws)
+    return Estimate(float(statistic(scores.ravel())), low, high, len(scores))
+
+
+def bootstrap(
+    scores: Float[ndarray, "S T"], protocol: str, statistic: Statistic = mean, *, seed: int = 0
+) -> Float[ndarray, "B"] | None:
+    """Draws of the statistic under resampling of seeds; ``None`` for a single seed, whose spread is unknown."""
+    from scipy.stats import bootstrap as resample
+
+    if len(scores) < 2:
+        return None
+
+    def of_tasks(*tasks: Float[ndarray, "*b S"], axis: int = -1) -> Float[ndarray, "*b"]:
+        return statistic(np.concatenate(tasks, axis))
+
+    result = resample(
+        tuple(scores.T),
+        of_tasks,
+        paired=protocol == "crl",
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return result.bootstrap_distribution
+
+
+def interval(draws: Float[ndarray, "B"] | None) -> tuple[float, float] | tuple[None, None]:
+    """The central 95 % of bootstrap draws."""
+    if draws is None:
+        return None, None
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+def paired_difference(
+    ours: pl.DataFrame, theirs: pl.DataFrame, protocol: str, statistic: Statistic = mean, *, seed: int = 0
+) -> Estimate | None:
+    """Statistic of ours − theirs, entry by entry over the (seed, task) that both have: columns seed, place, score."""
+    both = ours.join(theirs, on=["seed", "place"], suffix="_theirs")
+    difference = both.select("seed", "place", score=pl.col("score") - pl.col("score_theirs"))
+    return estimate(matrix(difference), protocol, statistic, seed=seed)
+
+
+def gap(rl: Float[ndarray, "S T"], crl: Float[ndarray, "R T"], *, seed: int = 0) -> Estimate | None:
+    """Mean over RL runs − mean over CRL runs; the two are resampled independently. Positive: continual learning costs.
+
+    ``seeds`` is the smaller of the two numbers of seeds.
+    """
+    rl, crl = complete(rl), complete(crl)
+    if not rl.size or not crl.size:
+        return None
+    draws = bootstrap(rl, "rl", seed=seed), bootstrap(crl, "crl", seed=seed + 1)
+    low, high = interval(None if draws[0] is None or draws[1] is None else draws[0] - draws[1])
+    return Estimate(float(rl.mean() - crl.mean()), low, high, min(len(rl), len(crl)))
+
+
+def complete(scores: Float[ndarray, "S T"]) -> Float[ndarray, "R T"]:
+    """The seeds that have a score on every task."""
+    return scores[~np.isnan(scores).any(axis=1)] if scores.size else scores
+
+
+def matrix(scores: pl.DataFrame, places: Sequence[int] | None = None) -> Float[ndarray, "S T"]:
+    """Scores [S, T] of a table with columns seed, place and score, NaN where there is none."""
+    places = list(places) if places is not None else sorted(scores["place"].unique())
+    seeds = sorted(scores["seed"].unique())
+    filled = np.full((len(seeds), len(places)), np.nan)
+    for seed, place, score in scores.select("seed", "place", "score").iter_rows():
+        if place in places and score is not None:
+            filled[seeds.index(seed), places.index(place)] = score
+    return filled
+
+
+def final_scores(evals: pl.DataFrame, tasks: Sequence[str], column: str = "success_final") -> pl.DataFrame:
+    """Score at the end of training on each task: evals of one experiment (phase final) → seed, place, task, score.
+
+    ``place`` is the task's index in ``tasks``, the sequence; in runs of protocol rl that hold a single task, too.
+    """
+    return _scores(evals.filter(pl.col("phase") == "final"), tasks, column)
+
+
+def retention_scores(evals: pl.DataFrame, tasks: Sequence[str], column: str = "success_final") -> pl.DataFrame:
+    """Score on each task after the last one: seed, place, task, score."""
+    return _scores(evals.filter(pl.col("phase") == "retention"), tasks, column)
+
+
+def forgetting_scores(final: pl.DataFrame, retention: pl.DataFrame) -> pl.DataFrame:
+    """Score at the end of task i − retention of task i; positive: forgotten. The last task counts, with about 0."""
+    both = final.join(retention, on=["seed", "place"], suffix="_later")
+    return both.select("seed", "place", "task", score=pl.col("score") - pl.col("score_later"))
+
+
+def area_under_curve(task_steps: Sequence[int], scores: Sequence[float], steps: int) -> float:
+    """Mean score over training on a task, in the score's unit: trapezoids through the evaluations, divided by steps.
+
+    Before the first evaluation the score counts as the first one's, after the last as the last one's.
+    """
+    order = np.argsort(task_steps)
+    x = np.clip(np.asarray(task_steps, float)[order], 0, steps)
+    y = np.asarray(scores, float)[order]
+    x, y = np.r_[0.0, x, steps], np.r_[y[0], y, y[-1]]
+    return float(np.trapezoid(y, x) / steps)
+
+
+def forward_transfer(crl_area: float, rl_area: float) -> float | None:
+    """(CRL area − RL area)/(1 − RL area); ``None`` where RL is at 1 throughout. Source: Wołczyk et al. 2021."""
+    return None if rl_area >= 1 else (crl_area - rl_area) / (1 - rl_area)
+
+
+def forward_transfer_scores(
+    evals: pl.DataFrame, tasks: Sequence[str], steps: int, column: str = "success_final"
+) -> pl.DataFrame:
+    """Forward transfer of each CRL seed on each task against the mean area of the RL runs: seed, place, task, score.
+
+    ``evals``: both protocols of one method.
+    """
+    areas: dict[str, dict[tuple[int, str], float]] = {"rl": {}, "crl": {}}
+    curves = evals.filter(pl.col("phase").is_in(["train", "final"]) & pl.col(column).is_not_null())
+    for (protocol, seed, task), curve in curves.group_by("protocol", "seed", "task", maintain_order=True):
+        area = area_under_curve(curve["task_step"].to_list(), curve[column].to_list(), steps)
+        areas[str(protocol)][int(str(seed)), str(task)] = area
+    finished = {(seed, task) for seed, task in final_scores(evals, tasks, column).select("seed", "task").iter_rows()}
+    rows = []
+    for (seed, task), area in areas["crl"].items():
+        alone = [value for (_, name), value in areas["rl"].items() if name == task]
+        if alone and (seed, task) in finished:
+            transfer = forward_transfer(area, float(np.mean(alone)))
+            rows.append({"seed": seed, "place": tasks.index(task), "task": task, "score": transfer})
+    return pl.DataFrame(rows, schema=SCORES)
+
+
+def headline(
+    evals: pl.DataFrame, tasks: dict[str, tuple[str, ...]], steps: dict[str, int], column: str = "success_final"
+) -> list[dict[str, Any]]:
+    """One row a (suite, actor, method): each number an `Estimate`, or ``None`` where the runs do not give it yet.
+
+    ``tasks`` and ``steps`` (per task) are by suite. A number counts only seeds that have all of the suite's tasks.
+    """
+    return [
+        dict(zip(GROUP, key, strict=True)) | _summary(group, tasks[str(key[0])], steps[str(key[0])], column)
+        for key, group in evals.group_by(GROUP, maintain_order=True)
+    ]
+
+
+def _summary(evals: pl.DataFrame, tasks: Sequence[str], steps: int, column: str) -> dict[str, Estimate | None]:
+    places = range(len(tasks))
+    by_protocol = {name: evals.filter(pl.col("protocol") == name) for name in ("rl", "crl")}
+    scores = {name: final_scores(part, tasks, column) for name, part in by_protocol.items()}
+    rl, crl = (matrix(scores[name], places) for name in ("rl", "crl"))
+    kept = retention_scores(by_protocol["crl"], tasks, column)
+    lost = forgetting_scores(scores["crl"], kept)
+    transfer = forward_transfer_scores(evals, tasks, steps, column)
+    return {
+        "rl": estimate(rl, "rl"),
+        "crl": estimate(crl, "crl"),
+        "crl_iqm": estimate(crl, "crl", iqm),
+        "gap": gap(rl, crl),
+        "retention": estimate(matrix(kept, places), "crl"),
+        "forgetting": estimate(matrix(lost, places), "crl"),
+        "forward_transfer": estimate(matrix(transfer, places), "crl"),
+    }
+
+
+def _scores(evals: pl.DataFrame, tasks: Sequence[str], column: str) -> pl.DataFrame:
+    rows = [
+        {"seed": row["seed"], "place": _place(row, tasks), "task": row["task"], "score": row[column]}
+        for row in evals.filter(pl.col(column).is_not_null()).iter_rows(named=True)
+    ]
+    return pl.DataFrame(rows, schema=SCORES)
+
+
+def _place(row: dict[str, Any], tasks: Sequence[str]) -> int:
+    """A task's place in the sequence: the run's own, unless the run trained that task apart from the others."""
+    index = row["task_index"]
+    return index if index < len(tasks) and tasks[index] == row["task"] else tasks.index(row["task"])
+
+
+SCORES = {"seed": pl.Int64, "place": pl.Int64, "task": pl.String, "score": pl.Float64}

@@ -1,0 +1,171 @@
+"""Statistics against hand arithmetic and SciPy."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+
+import numpy as np
+import polars as pl
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from sphere_rl import statistics
+
+TASKS = ("push", "pull")
+SCORES = np.array([[0.1, 0.9], [0.3, 0.5]])
+
+
+def rows(protocol: str, phase: str, seed: int, scores: tuple[float, ...], step: int = 100) -> list[dict]:
+    return [
+        {"suite": "s", "actor": "a", "method": "m", "protocol": protocol, "seed": seed, "phase": phase}
+        | {"task_index": i, "task": task, "task_step": step, "success_final": score}
+        for i, (task, score) in enumerate(zip(TASKS, scores, strict=True))
+    ]
+
+
+def evals() -> pl.DataFrame:
+    lines = []
+    for seed, (rl, crl, kept) in enumerate(
+        [((1.0, 0.8), (0.9, 0.4), (0.3, 0.4)), ((0.8, 0.6), (0.7, 0.2), (0.1, 0.2))]
+    ):
+        lines += rows("rl", "final", seed, rl) + rows("crl", "final", seed, crl) + rows("crl", "retention", seed, kept)
+        lines += rows("rl", "train", seed, (0.5, 0.2), step=50) + rows("crl", "train", seed, (0.6, 0.0), step=50)
+    return pl.DataFrame(lines)
+
+
+def approximately(*values: float | None) -> tuple:
+    return tuple(None if value is None else pytest.approx(value) for value in values)
+
+
+def test_mean_and_interquartile_mean_by_hand() -> None:
+    values = np.array([0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0])
+    assert statistics.mean(values) == pytest.approx(4.6 / 8)
+    assert statistics.iqm(values) == pytest.approx((0.4 + 0.6 + 0.7 + 0.8) / 4)
+
+
+def test_two_seeds_enumerated() -> None:
+    """Draws of whole rows have three values: both first, both second, mixed; draws within tasks have nine sums."""
+    together = statistics.bootstrap(SCORES, "crl")
+    apart = statistics.bootstrap(SCORES, "rl")
+    assert together is not None
+    assert apart is not None
+    assert set(together.round(9)) == {0.5, 0.45, 0.4}
+    first, second = {0.1, 0.2, 0.3}, {0.5, 0.7, 0.9}
+    assert set(apart.round(9)) == {round((a + b) / 2, 9) for a in first for b in second}
+
+
+def test_interval_of_one_task_is_scipys() -> None:
+    scores = np.random.default_rng(3).random((12, 1))
+    ours = statistics.estimate(scores, "crl", seed=5)
+    theirs = scipy.stats.bootstrap(
+        (scores.ravel(),), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(5)
+    )
+    assert ours is not None
+    assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval))
+    assert ours.value == pytest.approx(scores.mean())
+
+
+def test_stratified_draws_keep_every_task() -> None:
+    """Tasks of very different difficulty do not widen an interval: each is resampled within itself."""
+    scores = np.array([[0.0, 1.0]] * 5)
+    assert statistics.estimate(scores, "rl") == statistics.Estimate(0.5, 0.5, 0.5, 5)
+
+
+def test_coverage_of_the_interval() -> None:
+    """Of 200 experiments of 20 seeds, the 95 % interval holds the truth in most: percentile bootstrap, a bit below."""
+    rng = np.random.default_rng(0)
+    hits = 0
+    for i in range(200):
+        found = statistics.estimate(rng.normal(size=(20, 3)), "crl", seed=i)
+        assert found is not None
+        assert found.low is not None
+        assert found.high is not None
+        hits += found.low <= 0 <= found.high
+    assert 0.85 <= hits / 200 <= 0.99
+
+
+def test_seeded_generator() -> None:
+    scores = np.random.default_rng(1).random((5, 4))
+    assert statistics.estimate(scores, "rl", seed=1) == statistics.estimate(scores, "rl", seed=1)
+    assert statistics.estimate(scores, "rl", seed=1) != statistics.estimate(scores, "rl", seed=2)
+
+
+def test_missing_is_missing() -> None:
+    assert statistics.estimate(np.zeros((0, 0)), "crl") is None
+    assert statistics.estimate(np.array([[0.5, np.nan]]), "crl") is None
+    one = statistics.estimate(np.array([[0.2, 0.4]]), "crl")
+    assert one is not None
+    assert astuple(one) == approximately(0.3, None, None, 1)
+    part = statistics.estimate(np.array([[0.2, 0.4], [0.9, np.nan]]), "crl")
+    assert part == one
+    assert astuple(one) == approximately(0.3, None, None, 1)
+
+
+@settings(max_examples=30, deadline=None)
+@given(arrays(float, st.tuples(st.integers(2, 5), st.integers(1, 4)), elements=st.floats(0, 1)))
+def test_interval_holds_within_the_scores(scores: np.ndarray) -> None:
+    found = statistics.estimate(scores, "rl")
+    assert found is not None
+    assert found.low is not None
+    assert found.high is not None
+    assert scores.min() - 1e-12 <= found.low <= found.high <= scores.max() + 1e-12
+
+
+def test_paired_difference_uses_common_seeds_only() -> None:
+    ours = pl.DataFrame({"seed": [0, 0, 1, 1, 2, 2], "place": [0, 1] * 3, "score": [0.5, 0.7, 0.6, 0.8, 1.0, 1.0]})
+    theirs = pl.DataFrame({"seed": [0, 0, 1, 1], "place": [0, 1] * 2, "score": [0.4, 0.5, 0.6, 0.5]})
+    found = statistics.paired_difference(ours, theirs, "crl")
+    assert found is not None
+    assert astuple(found) == approximately(0.15, 0.15, 0.15, 2)
+
+
+def test_area_under_curve_by_hand() -> None:
+    """Held at 0.2 to step 20, trapezoid to 0.6 at 60, held to 100: (0.2·20 + 0.4·40 + 0.6·40) / 100."""
+    assert statistics.area_under_curve([60, 20], [0.6, 0.2], 100) == pytest.approx(0.44)
+    assert statistics.area_under_curve([50, 100], [0.5, 0.5], 100) == pytest.approx(0.5)
+
+
+def test_forward_transfer_by_hand() -> None:
+    assert statistics.forward_transfer(0.7, 0.4) == pytest.approx(0.5)
+    assert statistics.forward_transfer(0.2, 0.4) == pytest.approx(-1 / 3)
+    assert statistics.forward_transfer(1.0, 1.0) is None
+
+
+def test_headline_by_hand() -> None:
+    (row,) = statistics.headline(evals(), {"s": TASKS}, {"s": 100})
+    values = {name: row[name].value for name in ("rl", "crl", "gap", "retention", "forgetting", "forward_transfer")}
+    assert (row["suite"], row["actor"], row["method"]) == ("s", "a", "m")
+    assert values["rl"] == pytest.approx((1.0 + 0.8 + 0.8 + 0.6) / 4)
+    assert values["crl"] == pytest.approx((0.9 + 0.4 + 0.7 + 0.2) / 4)
+    assert values["gap"] == pytest.approx(0.8 - 0.55)
+    assert values["retention"] == pytest.approx((0.3 + 0.4 + 0.1 + 0.2) / 4)
+    assert values["forgetting"] == pytest.approx((0.6 + 0.0 + 0.6 + 0.0) / 4)
+    # areas: half at the train evaluation, then a trapezoid to the final one; RL's are means over both seeds
+    rl = [0.5 * 0.5 + 0.5 * (0.5 + 0.9) / 2, 0.5 * 0.2 + 0.5 * (0.2 + 0.7) / 2]
+    crl = [[0.3 + (0.6 + 0.9) / 4, (0.0 + 0.4) / 4], [0.3 + (0.6 + 0.7) / 4, (0.0 + 0.2) / 4]]
+    transfer = np.mean([[(crl[s][t] - rl[t]) / (1 - rl[t]) for t in range(2)] for s in range(2)])
+    assert values["forward_transfer"] == pytest.approx(transfer)
+    assert row["crl_iqm"].value == pytest.approx((0.4 + 0.7) / 2)
+    assert row["crl"].seeds == row["gap"].seeds == 2
+
+
+def test_unfinished_sequence_has_no_headline() -> None:
+    part = evals().filter((pl.col("task") == "push") | (pl.col("protocol") == "rl"))
+    (row,) = statistics.headline(part, {"s": TASKS}, {"s": 100})
+    assert row["rl"] is not None
+    assert row["crl"] is row["gap"] is row["retention"] is row["forgetting"] is row["forward_transfer"] is None
+
+
+def test_single_task_runs_take_their_place_in_the_sequence() -> None:
+    lines = [row | {"task_index": 0} for row in rows("rl", "final", 0, (0.25, 0.75))]
+    found = statistics.final_scores(pl.DataFrame(lines), TASKS)
+    assert statistics.matrix(found, range(2)).tolist() == [[0.25, 0.75]]
+
+
+def test_repeated_tasks_keep_their_places() -> None:
+    lines = [rows("crl", "final", 0, (0.25, 0.75))[0] | {"task_index": i, "success_final": i / 4} for i in range(3)]
+    found = statistics.final_scores(pl.DataFrame(lines), ("push", "push", "push"))
+    assert statistics.matrix(found).tolist() == [[0.0, 0.25, 0.5]]
