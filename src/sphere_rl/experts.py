@@ -181,7 +181,7 @@ class GroupedLinear(nn.Module):
 
     Weights [E, out, in] are LeCun-normal (standard deviation 1/√in), biases [E, out] zero. With spectral_norm
     every W_e is divided by an estimate of its largest singular value: one power iteration in each training
-    forward (Miyato et al. 2018).
+    forward that records gradients (Miyato et al. 2018).
     """
 
     u: Tensor
@@ -211,7 +211,7 @@ class GroupedLinear(nn.Module):
         return grouped_linear(x, weight, self.bias, routing)
 
     def _normalized_weight(self) -> Float[Tensor, "E out in"]:
-        if self.training:
+        if self.training and torch.is_grad_enabled():  # not while experience is collected
             with torch.no_grad():
                 v = torch.einsum("eoi,eo->ei", self.weight, self.u)
                 self.v.copy_(F.normalize(v, dim=1))

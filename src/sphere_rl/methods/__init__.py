@@ -11,6 +11,7 @@ from ``agent.generator``; whatever the next minibatch depends on is in ``state_d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -35,6 +36,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class MethodConfig:
     """Options of a method; subclasses add fields, each with a sentence, and check them in ``__post_init__``."""
+
+
+def check_range(method: str, config: MethodConfig, names: str, low: float = 0, high: float = math.inf) -> None:
+    """Raise `ConfigError` unless each of these fields (space-separated) is a finite number from low to high."""
+    allowed = f"a finite number, {low} or more" if high == math.inf else f"a number from {low} to {high}"
+    for name in names.split():
+        value = getattr(config, name)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise ConfigError(f"{method}.{name}", value, allowed)
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,31 @@
 
 Adds the penalty ‖A − (tr A/m) I‖_F², A = ΦᵀΦ/N, to the actor's loss in one of three strengths: ``fixed`` λ; ``loss``,
 λ = ρ·|L_actor| / (penalty + 1e-8); ``grad``, which adds ρ·‖g_ppo‖ / (‖g_penalty‖ + 1e-8) · g_penalty to the gradient.
+
+A schedule multiplies the strength (λ or ρ) by a factor that changes once an iteration: ``constant`` 1; ``linear`` from
+1/n in the first of a task's n iterations to 1 in the last, so that early learning is free and the spectrum is flat when
+the next task comes; ``entropy`` 1 until r_e(A) of the last layer falls below a share of its value at the task's start,
+from then on growing in every iteration that finds it there and shrinking back to 1 in every one that does not.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts import RoutedFeatures
-from sphere_rl.methods import ActorStep, Method, MethodConfig
+from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
 from sphere_rl.networks import Trace
 from sphere_rl.penalty import gate_penalty, sphere_penalty
+from sphere_rl.spectrum import effective_rank
+
+if TYPE_CHECKING:
+    from sphere_rl.agent import Agent
+    from sphere_rl.rollout import Rollout
 
 EPSILON = 1e-8
 
@@ -41,11 +51,19 @@ class SphereConfig(MethodConfig):
     """Weight of the same penalty on the routing matrix, added to the feature penalty."""
     pcgrad: bool = False
     """Mode grad: drop the part of the penalty's gradient that opposes the PPO gradient."""
+    schedule: Literal["constant", "linear", "entropy"] = "constant"
+    """How the strength changes within a task: not, rising linearly, or raised where the effective rank falls."""
+    entropy_share: float = 0.8
+    """Schedule entropy: share of r_e(A) at the task's start below which the strength is raised."""
+    entropy_growth: float = 1.25
+    """Schedule entropy: factor of the strength from one iteration to the next."""
+    entropy_limit: float = 100.0
+    """Schedule entropy: the strength is raised up to this multiple."""
 
     def __post_init__(self) -> None:
-        for name in ("rho", "strength", "gate_coefficient"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"sphere.{name}", getattr(self, name), "a finite number, 0 or more")
+        check_range("sphere", self, "rho strength gate_coefficient")
+        check_range("sphere", self, "entropy_share", high=1)
+        check_range("sphere", self, "entropy_growth entropy_limit", low=1)
         if self.pcgrad and self.mode != "grad":
             raise ConfigError("sphere.pcgrad", self.pcgrad, f"False in mode {self.mode}: it acts on gradients")
         if self.factor == "gradient" and self.grouping == "per_expert":
@@ -63,15 +81,25 @@ class Sphere(Method):
         super().__init__(config)
         self.config: SphereConfig = config
         self._metrics: dict[str, float | Tensor] = {}
+        self._schedule = Schedule(config)
+
+    def on_task_start(self, agent: Agent, task_index: int) -> None:
+        """The schedule starts again."""
+        self._schedule.start_task(agent.config.iterations_per_task)
+
+    def after_iteration(self, agent: Agent, rollout: Rollout) -> None:
+        """The schedule goes on."""
+        self._schedule.advance()
 
     def actor_penalty(self, step: ActorStep) -> Tensor | None:
         """λ · penalty in the modes fixed and loss."""
+        factor = self._schedule.observe(step.trace)
         if self.config.mode == "grad":
             return None
         penalty = self.penalty(step.trace)
-        strength = torch.as_tensor(self.config.strength, dtype=penalty.dtype, device=penalty.device)
+        strength: float | Tensor = factor * self.config.strength
         if self.config.mode == "loss":
-            strength = self.config.rho * step.loss.detach().abs() / (penalty.detach() + EPSILON)
+            strength = factor * self.config.rho * step.loss.detach().abs() / (penalty.detach() + EPSILON)
         self._metrics = {"sphere_penalty": penalty.detach(), "sphere_strength": strength}
         return strength * penalty
 
@@ -86,7 +114,7 @@ class Sphere(Method):
         own = list(torch.autograd.grad(penalty, step.parameters, materialize_grads=True))
         if self.config.pcgrad:
             own = project_conflict(own, gradients)
-        scale = self.config.rho * global_norm(gradients) / (global_norm(own) + EPSILON)
+        scale = self._schedule.factor * self.config.rho * global_norm(gradients) / (global_norm(own) + EPSILON)
         self._metrics = {"sphere_penalty": penalty.detach(), "sphere_strength": scale}
         # In place: both lists are this minibatch's own, and copies of the whole network cost a millisecond.
         return [g.addcmul_(s, scale) for g, s in zip(gradients, own, strict=True)]
@@ -106,8 +134,70 @@ class Sphere(Method):
         return torch.stack(terms).sum()
 
     def metrics(self) -> dict[str, float | Tensor]:
-        """Penalty and strength of the last minibatch."""
-        return self._metrics
+        """Penalty and strength of the last minibatch, and what the schedule entropy sees."""
+        return self._metrics | self._schedule.metrics()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule stands."""
+        return self._schedule.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        self._schedule.load_state_dict(state)
+
+
+class Schedule:
+    """The factor on the strength, constant within an iteration."""
+
+    def __init__(self, config: SphereConfig) -> None:
+        self._config = config
+        self._length, self._iteration, self._factor = 1, 0, 1.0
+        self._initial_rank = self._rank = 0.0
+        self._due = True
+
+    @property
+    def factor(self) -> float:
+        """What λ or ρ is multiplied by in this iteration."""
+        if self._config.schedule == "linear":
+            return min(1.0, (self._iteration + 1) / self._length)
+        return self._factor
+
+    def start_task(self, length: int) -> None:
+        """A task of so many iterations begins."""
+        self._length, self._iteration, self._factor = length, 0, 1.0
+        self._initial_rank, self._due = 0.0, True
+
+    def advance(self) -> None:
+        """An iteration is over."""
+        self._iteration, self._due = self._iteration + 1, True
+
+    def observe(self, trace: Trace) -> float:
+        """In an iteration's first minibatch, before its step, measure r_e(A) if the schedule needs it."""
+        if self._due and self._config.schedule == "entropy":
+            with torch.no_grad():
+                self._rank = effective_rank(torch.linalg.eigvalsh(trace.features[-1].gram().double()))
+            self._initial_rank = self._initial_rank or self._rank
+            config = self._config
+            low = self._rank < config.entropy_share * self._initial_rank
+            factor = self._factor * config.entropy_growth if low else self._factor / config.entropy_growth
+            self._factor = min(max(factor, 1.0), config.entropy_limit)
+        self._due = False
+        return self.factor
+
+    def metrics(self) -> dict[str, float | Tensor]:
+        """Factor and rank, of the schedule entropy alone."""
+        if self._config.schedule != "entropy":
+            return {}
+        return {"sphere_factor": self._factor, "sphere_rank": self._rank}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `observe` and `factor` depend on at the end of an iteration."""
+        return {key.removeprefix("_"): value for key, value in vars(self).items() if key != "_config"}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore it."""
+        for key, value in state.items():
+            setattr(self, f"_{key}", value)
 
 
 def backpropagated_signals(trace: Trace, layer: RoutedFeatures) -> Tensor:

@@ -1,0 +1,64 @@
+"""Shrink and perturb: θ ← shrink·θ + perturb·θ_fresh, θ_fresh newly initialised.
+
+At each change of task, or softly after every minibatch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from sphere_rl.methods import Method, MethodConfig, check_range
+from sphere_rl.methods._layers import fresh_networks, networks
+
+if TYPE_CHECKING:
+    from sphere_rl.agent import Agent
+    from sphere_rl.ppo import Minibatch
+
+
+@dataclass(frozen=True)
+class ShrinkPerturbConfig(MethodConfig):
+    """When, and how much of old and new."""
+
+    when: Literal["task", "minibatch"] = "task"
+    """At each change of task, or softly after every minibatch."""
+    shrink: float = 0.5
+    """Factor of the old parameters at a change of task."""
+    perturb: float = 0.5
+    """Factor of the fresh parameters at a change of task."""
+    soft_shrink: float = 0.999999
+    """Factor of the old parameters after a minibatch."""
+    soft_perturb: float = 1e-6
+    """Factor of the fresh parameters after a minibatch."""
+
+    def __post_init__(self) -> None:
+        check_range("shrink_perturb", self, "shrink perturb soft_shrink soft_perturb", high=1)
+
+
+class ShrinkPerturb(Method):
+    """All parameters of actor and critic. At a change of task Adam starts anew; the soft form leaves it alone."""
+
+    summary = "shrink all parameters and add fresh ones, at each change of task or softly all the time"
+    citation = "Ash & Adams 2020, On Warm-Starting Neural Network Training (NeurIPS)"
+    Config = ShrinkPerturbConfig
+
+    def on_task_start(self, agent: Agent, task_index: int) -> None:
+        """The hard form, at every task but the first."""
+        if self.config.when == "task" and task_index > 0:
+            self._mix(agent, self.config.shrink, self.config.perturb)
+            for network in networks(agent).values():
+                for parameter in network.parameters():
+                    agent.forget(parameter)
+
+    def after_minibatch(self, agent: Agent, batch: Minibatch) -> None:
+        """The soft form."""
+        if self.config.when == "minibatch":
+            self._mix(agent, self.config.soft_shrink, self.config.soft_perturb)
+
+    @torch.no_grad()
+    def _mix(self, agent: Agent, shrink: float, perturb: float) -> None:
+        for network, fresh in zip(networks(agent).values(), fresh_networks(agent), strict=True):
+            for old, new in zip(network.parameters(), fresh.parameters(), strict=True):
+                old.mul_(shrink).add_(new, alpha=perturb)
