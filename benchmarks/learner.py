@@ -1,0 +1,193 @@
+"""Milliseconds of one learner minibatch: gate, experts, critic, both clips and both Adam steps.
+
+    python benchmarks/learner.py --threads 2 --batch 64 256
+
+H1 shapes (51 observations, 19 actions, networks 256×3). The reference is plain PyTorch: a dense autograd pass
+through all ten experts, torch's default Adam. `sb3 dense` is one minibatch of Stable-Baselines3's PPO on MLPs of the
+same sizes, without experts. `copied` routes every sample to the same two experts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from itertools import pairwise
+from math import log
+
+import gymnasium
+import numpy as np
+import torch
+from measure import CLOCKS, interleaved, machine, markdown
+from torch import Tensor, nn
+
+from sphere_rl.agent import Agent, Spaces
+from sphere_rl.config import TrainConfig, override
+from sphere_rl.ppo import Minibatch, actor_step, critic_step
+from sphere_rl.runtime import tune_process
+
+OBSERVATION_DIM, ACTION_DIM, WIDTH, EXPERTS, TOP_K = 51, 19, 256, 10, 2
+TARGETS = (
+    "targets: reference/topk_moe at least 1.8 at 64 and 2.5 at 256; SPHERE at most +10 % (fixed, loss), +60 % (grad)"
+)
+
+LEARNERS: dict[str, dict[str, object]] = {
+    "topk_moe": {"actor": "topk_moe"},
+    "topk_moe + sphere fixed": {"actor": "topk_moe", "method": ("sphere",), "sphere.mode": "fixed"},
+    "topk_moe + sphere loss": {"actor": "topk_moe", "method": ("sphere",), "sphere.mode": "loss"},
+    "topk_moe + sphere grad": {"actor": "topk_moe", "method": ("sphere",), "sphere.mode": "grad"},
+    "dense": {"actor": "dense"},
+    "wide": {"actor": "wide"},
+    "dense_moe": {"actor": "dense_moe"},
+    "shared_moe": {"actor": "shared_moe"},
+}
+
+
+def sample_batch(size: int) -> Minibatch:
+    """Draw observations that share a large common part, as a robot's do: a fresh gate routes them unevenly."""
+    generator = torch.Generator().manual_seed(0)
+    common, own = torch.randn(OBSERVATION_DIM, generator=generator), torch.randn(size, 8, generator=generator)
+    mixing = torch.randn(8, OBSERVATION_DIM, generator=generator) / 8**0.5
+    action = torch.randn(size, ACTION_DIM, generator=generator)
+    return Minibatch(
+        observation=common + own @ mixing,
+        action=action,
+        policy=torch.zeros(size, 2 * ACTION_DIM),
+        log_prob=-0.5 * (action.square() + log(2 * torch.pi)).sum(1),
+        advantage=torch.randn(size, generator=generator),
+        value_target=torch.randn(size, generator=generator),
+    )
+
+
+def learner(batch: Minibatch, changes: dict[str, object]) -> tuple[Agent, Callable[[], None]]:
+    """Make an agent of this package and its step on one minibatch."""
+    config = override(TrainConfig(), changes)
+    agent = Agent(config, Spaces(OBSERVATION_DIM, ACTION_DIM, discrete=False), seed=0)
+
+    def step() -> None:
+        actor_step(agent, batch, config)
+        critic_step(agent, batch, config)
+
+    return agent, step
+
+
+def mlp(output_dim: int) -> nn.Sequential:
+    sizes = [OBSERVATION_DIM, WIDTH, WIDTH, WIDTH]
+    hidden = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
+    return nn.Sequential(*hidden, nn.Linear(WIDTH, output_dim))
+
+
+class DenseExperts(nn.Module):
+    """The usual mixture of experts: batched products over all of them, multiplied by gates that are mostly zero."""
+
+    def __init__(self, experts: nn.Module, gate: nn.Module) -> None:
+        super().__init__()
+        self.gate = mlp(EXPERTS)
+        self.log_std = nn.Parameter(torch.zeros(ACTION_DIM))
+        self.experts = nn.ParameterList([p.detach().clone() for p in experts.parameters()])
+        for own, copied in zip(self.gate.parameters(), gate.parameters(), strict=True):
+            own.data.copy_(copied.squeeze(0))
+
+    def forward(self, observation: Tensor) -> Tensor:
+        logits = self.gate(observation)
+        top = logits.topk(TOP_K, dim=1)
+        gates = torch.zeros_like(logits).scatter(1, top.indices, top.values.softmax(1))
+        h = observation.expand(EXPERTS, *observation.shape)
+        layers = list(zip(self.experts[::2], self.experts[1::2], strict=True))
+        for i, (weight, bias) in enumerate(layers):
+            h = torch.baddbmm(bias[:, None], h, weight.mT)
+            h = h.relu() if i < len(layers) - 1 else h
+        return torch.einsum("ne,ena->na", gates, h)
+
+
+def reference(batch: Minibatch, actor: DenseExperts) -> Callable[[], None]:
+    """The same minibatch in plain PyTorch."""
+    critic = mlp(1)
+    optimizers = [torch.optim.Adam(m.parameters(), lr=3e-4, eps=1e-5) for m in (actor, critic)]
+
+    def descend(loss: Tensor, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+        optimizer.step()
+
+    def step() -> None:
+        policy = torch.distributions.Normal(actor(batch.observation), actor.log_std.exp(), validate_args=False)
+        ratio = (policy.log_prob(batch.action).sum(1) - batch.log_prob).exp()
+        advantage = (batch.advantage - batch.advantage.mean()) / (batch.advantage.std() + 1e-8)
+        loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
+        descend(loss, actor, optimizers[0])
+        value = critic(batch.observation).squeeze(1)
+        descend(0.5 * (value - batch.value_target).square().mean(), critic, optimizers[1])
+
+    return step
+
+
+class Still(gymnasium.Env):
+    """An environment of H1's shapes in which nothing happens."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (OBSERVATION_DIM,), np.float32)
+    action_space = gymnasium.spaces.Box(-1, 1, (ACTION_DIM,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(OBSERVATION_DIM, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(OBSERVATION_DIM, np.float32), 0.0, False, False, {}
+
+
+def stable_baselines(size: int, inner: int) -> Callable[[], None]:
+    """``inner`` minibatches of Stable-Baselines3's PPO."""
+    from stable_baselines3 import PPO
+
+    architecture = {"net_arch": {"pi": [WIDTH] * 3, "vf": [WIDTH] * 3}, "activation_fn": nn.ReLU}
+    model = PPO(
+        "MlpPolicy",
+        Still(),
+        n_steps=size * inner,
+        batch_size=size,
+        n_epochs=1,
+        policy_kwargs=architecture,
+        device="cpu",
+    )
+    model.learn(size * inner)
+    return model.train
+
+
+def measure(size: int, repeats: int, clock: str) -> str:
+    """One table."""
+    batch, inner = sample_batch(size), 4
+    agents = {name: learner(batch, changes) for name, changes in LEARNERS.items()}
+    for agent, _ in agents.values():
+        agent.set_learning_rate(0.0)  # the routing stays that of a fresh gate
+    moe = agents["topk_moe"][0]
+    counts = moe.actor.trace(batch.observation).features[-1].routing.counts
+    assert moe.actor.gate is not None
+    dense = DenseExperts(moe.actor.experts, moe.actor.gate)
+    steps = {"reference": reference(batch, dense)} | {name: step for name, (_, step) in agents.items()}
+    times = interleaved(steps, repeats, inner, clock)
+    sb3 = stable_baselines(size, inner)
+    times["sb3 dense"] = interleaved({"sb3": sb3}, repeats, 1, clock)["sb3"] / inner
+    base = times["topk_moe"]
+    rows = [
+        (name, f"{ms:.2f}", f"{times['reference'] / ms:.2f}×", f"{100 * (ms / base - 1):+.0f} %")
+        for name, ms in times.items()
+    ]
+    table = markdown(("learner", "ms", "faster than reference", "beside topk_moe"), rows)
+    return f"Minibatch {size}; assignments of the ten experts: {', '.join(map(str, counts))}\n\n{table}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, nargs="+", default=[64, 256])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    arguments = parser.parse_args()
+    tune_process(arguments.threads)
+    print(f"{machine()}\n{TARGETS}\n")
+    for size in arguments.batch:
+        print(measure(size, arguments.repeats, arguments.clock))
+
+
+if __name__ == "__main__":
+    main()
