@@ -38,7 +38,9 @@ class MethodConfig:
     """Options of a method; subclasses add fields, each with a sentence, and check them in ``__post_init__``."""
 
 
-def check_range(method: str, config: MethodConfig, names: str, low: float = 0, high: float = math.inf) -> None:
+def check_range(
+    method: str, config: MethodConfig, names: str, low: float | int = 0, high: float | int = math.inf
+) -> None:
     """Raise `ConfigError` unless each of these fields (space-separated) is a finite number from low to high."""
     allowed = f"a finite number, {low} or more" if high == math.inf else f"a number from {low} to {high}"
     for name in names.split():

@@ -1,0 +1,131 @@
+"""What every mitigation method must do, whatever its rule: a new file in the package is tested with no edit here."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import shutil
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from agents import EAGER, begin, make_agent, make_config, same, train
+
+from sphere_rl import checkpoint, protocol
+from sphere_rl.agent import Agent
+from sphere_rl.config import TrainConfig
+from sphere_rl.errors import ConfigError
+from sphere_rl.methods import methods
+from sphere_rl.networks import KINDS
+from sphere_rl.runs import RunFolder
+
+METHODS = sorted(methods())
+
+
+def agent_or_refusal(config: TrainConfig, **options) -> Agent:
+    """An agent; where the method says in one line that it cannot apply, that line is checked and the test is over."""
+    try:
+        return make_agent(config, **options)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+        assert "expected" in str(error)
+        assert any(name in str(error) for name in config.method)
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_is_described(name):
+    method = methods()[name]
+    assert method.name == name
+    assert method.summary == method.summary.strip(" .\n")
+    assert "\n" not in method.summary
+    assert re.search(r"\b(19|20)\d\d\b", method.citation), "no year"
+    assert is_dataclass(method.Config)
+    assert method.Config.__dataclass_params__.frozen
+    method.Config()
+    source = ast.parse(inspect.getsource(sys.modules[method.Config.__module__]))
+    (config,) = (n for n in source.body if isinstance(n, ast.ClassDef) and n.name == method.Config.__name__)
+    documented = [
+        a.target.id
+        for a, b in zip(config.body, config.body[1:], strict=False)
+        if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name) and isinstance(b, ast.Expr)
+    ]
+    assert documented == [f.name for f in fields(method.Config)], "every option has a sentence under it"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", METHODS)
+def test_trains_and_resumes_bitwise(name, kind, tmp_path):
+    """Two tasks straight through are the same as a checkpoint after the first, loaded into another seed's agent."""
+    config = make_config(name, actor=kind, critic=kind)
+    agent = agent_or_refusal(config)
+    parameters = [*agent.actor.named_parameters(), *agent.critic.named_parameters()]
+    initial, globally = [p.detach().clone() for _, p in parameters], torch.get_rng_state()
+    begin(agent, 0)
+    train(agent, 1)
+    checkpoint.save(tmp_path / "state.pt", agent.state_dict())
+    resumed = make_agent(config, seed=1)
+    resumed.load_state_dict(checkpoint.load(tmp_path / "state.pt"))
+    for each in (agent, resumed):
+        begin(each, 1)
+        train(each, 2, 3)
+    assert same(agent.state_dict(), resumed.state_dict())
+    assert [m.metrics() for m in agent.methods] == [m.metrics() for m in resumed.methods]
+    after = [*agent.actor.named_parameters(), *agent.critic.named_parameters()]
+    assert [(key, id(p)) for key, p in parameters] == [(key, id(p)) for key, p in after], "changed in place only"
+    assert all(p.isfinite().all() for _, p in parameters)
+    assert sum(not torch.equal(p, old) for (_, p), old in zip(parameters, initial, strict=True)) > 3
+    assert torch.equal(globally, torch.get_rng_state()), "randomness comes from agent.generator"
+    for key, value in agent.methods[0].metrics().items():
+        assert key.startswith(name)
+        assert torch.isfinite(torch.as_tensor(value))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_trains_discrete_policies_beside_sphere_and_is_seeded(name):
+    config = make_config(name, *({"sphere"} - {name}))
+    states = []
+    for seed in (0, 0, 1):
+        agent = agent_or_refusal(config, seed=seed, task="CartPole-v1")
+        begin(agent, 0)
+        train(agent, 1, task="CartPole-v1")
+        begin(agent, 1)
+        train(agent, 2, task="CartPole-v1")
+        assert all(p.isfinite().all() for p in (*agent.actor_parameters, *agent.critic_parameters))
+        states.append(agent.state_dict())
+    assert same(states[0], states[1])
+    assert not same(states[0]["actor"], states[2]["actor"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_run_resumes_bitwise(name, tmp_path):
+    """A whole run's last segment, trained again from the checkpoint before it, gives the same files."""
+    config = make_config(name)
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    with RunFolder(whole) as folder:
+        protocol.start(config, folder, lambda step: [])
+    shutil.copytree(whole, again)
+    (again / "checkpoints" / "step-000000000128.pt").unlink()
+    with RunFolder(again) as folder:
+        protocol.resume(folder, lambda step: [])
+    a, b = (checkpoint.load(path / "checkpoints" / "step-000000000128.pt") for path in (whole, again))
+    assert same(a["agent"], b["agent"])
+    assert name in a["agent"]["methods"]
+    assert logs(whole) == logs(again)
+    assert len(logs(whole)["train"]) == 4
+
+
+def logs(path: Path) -> dict[str, list[dict]]:
+    """All rows but for their timing."""
+    folder = RunFolder.existing(path)
+    return {
+        log: [{k: v for k, v in row.items() if k != "steps_per_second"} for row in folder.read(log)]
+        for log in ("train", "eval")
+    }
+
+
+def test_eager_options_are_of_methods():
+    assert EAGER.keys() <= set(METHODS)
