@@ -1,20 +1,15 @@
-"""Each metric on a hand-made case, and `measure` on real actors: complete, finite and without a trace left behind."""
+"""Each metric on a hand-made case: a matrix of known rank, a planted dormant unit, two experts with equal features."""
 
-import copy
 import math
 
 import pytest
 import torch
-from torch import nn
 
 from sphere_rl import metrics as m
-from sphere_rl.entk import entk
-from sphere_rl.experts import GroupedLinear, RoutedFeatures, dense_routing, single_routing, top_k_routing
-from sphere_rl.networks import KINDS, Actor, make_actor
-from sphere_rl.spectrum import effective_rank, gram_effective_rank
+from sphere_rl.experts import RoutedFeatures, dense_routing, single_routing, top_k_routing
+from sphere_rl.ranks import effective_rank, gram_effective_rank
 
 torch.set_num_threads(1)
-UPDATE_ONLY = {"grama_ratio", "grad_norm", "weight_change", "churn"}
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -30,14 +25,6 @@ def of_rank(rank: int, samples: int = 40, width: int = 30) -> torch.Tensor:
 def features(values: torch.Tensor) -> RoutedFeatures:
     """Activations [N, H] of a layer without experts."""
     return RoutedFeatures(values, values, single_routing(len(values), dtype=values.dtype))
-
-
-def actor(kind: str = "topk_moe", **options: bool) -> Actor:
-    return make_actor(kind, 5, 3, width=16, depth=2, num_experts=4, **options)
-
-
-def observations(samples: int = 12) -> torch.Tensor:
-    return draw(samples, 5).float()
 
 
 @pytest.mark.parametrize("rank", [1, 7, 30])
@@ -134,80 +121,3 @@ def test_expert_overlap():
     planes[0, 0, 0] = planes[1, 0, 1] = planes[0, 1, 0] = planes[2, 1, 1] = 1.0
     assert m.expert_overlap(planes) == pytest.approx(0.5)
     assert m.expert_overlap(planes[:, :1]) == 0.0
-
-
-@pytest.mark.parametrize("options", [{}, {"layer_norm": True}, {"crelu": True}, {"spectral_norm": True}], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_measure_gives_every_metric_of_every_actor(kind, options):
-    policy = actor(kind, **options)
-    gradients = {name: torch.ones_like(p) for name, p in policy.named_parameters()}
-    found = m.measure(policy, observations(), gradients=gradients, previous=dict(policy.named_parameters()))
-    assert list(found) == list(m.SPECTRAL_METRICS)
-    load = found.pop("expert_load")
-    assert isinstance(load, list)
-    assert len(load) == (1 if kind in ("dense", "wide") else 4)
-    assert all(isinstance(value, int | float) and math.isfinite(value) for value in found.values())
-    assert found["weight_change"] == found["churn"] == 0.0
-    assert found["grad_norm"] == 1.0
-
-
-def test_measure_against_its_parts():
-    policy = actor()
-    found, trace = m.measure(policy, observations()), policy.trace(observations())
-    kernel = entk(policy, observations()).double()
-    assert set(m.SPECTRAL_METRICS) - set(found) == UPDATE_ONLY
-    assert found["r_e_K"] == pytest.approx(effective_rank(torch.linalg.eigvalsh(kernel)), rel=1e-9)
-    phi = trace.features[-1].weighted().detach().double()
-    sigma = torch.linalg.svdvals(phi)
-    assert found["r_e_A"] == pytest.approx(effective_rank(sigma.square()), rel=1e-6)
-    assert found["effective_rank"] == pytest.approx(effective_rank(sigma), rel=1e-4)
-    assert found["pca_rank"] == m.pca_rank(sigma)
-    weights = [layer.weight for layer in policy.modules() if isinstance(layer, GroupedLinear)]
-    ranks = [torch.linalg.matrix_norm(w) ** 2 / torch.linalg.matrix_norm(w, 2) ** 2 for w in weights]
-    assert found["stable_rank_W"] == pytest.approx(torch.cat(ranks).mean().item(), rel=1e-5)
-
-
-def test_measure_sees_an_update():
-    policy = actor()
-    previous = {name: p.detach().clone() for name, p in policy.named_parameters()}
-    before = policy(observations()).detach()
-    with torch.no_grad():
-        for name, p in policy.named_parameters():
-            if name == "experts.head.bias":
-                p += 0.5
-    found = m.measure(policy, observations(), previous=previous)
-    assert found["churn"] == pytest.approx(3 * 0.25, rel=1e-5)  # the gates add to one: every mean moved by 0.5
-    assert m.churn(policy(observations()), before) == pytest.approx(found["churn"], rel=1e-6)
-    size = sum(p.numel() for p in policy.parameters())
-    assert found["weight_change"] == pytest.approx(0.5 * (12 / size) ** 0.5, rel=1e-6)
-
-
-def test_gate_units_count():
-    policy = actor()
-    with torch.no_grad():
-        dict(policy.named_parameters())["gate.hidden.0.bias"].fill_(-1e3)
-    dead = m.measure(policy, observations())["dead_ratio"]
-    experts = m.dead_ratio(policy.trace(observations()).features)
-    # All 2·16 of the gate: the second layer sees zeros and its biases are zero.
-    assert dead == pytest.approx((experts * 2 * 4 * 16 + 2 * 16) / (2 * 4 * 16 + 2 * 16))
-
-
-def test_training_goes_on_bit_for_bit():
-    """Spectral norm in training mode is the hard case: every forward pass iterates its buffers."""
-
-    def train(measured: bool) -> dict[str, torch.Tensor]:
-        policy = actor(spectral_norm=True).train()
-        optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
-        torch.manual_seed(0)
-        for _ in range(3):
-            optimizer.zero_grad()
-            loss = nn.functional.mse_loss(policy(torch.randn(8, 5)), torch.randn(8, 3))
-            loss.backward()
-            if measured:
-                gradients = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
-                m.measure(policy, observations(), gradients=gradients, previous=copy.deepcopy(policy.state_dict()))
-            optimizer.step()
-        return policy.state_dict()
-
-    plain, measured = train(False), train(True)
-    assert all(torch.equal(plain[name], measured[name]) for name in plain)

@@ -1,148 +1,105 @@
-"""Effective ranks against hand arithmetic and their laws; the estimate against the exact value."""
+"""`measure` on real actors: complete, equal to its parts, and without a trace left behind."""
 
-import jax.numpy as jnp
-import numpy as np
+import copy
+import math
+
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from torch import nn
 
-from sphere_rl.spectrum import effective_rank, estimate_effective_rank, gram_effective_rank, gram_eigenvalues
+from sphere_rl.experts import GroupedLinear
+from sphere_rl.metrics import churn, dead_ratio, pca_rank
+from sphere_rl.networks import KINDS, Actor, make_actor
+from sphere_rl.spectrum import SPECTRAL_METRICS, effective_rank, entk, measure
 
 torch.set_num_threads(1)
-SPECTRA = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=12).map(np.array)
+UPDATE_ONLY = {"grama_ratio", "grad_norm", "weight_change", "churn"}
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def psd(size: int, rank: int, seed: int = 0) -> torch.Tensor:
-    root = draw(size, rank, seed=seed)
-    return root @ root.T
+def actor(kind: str = "topk_moe", **options: bool) -> Actor:
+    return make_actor(kind, 5, 3, width=16, depth=2, num_experts=4, **options)
 
 
-def exact_rank(kernel: torch.Tensor) -> float:
-    return effective_rank(torch.linalg.eigvalsh(kernel))
+def observations() -> torch.Tensor:
+    return draw(12, 5)
 
 
-def test_hand_arithmetic():
-    assert effective_rank(np.array([2.0, 2.0, 2.0, 0.0])) == pytest.approx(3.0, rel=1e-12)
-    assert effective_rank(np.array([5.0])) == pytest.approx(1.0, rel=1e-12)
-    # p = (1/2, 1/4, 1/4): entropy 1/2·ln 2 + 2·1/4·ln 4 = 1.5·ln 2, so r_e = 2^1.5.
-    assert effective_rank(torch.tensor([2.0, 1.0, 1.0])) == pytest.approx(2**1.5, rel=1e-12)
-    assert effective_rank(np.zeros(3)) == 0.0
+@pytest.mark.parametrize("options", [{}, {"layer_norm": True}, {"crelu": True}, {"spectral_norm": True}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_measure_gives_every_metric_of_every_actor(kind, options):
+    policy = actor(kind, **options)
+    gradients = {name: torch.ones_like(p) for name, p in policy.named_parameters()}
+    found = measure(policy, observations(), gradients=gradients, previous=dict(policy.named_parameters()))
+    assert list(found) == list(SPECTRAL_METRICS)
+    load = found.pop("expert_load")
+    assert isinstance(load, list)
+    assert len(load) == (1 if kind in ("dense", "wide") else 4)
+    assert all(isinstance(value, int | float) and math.isfinite(value) for value in found.values())
+    assert found["weight_change"] == found["churn"] == 0.0
+    assert found["grad_norm"] == 1.0
 
 
-def test_round_off_below_zero_counts_as_zero_and_more_is_an_error():
-    assert effective_rank(np.array([1.0, 1.0, -1e-7])) == pytest.approx(2.0, rel=1e-12)
-    with pytest.raises(ValueError, match=r"eigenvalues: got -0\.5 beside 1"):
-        effective_rank(np.array([1.0, -0.5]))
-    with pytest.raises(ValueError, match="every value finite"):
-        effective_rank(np.array([1.0, np.nan]))
+def test_measure_against_its_parts():
+    policy = actor()
+    found, trace = measure(policy, observations()), policy.trace(observations())
+    kernel = entk(policy, observations()).double()
+    assert set(SPECTRAL_METRICS) - set(found) == UPDATE_ONLY
+    assert found["r_e_K"] == pytest.approx(effective_rank(torch.linalg.eigvalsh(kernel)), rel=1e-9)
+    phi = trace.features[-1].weighted().detach().double()
+    sigma = torch.linalg.svdvals(phi)
+    assert found["r_e_A"] == pytest.approx(effective_rank(sigma.square()), rel=1e-6)
+    assert found["effective_rank"] == pytest.approx(effective_rank(sigma), rel=1e-4)
+    assert found["pca_rank"] == pca_rank(sigma)
+    weights = [layer.weight for layer in policy.modules() if isinstance(layer, GroupedLinear)]
+    ranks = [torch.linalg.matrix_norm(w) ** 2 / torch.linalg.matrix_norm(w, 2) ** 2 for w in weights]
+    assert found["stable_rank_W"] == pytest.approx(torch.cat(ranks).mean().item(), rel=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
-@given(SPECTRA, st.floats(1e-3, 1e3))
-def test_bounds_and_invariance(spectrum, scale):
-    rank = effective_rank(spectrum)
-    assert 1 - 1e-12 <= rank <= len(spectrum) * (1 + 1e-12)
-    assert effective_rank(spectrum[::-1] * scale) == pytest.approx(rank, rel=1e-9)
+def test_measure_sees_an_update():
+    policy = actor()
+    previous = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    before = policy(observations()).detach()
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if name == "experts.head.bias":
+                p += 0.5
+    found = measure(policy, observations(), previous=previous)
+    assert found["churn"] == pytest.approx(3 * 0.25, rel=1e-5)  # the gates add to one: every mean moved by 0.5
+    assert churn(policy(observations()), before) == pytest.approx(found["churn"], rel=1e-6)
+    size = sum(p.numel() for p in policy.parameters())
+    assert found["weight_change"] == pytest.approx(0.5 * (12 / size) ** 0.5, rel=1e-6)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(SPECTRA, min_size=1, max_size=4))
-def test_block_diagonal_lemma(blocks):
-    """r_e(⊕ M_b) = exp(H(α) + Σ α_b log r_e(M_b)), α_b the blocks' shares of the trace."""
-    mass = np.array([block.sum() for block in blocks])
-    share = mass / mass.sum()
-    expected = np.exp(np.sum(share * (np.log([effective_rank(b) for b in blocks]) - np.log(share))))
-    assert effective_rank(np.concatenate(blocks)) == pytest.approx(expected, rel=1e-9)
+def test_gate_units_count():
+    policy = actor()
+    with torch.no_grad():
+        dict(policy.named_parameters())["gate.hidden.0.bias"].fill_(-1e3)
+    dead = measure(policy, observations())["dead_ratio"]
+    experts = dead_ratio(policy.trace(observations()).features)
+    # All 2·16 of the gate: the second layer sees zeros and its biases are zero.
+    assert dead == pytest.approx((experts * 2 * 4 * 16 + 2 * 16) / (2 * 4 * 16 + 2 * 16))
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 2**16))
-def test_kronecker_law(one, other, seed):
-    """r_e(A ⊗ G) = r_e(A)·r_e(G), on the matrices themselves."""
-    a, g = psd(4, one, seed), psd(5, other, seed + 1)
-    assert exact_rank(torch.kron(a, g)) == pytest.approx(exact_rank(a) * exact_rank(g), rel=1e-8)
+def test_training_goes_on_bit_for_bit():
+    """Spectral norm in training mode is the hard case: every forward pass iterates its buffers."""
 
+    def train(measured: bool) -> dict[str, torch.Tensor]:
+        policy = actor(spectral_norm=True).train()
+        optimizer = torch.optim.Adam(policy.parameters(), lr=1e-2)
+        torch.manual_seed(0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(policy(torch.randn(8, 5)), torch.randn(8, 3))
+            loss.backward()
+            if measured:
+                gradients = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+                measure(policy, observations(), gradients=gradients, previous=copy.deepcopy(policy.state_dict()))
+            optimizer.step()
+        return policy.state_dict()
 
-@pytest.mark.parametrize("shape", [(12, 5), (5, 12), (6, 6)])
-def test_gram_from_either_side(shape):
-    phi = draw(*shape)
-    expected = torch.linalg.eigvalsh(phi.T @ phi / shape[0])[-min(shape) :]
-    torch.testing.assert_close(gram_eigenvalues(phi), expected, rtol=1e-9, atol=1e-12)
-    for features in (phi, phi.numpy(), jnp.asarray(phi.numpy(), dtype=jnp.float32)):
-        assert gram_effective_rank(features) == pytest.approx(effective_rank(expected), rel=1e-6)
-
-
-def test_planted_rank():
-    assert gram_effective_rank(draw(40, 1) @ draw(1, 30)) == pytest.approx(1.0, abs=1e-9)
-    assert gram_effective_rank(torch.linalg.qr(draw(40, 7))[0] @ torch.linalg.qr(draw(7, 7))[0]) == pytest.approx(
-        7.0, abs=1e-9
-    )
-
-
-def spectrum_matrix(values: torch.Tensor, seed: int) -> torch.Tensor:
-    basis = torch.linalg.qr(draw(len(values), len(values), seed=seed))[0]
-    return basis * values @ basis.T
-
-
-def estimate(kernel: torch.Tensor, seed: int, **options: int):
-    generator = torch.Generator().manual_seed(seed)
-    return estimate_effective_rank(
-        lambda v: kernel.to(v.dtype) @ v, len(kernel), generator=generator, dtype=kernel.dtype, **options
-    )
-
-
-DECAYS = {
-    "power law": torch.arange(1, 301).double() ** -1.5,
-    "a few large": torch.cat((torch.tensor([50.0, 20.0, 5.0]).double(), torch.full((297,), 1e-2).double())),
-    "flat": 1 + torch.linspace(0, 1, 300).double(),
-    "low rank": torch.cat((torch.arange(1, 21).double(), torch.zeros(280).double())),
-}
-
-
-@pytest.mark.parametrize("name", DECAYS)
-def test_estimate_covers_the_exact_value(name):
-    """Over 40 seeds the estimates' mean is unbiased and the standard error is the spread that is really seen."""
-    kernel = spectrum_matrix(DECAYS[name], seed=3)
-    exact = effective_rank(DECAYS[name])
-    estimates = [estimate(kernel, seed) for seed in range(40)]
-    values = np.array([e.value for e in estimates])
-    errors = np.array([e.standard_error for e in estimates])
-    assert abs(values.mean() - exact) < 4 * values.std() / 40**0.5 + 1e-4 * exact
-    assert values.std() < 0.05 * exact
-    if errors.mean() > 1e-6 * exact:
-        assert 0.6 < values.std() / np.sqrt(np.mean(errors**2)) < 1.6
-
-
-def test_estimate_converges_with_probes_and_is_repeatable():
-    kernel = spectrum_matrix(DECAYS["power law"], seed=4)
-    exact = effective_rank(DECAYS["power law"])
-    few, many = (
-        np.sqrt(np.mean([(estimate(kernel, s, probes=p, deflated=8).value - exact) ** 2 for s in range(16)]))
-        for p in (4, 256)
-    )
-    assert many < few / 3  # 1/√64 = 1/8 but for the noise of 16 repeats
-    assert estimate(kernel, 0) == estimate(kernel, 0)
-    assert estimate(kernel, 0) != estimate(kernel, 1)
-
-
-def test_estimate_of_trivial_kernels():
-    zero = estimate(torch.zeros(6, 6).double(), 0)
-    assert (zero.value, zero.standard_error) == (0.0, 0.0)
-    identity = estimate(torch.eye(50).double(), 0)
-    assert identity.value == pytest.approx(50, rel=0.05)
-    # As many deflated directions as dimensions leave nothing to chance.
-    whole = estimate(psd(8, 8), 0, deflated=8, steps=8)
-    assert whole.value == pytest.approx(exact_rank(psd(8, 8)), rel=1e-9)
-    with pytest.raises(ValueError, match="probes, deflated, steps: got 1, 16, 24"):
-        estimate(torch.eye(3).double(), 0, probes=1)
-
-
-def test_estimate_in_float32():
-    kernel = spectrum_matrix(DECAYS["power law"], seed=5).float()
-    result = estimate(kernel, 0)
-    assert result.value == pytest.approx(effective_rank(DECAYS["power law"]), abs=4 * result.standard_error + 1e-2)
+    plain, measured = train(False), train(True)
+    assert all(torch.equal(plain[name], measured[name]) for name in plain)

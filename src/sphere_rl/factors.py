@@ -144,11 +144,7 @@ def factorise(policy: nn.Module, observations: Float[Tensor, "N D"]) -> Factors 
     Raises ValueError when f is not [N, A] or nothing in it is trainable.
     """
     trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
-    layers: dict[str, Layer] = {
-        name: m
-        for name, m in policy.named_modules()
-        if isinstance(m, Layer) and type(m) in (nn.Linear, GroupedLinear)  # subclasses may compute something else
-    }
+    layers: dict[str, Layer] = {name: m for name, m in policy.named_modules() if isinstance(m, Layer)}
     if not trainable:
         raise ValueError("policy: got no trainable tensor, allowed: at least one with requires_grad")
     with _recorded(layers) as calls, torch.enable_grad():
@@ -265,7 +261,7 @@ def _explains_gradient(
     for block in factors.blocks:
         layer = layers[block.layer]
         for tensor, change in zip((layer.weight, layer.bias), block.gradient(v), strict=True):
-            if tensor is not None and tensor.requires_grad:
+            if id(tensor) in expected:  # not so for a weight that is computed from another tensor
                 target = expected[id(tensor)]
                 (target[block.expert] if isinstance(layer, GroupedLinear) else target).add_(change)
     error = sum(float((g - e).square().sum()) for g, e in zip(found, expected.values(), strict=True))

@@ -1,47 +1,22 @@
-"""Plasticity metrics: pure functions of matrices, features and weights, and `measure`, which computes all of an actor.
+"""Plasticity metrics as pure functions of singular values, features, routing weights and parameters.
 
-Units are those of hidden layers, gate included. A unit of an expert that no state was routed to is dormant and dead: on
-this batch nothing reaches it, forward or backward.
+Units are those of hidden layers. A unit of an expert that no state was routed to is dormant and dead: on this batch
+nothing reaches it, forward or backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import combinations
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from sphere_rl.entk import entk, untouched
-from sphere_rl.experts import GroupedLinear, RoutedFeatures
-from sphere_rl.networks import MoENetwork, Trace
-from sphere_rl.spectrum import effective_rank, gram_eigenvalues
+from sphere_rl.experts import RoutedFeatures
 
 ENERGY = 0.99
 """Share that the leading part of a spectrum must hold, for `srank`, `pca_rank` and `expert_overlap`."""
-
-SPECTRAL_METRICS: dict[str, str] = {
-    "r_e_K": "effective rank of the empirical NTK K = JJᵀ of the outputs: exp entropy of its eigenvalues",
-    "r_e_A": "effective rank of the feature Gram A = ΦᵀΦ/N: exp entropy of σ², Φ the weighted last hidden features",
-    "effective_rank": "exp entropy of σ/Σσ (Roy & Vetterli 2007)",
-    "srank": "least k with Σ_{i≤k} σ ≥ 0.99 Σσ (Kumar et al. 2021)",
-    "pca_rank": "least k with Σ_{i≤k} σ² ≥ 0.99 Σσ²",
-    "feature_rank": "number of σ/√N > 0.01 (Lyle et al. 2022)",
-    "dormant_ratio": "share of hidden units whose mean |h| is at most 0.025 of their layer's mean (Sokar et al. 2023)",
-    "dead_ratio": "share of hidden units that are zero on all states",
-    "active_fraction": "share of hidden activations that are not zero, on the states routed to them",
-    "grama_ratio": "share of hidden units whose mean |∂L/∂W_i| is at most 0.01 of their layer's mean (Liu et al. 2025)",
-    "stable_rank_W": "(‖W‖_F/‖W‖₂)², mean over weight matrices",
-    "weight_norm": "root mean square of the parameters",
-    "weight_change": "root mean square of the parameters' change in one update",
-    "grad_norm": "root mean square of the parameters' gradients",
-    "churn": "mean ‖μ_after − μ_before‖² of one update",
-    "gate_entropy": "mean entropy of a state's routing weights, in nats",
-    "expert_load": "share of the states that each expert is selected for",
-    "expert_overlap": "mean cosine between the subspaces of state space that pairs of experts' features span",
-}
-"""Every metric with its definition. σ: singular values of Φ [N, m]."""
 
 
 def srank(singular_values: Float[Tensor, "k"]) -> int:
@@ -141,81 +116,8 @@ def expert_overlap(features: Float[Tensor, "N E H"]) -> float:
     return sum(cosines) / len(cosines) if cosines else 0.0
 
 
-def feature_metrics(trace: Trace) -> dict[str, float | list[float]]:
-    """Every metric that a forward pass holds: the spectrum of Φ, the state of the units, the health of the routing."""
-    last, layers = trace.features[-1], (*trace.features, *trace.gate_features)
-    samples = last.routing.num_samples
-    eigenvalues = gram_eigenvalues(last.weighted())
-    sigma = (eigenvalues * samples).sqrt()
-    return {
-        "r_e_A": effective_rank(eigenvalues),
-        "effective_rank": effective_rank(sigma),
-        "srank": srank(sigma),
-        "pca_rank": pca_rank(sigma),
-        "feature_rank": feature_rank(sigma, samples),
-        "dormant_ratio": dormant_ratio(layers),
-        "dead_ratio": dead_ratio(layers),
-        "active_fraction": active_fraction(layers),
-        "gate_entropy": gate_entropy(trace.gates),
-        "expert_load": expert_load(last),
-        "expert_overlap": expert_overlap(last.dense()),
-    }
-
-
-def weight_metrics(
-    actor: nn.Module, gradients: Mapping[str, Tensor] | None = None, previous: Mapping[str, Tensor] | None = None
-) -> dict[str, float]:
-    """Metrics of the parameters alone: stable rank and norm; with ``gradients`` and ``previous`` those of an update.
-
-    ``gradients`` and ``previous`` (the parameters before the update) go by the names of ``actor.named_parameters()``.
-    """
-    layers = {name: m for name, m in actor.named_modules() if isinstance(m, GroupedLinear)}
-    ranks = torch.cat([stable_rank(layer.weight) for layer in layers.values()])
-    metrics = {
-        "stable_rank_W": float(ranks.mean()),
-        "weight_norm": root_mean_square(actor.parameters()),
-    }
-    if gradients is not None:
-        hidden = [
-            gradients[f"{name}.weight"] for name in layers if f"{name}.weight" in gradients and ".hidden." in name
-        ]
-        metrics["grama_ratio"] = grama_ratio(hidden)
-        metrics["grad_norm"] = root_mean_square(gradients.values())
-    if previous is not None:
-        changes = (p.detach() - previous[name] for name, p in actor.named_parameters())
-        metrics["weight_change"] = root_mean_square(changes)
-    return metrics
-
-
-def measure(
-    actor: MoENetwork,
-    observations: Float[Tensor, "N D"],
-    *,
-    gradients: Mapping[str, Tensor] | None = None,
-    previous: Mapping[str, Tensor] | None = None,
-) -> dict[str, float | list[float]]:
-    """Return every metric of `SPECTRAL_METRICS` for ``actor`` on a batch of states, in its order.
-
-    ``gradients`` of the last loss add grama_ratio and grad_norm; ``previous``, the parameters before the last update,
-    adds weight_change and churn. The actor's mode is respected and nothing of it changes: parameters, gradients,
-    buffers and the global random state stay bit for bit.
-    """
-    found: dict[str, float | list[float]] = {
-        "r_e_K": effective_rank(torch.linalg.eigvalsh(entk(actor, observations).double()))
-    }
-    with untouched(actor), torch.no_grad():
-        trace = actor.trace(observations)
-        found |= feature_metrics(trace)
-    found |= weight_metrics(actor, gradients, previous)
-    if previous is not None:
-        with untouched(actor), torch.no_grad():
-            before = {name: previous[name] for name, _ in actor.named_parameters()}
-            found["churn"] = churn(trace.output, torch.func.functional_call(actor, before, (observations,)))
-    return {name: found[name] for name in SPECTRAL_METRICS if name in found}
-
-
 def _leading(values: Float[Tensor, "k"]) -> int:
-    """Fewest values whose sum reaches ENERGY of the total."""
+    """Fewest values whose sum reaches ENERGY of the total, 0 if that is 0."""
     descending = values.double().sort(descending=True).values
     total = descending.sum()
     if total <= 0:

@@ -1,134 +1,141 @@
-"""Effective ranks of matrices: exact from a spectrum, or estimated from matrix-vector products alone."""
+"""What is known of an actor's plasticity on a batch of states: its eNTK, effective ranks and every other metric.
+
+`measure` computes all of them; `SPECTRAL_METRICS` says what each one is. The parts live beside this module: `ranks`
+(spectra of matrices), `ntk` (the kernel), `metrics` (the rest).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from math import exp
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from jaxtyping import Float, Shaped
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
-ROUND_OFF = 1e-4
-"""Largest size of a negative eigenvalue, relative to the largest one, that is taken for round-off."""
+from sphere_rl.experts import GroupedLinear
+from sphere_rl.metrics import (
+    active_fraction,
+    churn,
+    dead_ratio,
+    dormant_ratio,
+    expert_load,
+    expert_overlap,
+    feature_rank,
+    gate_entropy,
+    grama_ratio,
+    pca_rank,
+    root_mean_square,
+    srank,
+    stable_rank,
+)
+from sphere_rl.networks import MoENetwork, Trace
+from sphere_rl.ntk import block_view, entk, entk_jax, estimate_entk_rank, untouched
+from sphere_rl.ranks import effective_rank, gram_effective_rank, gram_eigenvalues
+
+__all__ = [
+    "SPECTRAL_METRICS",
+    "block_view",
+    "effective_rank",
+    "entk",
+    "entk_jax",
+    "estimate_entk_rank",
+    "feature_metrics",
+    "gram_effective_rank",
+    "measure",
+    "weight_metrics",
+]
+
+SPECTRAL_METRICS: dict[str, str] = {
+    "r_e_K": "effective rank of the empirical NTK K = JJᵀ of the outputs: exp entropy of its eigenvalues",
+    "r_e_A": "effective rank of the feature Gram A = ΦᵀΦ/N: exp entropy of σ², Φ the weighted last hidden features",
+    "effective_rank": "exp entropy of σ/Σσ (Roy & Vetterli 2007)",
+    "srank": "least k with Σ_{i≤k} σ ≥ 0.99 Σσ (Kumar et al. 2021)",
+    "pca_rank": "least k with Σ_{i≤k} σ² ≥ 0.99 Σσ²",
+    "feature_rank": "number of σ/√N > 0.01 (Lyle et al. 2022)",
+    "dormant_ratio": "share of hidden units whose mean |h| is at most 0.025 of their layer's mean (Sokar et al. 2023)",
+    "dead_ratio": "share of hidden units that are zero on all states",
+    "active_fraction": "share of hidden activations that are not zero, on the states routed to them",
+    "grama_ratio": "share of hidden units whose mean |∂L/∂W_i| is at most 0.01 of their layer's mean (Liu et al. 2025)",
+    "stable_rank_W": "(‖W‖_F/‖W‖₂)², mean over weight matrices",
+    "weight_norm": "root mean square of the parameters",
+    "weight_change": "root mean square of the parameters' change in one update",
+    "grad_norm": "root mean square of the parameters' gradients",
+    "churn": "mean ‖μ_after − μ_before‖² of one update",
+    "gate_entropy": "mean entropy of a state's routing weights, in nats",
+    "expert_load": "share of the states that each expert is selected for",
+    "expert_overlap": "mean cosine between the subspaces of state space that pairs of experts' features span",
+}
+"""Every metric with its definition. σ: singular values of Φ [N, m]."""
 
 
-def effective_rank(eigenvalues: Shaped[Any, "n"]) -> float:
-    """Return r_e = exp(−Σ p_i log p_i), p_i = λ_i / Σ_j λ_j: the exponential of the spectral entropy.
+def feature_metrics(trace: Trace) -> dict[str, float | list[float]]:
+    """Every metric that a forward pass holds: the spectrum of Φ, the state of the units, the health of the routing."""
+    last, layers = trace.features[-1], (*trace.features, *trace.gate_features)
+    samples = last.routing.num_samples
+    eigenvalues = gram_eigenvalues(last.weighted())
+    sigma = (eigenvalues * samples).sqrt()
+    return {
+        "r_e_A": effective_rank(eigenvalues),
+        "effective_rank": effective_rank(sigma),
+        "srank": srank(sigma),
+        "pca_rank": pca_rank(sigma),
+        "feature_rank": feature_rank(sigma, samples),
+        "dormant_ratio": dormant_ratio(layers),
+        "dead_ratio": dead_ratio(layers),
+        "active_fraction": active_fraction(layers),
+        "gate_entropy": gate_entropy(trace.gates),
+        "expert_load": expert_load(last),
+        "expert_overlap": expert_overlap(last.dense()),
+    }
 
-    ``eigenvalues`` [n]: NumPy, PyTorch or JAX. 1 ≤ r_e ≤ the number of positive ones; 0 for the zero matrix. Negative
-    eigenvalues of round-off size count as 0; larger or non-finite ones raise ValueError. Source: Roy & Vetterli 2007.
+
+def weight_metrics(
+    actor: nn.Module, gradients: Mapping[str, Tensor] | None = None, previous: Mapping[str, Tensor] | None = None
+) -> dict[str, float]:
+    """Metrics of the parameters alone: stable rank and norm; with ``gradients`` and ``previous`` those of an update.
+
+    ``gradients`` and ``previous`` (the parameters before the update) go by the names of ``actor.named_parameters()``.
     """
-    values = _float64(eigenvalues)
-    if values.ndim != 1 or not values.isfinite().all():
-        raise ValueError(f"eigenvalues: got shape {tuple(values.shape)}, allowed: [n], every value finite")
-    largest = values.max().item() if len(values) else 0.0
-    if len(values) and values.min().item() < -ROUND_OFF * max(largest, 0.0):
-        raise ValueError(f"eigenvalues: got {values.min().item():g} beside {largest:g}, allowed: none below zero")
-    if largest <= 0:
-        return 0.0
-    p = values.clamp(min=0.0) / largest  # by the largest first: the sum of huge values may overflow
-    p = p / p.sum()
-    return float(torch.special.entr(p).sum().exp())
+    layers = {name: m for name, m in actor.named_modules() if isinstance(m, GroupedLinear)}
+    ranks = torch.cat([stable_rank(layer.weight) for layer in layers.values()])
+    metrics = {
+        "stable_rank_W": float(ranks.mean()),
+        "weight_norm": root_mean_square(actor.parameters()),
+    }
+    if gradients is not None:
+        hidden = [
+            gradients[f"{name}.weight"] for name in layers if f"{name}.weight" in gradients and ".hidden." in name
+        ]
+        metrics["grama_ratio"] = grama_ratio(hidden)
+        metrics["grad_norm"] = root_mean_square(gradients.values())
+    if previous is not None:
+        changes = (p.detach() - previous[name] for name, p in actor.named_parameters())
+        metrics["weight_change"] = root_mean_square(changes)
+    return metrics
 
 
-def gram_eigenvalues(phi: Shaped[Any, "N m"]) -> Float[Tensor, "k"]:
-    """Return the min(N, m) eigenvalues of A = ΦᵀΦ/N that can differ from zero, ascending, in float64.
-
-    Computed from the smaller of ΦᵀΦ and ΦΦᵀ: relative to the largest they are exact to about 1e-15, so singular values
-    of Φ below 1e-8 of the largest one are lost, far under what float32 features resolve.
-    """
-    matrix = _float64(phi)
-    samples, width = matrix.shape
-    gram = matrix @ matrix.T if samples < width else matrix.T @ matrix
-    return torch.linalg.eigvalsh(gram / samples).clamp(min=0.0)
-
-
-def gram_effective_rank(phi: Shaped[Any, "N m"]) -> float:
-    """Return r_e(A), A = ΦᵀΦ/N, for features ``phi`` [N, m], one sample a row; see `effective_rank`."""
-    return effective_rank(gram_eigenvalues(phi))
-
-
-@dataclass(frozen=True)
-class RankEstimate:
-    """An effective rank from random probes: the estimate and its standard error over the probes."""
-
-    value: float
-    standard_error: float
-
-
-def estimate_effective_rank(
-    product: Callable[[Float[Tensor, "n k"]], Float[Tensor, "n k"]],
-    size: int,
+def measure(
+    actor: MoENetwork,
+    observations: Float[Tensor, "N D"],
     *,
-    generator: torch.Generator,
-    probes: int = 24,
-    deflated: int = 16,
-    steps: int = 24,
-    dtype: torch.dtype = torch.float64,
-) -> RankEstimate:
-    """Estimate r_e of a positive semi-definite matrix K [n, n] from products K·V with V [n, k].
+    gradients: Mapping[str, Tensor] | None = None,
+    previous: Mapping[str, Tensor] | None = None,
+) -> dict[str, float | list[float]]:
+    """Return every metric of `SPECTRAL_METRICS` for ``actor`` on a batch of states, in its order.
 
-    log r_e = log tr K − tr(K log K) / tr K. Both traces are split over an orthonormal Q [n, deflated] of the leading
-    subspace: Σ q_iᵀ f(K) q_i, plus Gaussian probes in the rest, each quadratic form by stochastic Lanczos quadrature
-    with ``steps`` steps. Deflation matters: a few eigenvalues hold most of the trace when plasticity is low. The
-    standard error is of the ``probes`` by the delta method; the quadrature's own error falls exponentially with
-    ``steps``. Draws only from ``generator``.
-
-    Sources: Ubaru, Chen, Saad 2017 (quadrature); Meyer, Musco, Musco, Woodruff 2021 (deflation).
+    ``gradients`` of the last loss add grama_ratio and grad_norm; ``previous``, the parameters before the last update,
+    adds weight_change and churn. The actor's mode is respected and nothing of it changes: parameters, gradients,
+    buffers and the global random state stay bit for bit.
     """
-    if probes < 2 or deflated < 0 or steps < 1:
-        raise ValueError(f"probes, deflated, steps: got {probes}, {deflated}, {steps}, allowed: ≥ 2, ≥ 0, ≥ 1")
-    basis = torch.randn(size, min(deflated, size), generator=generator, dtype=dtype)
-    for _ in range(3 if deflated else 0):  # subspace iteration: the estimate is unbiased whatever the basis
-        basis = torch.linalg.qr(product(basis))[0]
-    noise = torch.randn(size, probes, generator=generator, dtype=dtype)
-    rest = noise - basis @ (basis.T @ noise)
-    forms = _quadratic_forms(product, torch.cat((basis, rest), dim=1), steps)
-    leading, sampled = forms[: basis.shape[1]], forms[basis.shape[1] :]
-    trace, entropy = (leading.sum(0) + sampled.mean(0)).tolist()
-    if trace <= 0:
-        return RankEstimate(0.0, 0.0)
-    value = trace * exp(-entropy / trace)
-    slopes = sampled[:, 0] * (1 / trace + entropy / trace**2) - sampled[:, 1] / trace
-    return RankEstimate(value, value * float(slopes.std()) / probes**0.5)
-
-
-def _quadratic_forms(
-    product: Callable[[Float[Tensor, "n k"]], Float[Tensor, "n k"]], starts: Float[Tensor, "n k"], steps: int
-) -> Float[Tensor, "k 2"]:
-    """Return vᵀ K v and vᵀ (K log K) v of every column v, by Lanczos with full reorthogonalisation."""
-    norms = starts.norm(dim=0)
-    floor = norms.max() * 1e-10
-    current = torch.where(norms > floor, starts / norms.clamp(min=floor), 0.0)
-    basis = [current]
-    diagonal, off_diagonal = [], []
-    for _ in range(min(steps, len(starts))):
-        image = product(current)
-        diagonal.append((current * image).sum(0))
-        for _ in range(2):  # twice is enough
-            for vector in basis:
-                image = image - vector * (vector * image).sum(0)
-        size = image.norm(dim=0)
-        scale = torch.stack(diagonal).abs().amax(0)
-        ended = size <= 1e-6 * scale if image.dtype == torch.float32 else size <= 1e-12 * scale
-        size = torch.where(ended, 0.0, size)  # an invariant subspace is found: this column's quadrature is exact
-        off_diagonal.append(size)
-        current = torch.where(ended, 0.0, image / torch.where(ended, 1.0, size))
-        basis.append(current)
-    tridiagonal = torch.diag_embed(torch.stack(diagonal, dim=1).double())
-    if len(diagonal) > 1:
-        side = torch.stack(off_diagonal[:-1], dim=1).double()
-        tridiagonal = tridiagonal + torch.diag_embed(side, 1) + torch.diag_embed(side, -1)
-    nodes, vectors = torch.linalg.eigh(tridiagonal)
-    weights = vectors[:, 0, :].square() * norms.double().square()[:, None]
-    nodes = nodes.clamp(min=0.0)
-    return torch.stack(((weights * nodes).sum(1), -(weights * torch.special.entr(nodes)).sum(1)), dim=1)
-
-
-def _float64(array: Any) -> Tensor:
-    if isinstance(array, Tensor):
-        return array.detach().double()
-    return torch.tensor(array.__array__(), dtype=torch.float64)
+    found: dict[str, float | list[float]] = {
+        "r_e_K": effective_rank(torch.linalg.eigvalsh(entk(actor, observations).double()))
+    }
+    with untouched(actor), torch.no_grad():
+        trace = actor.trace(observations)
+        found |= feature_metrics(trace)
+    found |= weight_metrics(actor, gradients, previous)
+    if previous is not None:
+        with untouched(actor), torch.no_grad():
+            before = {name: previous[name] for name, _ in actor.named_parameters()}
+            found["churn"] = churn(trace.output, torch.func.functional_call(actor, before, (observations,)))
+    return {name: found[name] for name in SPECTRAL_METRICS if name in found}

@@ -11,11 +11,13 @@ from jaxtyping import config as jaxtyping_config
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from sphere_rl import entk as entk_module
-from sphere_rl.entk import block_view, entk, entk_jax, estimate_entk_rank
+from sphere_rl import ntk
+from sphere_rl.experts import GroupedLinear
 from sphere_rl.factors import factorise
+from sphere_rl.methods.injection import InjectedHead
 from sphere_rl.networks import KINDS, Actor, make_actor
-from sphere_rl.spectrum import effective_rank
+from sphere_rl.ntk import block_view, entk, entk_jax, estimate_entk_rank
+from sphere_rl.ranks import effective_rank
 
 torch.set_num_threads(1)
 SAMPLES, ACTIONS = 12, 3
@@ -171,11 +173,20 @@ class Coupled(Twice):
         return self.last((h - h.mean(0)).tanh())
 
 
+def injected() -> nn.Module:
+    """Plasticity injection: an expert layer that adds frozen weights to its own."""
+    policy = actor("topk_moe")
+    policy.experts.head = InjectedHead(policy.experts.head)
+    policy.experts.head.inject(GroupedLinear(16, ACTIONS, 4, generator=torch.Generator().manual_seed(0)).double())
+    return policy
+
+
 def sequence(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(5, 8), *layers, nn.Linear(8, ACTIONS))
 
 
 FOREIGN = {
+    "injected head": (injected, True),
     "in-place relu": (lambda: sequence(nn.ReLU(inplace=True)), True),
     "layer twice": (Twice, True),
     "no bias": (lambda: sequence(nn.Tanh(), nn.Linear(8, 8, bias=False)), True),
@@ -202,7 +213,7 @@ def test_any_module(name, outputs, monkeypatch):
     policy, observations = make().double(), draw(SAMPLES, 5)
     assert (factorise(policy, observations) is not None) == structured
     size = sum(p.numel() * 8 for p in policy.parameters())
-    monkeypatch.setattr(entk_module, "CHUNK_BYTES", 7 * size)  # several chunks, the last one not full
+    monkeypatch.setattr(ntk, "CHUNK_BYTES", 7 * size)  # several chunks, the last one not full
     found = entk(policy, observations, outputs)
     assert relative(found, jacobian_kernel(policy, observations, outputs)) < 1e-9
 

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sphere_rl.factors import Factor, factorise
-from sphere_rl.spectrum import RankEstimate, effective_rank, estimate_effective_rank
+from sphere_rl.ranks import RankEstimate, effective_rank, estimate_effective_rank
 
 Outputs = Literal["full", "sum"]
 CHUNK_BYTES = 2**28
@@ -48,7 +48,7 @@ def estimate_entk_rank(
 ) -> RankEstimate:
     """Estimate r_e(K) of the full K without forming it: for batches whose N·A × N·A kernel does not fit.
 
-    Options (probes, deflated, steps) and source: `sphere_rl.spectrum.estimate_effective_rank`.
+    Options (probes, deflated, steps) and source: `sphere_rl.ranks.estimate_effective_rank`.
     """
     with untouched(policy):
         factors = factorise(policy, observations)

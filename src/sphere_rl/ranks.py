@@ -1,0 +1,134 @@
+"""Effective ranks of matrices: exact from a spectrum, or estimated from matrix-vector products alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import exp
+from typing import Any
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+ROUND_OFF = 1e-4
+"""Largest size of a negative eigenvalue, relative to the largest one, that is taken for round-off."""
+
+
+def effective_rank(eigenvalues: Shaped[Any, "n"]) -> float:
+    """Return r_e = exp(−Σ p_i log p_i), p_i = λ_i / Σ_j λ_j: the exponential of the spectral entropy.
+
+    ``eigenvalues`` [n]: NumPy, PyTorch or JAX. 1 ≤ r_e ≤ the number of positive ones; 0 for the zero matrix. Negative
+    eigenvalues of round-off size count as 0; larger or non-finite ones raise ValueError. Source: Roy & Vetterli 2007.
+    """
+    values = _float64(eigenvalues)
+    if values.ndim != 1 or not values.isfinite().all():
+        raise ValueError(f"eigenvalues: got shape {tuple(values.shape)}, allowed: [n], every value finite")
+    largest = values.max().item() if len(values) else 0.0
+    if len(values) and values.min().item() < -ROUND_OFF * max(largest, 0.0):
+        raise ValueError(f"eigenvalues: got {values.min().item():g} beside {largest:g}, allowed: none below zero")
+    if largest <= 0:
+        return 0.0
+    p = values.clamp(min=0.0) / largest  # by the largest first: the sum of huge values may overflow
+    p = p / p.sum()
+    return float(torch.special.entr(p).sum().exp())
+
+
+def gram_eigenvalues(phi: Shaped[Any, "N m"]) -> Float[Tensor, "k"]:
+    """Return the min(N, m) eigenvalues of A = ΦᵀΦ/N that can differ from zero, ascending, in float64.
+
+    Computed from the smaller of ΦᵀΦ and ΦΦᵀ: relative to the largest they are exact to about 1e-15, so singular values
+    of Φ below 1e-8 of the largest one are lost, far under what float32 features resolve.
+    """
+    matrix = _float64(phi)
+    samples, width = matrix.shape
+    gram = matrix @ matrix.T if samples < width else matrix.T @ matrix
+    return torch.linalg.eigvalsh(gram / samples).clamp(min=0.0)
+
+
+def gram_effective_rank(phi: Shaped[Any, "N m"]) -> float:
+    """Return r_e(A), A = ΦᵀΦ/N, for features ``phi`` [N, m], one sample a row; see `effective_rank`."""
+    return effective_rank(gram_eigenvalues(phi))
+
+
+@dataclass(frozen=True)
+class RankEstimate:
+    """An effective rank from random probes: the estimate and its standard error over the probes."""
+
+    value: float
+    standard_error: float
+
+
+def estimate_effective_rank(
+    product: Callable[[Float[Tensor, "n k"]], Float[Tensor, "n k"]],
+    size: int,
+    *,
+    generator: torch.Generator,
+    probes: int = 24,
+    deflated: int = 16,
+    steps: int = 24,
+    dtype: torch.dtype = torch.float64,
+) -> RankEstimate:
+    """Estimate r_e of a positive semi-definite matrix K [n, n] from products K·V with V [n, k].
+
+    log r_e = log tr K − tr(K log K) / tr K. Both traces are split over an orthonormal Q [n, deflated] of the leading
+    subspace: Σ q_iᵀ f(K) q_i, plus Gaussian probes in the rest, each quadratic form by stochastic Lanczos quadrature
+    with ``steps`` steps. Deflation matters: a few eigenvalues hold most of the trace when plasticity is low. The
+    standard error is of the ``probes`` by the delta method; the quadrature's own error falls exponentially with
+    ``steps``. Draws only from ``generator``.
+
+    Sources: Ubaru, Chen, Saad 2017 (quadrature); Meyer, Musco, Musco, Woodruff 2021 (deflation).
+    """
+    if probes < 2 or deflated < 0 or steps < 1:
+        raise ValueError(f"probes, deflated, steps: got {probes}, {deflated}, {steps}, allowed: ≥ 2, ≥ 0, ≥ 1")
+    basis = torch.randn(size, min(deflated, size), generator=generator, dtype=dtype)
+    for _ in range(3 if deflated else 0):  # subspace iteration: the estimate is unbiased whatever the basis
+        basis = torch.linalg.qr(product(basis))[0]
+    noise = torch.randn(size, probes, generator=generator, dtype=dtype)
+    rest = noise - basis @ (basis.T @ noise)
+    forms = _quadratic_forms(product, torch.cat((basis, rest), dim=1), steps)
+    leading, sampled = forms[: basis.shape[1]], forms[basis.shape[1] :]
+    trace, entropy = (leading.sum(0) + sampled.mean(0)).tolist()
+    if trace <= 0:
+        return RankEstimate(0.0, 0.0)
+    value = trace * exp(-entropy / trace)
+    slopes = sampled[:, 0] * (1 / trace + entropy / trace**2) - sampled[:, 1] / trace
+    return RankEstimate(value, value * float(slopes.std()) / probes**0.5)
+
+
+def _quadratic_forms(
+    product: Callable[[Float[Tensor, "n k"]], Float[Tensor, "n k"]], starts: Float[Tensor, "n k"], steps: int
+) -> Float[Tensor, "k 2"]:
+    """Return vᵀ K v and vᵀ (K log K) v of every column v, by Lanczos with full reorthogonalisation."""
+    norms = starts.norm(dim=0)
+    floor = norms.max() * 1e-10
+    current = torch.where(norms > floor, starts / norms.clamp(min=floor), 0.0)
+    basis = [current]
+    diagonal, off_diagonal = [], []
+    for _ in range(min(steps, len(starts))):
+        image = product(current)
+        diagonal.append((current * image).sum(0))
+        for _ in range(2):  # twice is enough
+            for vector in basis:
+                image = image - vector * (vector * image).sum(0)
+        size = image.norm(dim=0)
+        scale = torch.stack(diagonal).abs().amax(0)
+        ended = size <= 1e-6 * scale if image.dtype == torch.float32 else size <= 1e-12 * scale
+        size = torch.where(ended, 0.0, size)  # an invariant subspace is found: this column's quadrature is exact
+        off_diagonal.append(size)
+        current = torch.where(ended, 0.0, image / torch.where(ended, 1.0, size))
+        basis.append(current)
+    tridiagonal = torch.diag_embed(torch.stack(diagonal, dim=1).double())
+    if len(diagonal) > 1:
+        side = torch.stack(off_diagonal[:-1], dim=1).double()
+        tridiagonal = tridiagonal + torch.diag_embed(side, 1) + torch.diag_embed(side, -1)
+    nodes, vectors = torch.linalg.eigh(tridiagonal)
+    weights = vectors[:, 0, :].square() * norms.double().square()[:, None]
+    nodes = nodes.clamp(min=0.0)
+    return torch.stack(((weights * nodes).sum(1), -(weights * torch.special.entr(nodes)).sum(1)), dim=1)
+
+
+def _float64(array: Any) -> Tensor:
+    if isinstance(array, Tensor):
+        return array.detach().double()
+    return torch.tensor(array.__array__(), dtype=torch.float64)
