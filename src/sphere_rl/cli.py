@@ -6,7 +6,6 @@ command needs them, so that ``sphere --help`` answers at once.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import signal
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sphere_rl.errors import CommandLineError, ConfigError, RunFolderError, TrainingError
+from sphere_rl.parsers import ArgumentParser, positive
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,26 +156,18 @@ def list_all(words: list[str]) -> None:
         print_table(topic, catalogue.TOPICS[topic]())
 
 
+def sweep(words: list[str]) -> int | None:
+    """Train a grid of runs on this machine or a Ray cluster."""
+    from sphere_rl.sweep import command
+
+    return command(words)
+
+
 def run_parser(command: str, description: str | None) -> ArgumentParser:
     """A parser whose first argument is a run folder."""
     options = ArgumentParser(prog=f"sphere {command}", description=description)
     options.add_argument("run", type=Path, help="run folder")
     return options
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage."""
-        raise CommandLineError(message)
-
-
-def positive(text: str) -> int:
-    """A whole number above 0."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; expected a whole number above 0")
-    return int(text)
 
 
 def print_results(folder: Any) -> None:
@@ -206,6 +198,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train,
     "resume": resume,
     "evaluate": evaluate,
+    "sweep": sweep,
     "list": list_all,
 }
 

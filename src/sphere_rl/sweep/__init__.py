@@ -1,0 +1,133 @@
+"""``sphere sweep``: a grid of runs into one folder. Finished runs are skipped, stopped ones go on where they were."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sphere_rl.errors import CommandLineError
+from sphere_rl.parsers import ArgumentParser, positive
+
+SINGULAR = {"--protocol", "--actor", "--method", "--seed", "--suites"}
+"""Flags of ``sphere train`` that a sweep has as axes."""
+
+
+def command(words: list[str]) -> int | None:
+    """Train a grid of runs on this machine or a Ray cluster."""
+    from sphere_rl.sweep.plan import Grid, load_grid, plan, record, state
+
+    given, rest = parse(words)
+    grid = load_grid(given.config) if given.config else {}
+    flags = {name: getattr(given, name) for name in ("suites", "protocols", "actors", "methods", "seeds", "tasks")}
+    grid |= {name: tuple(values) for name, values in flags.items() if values is not None}
+    extra = tuple((axis[0], tuple(axis[1:])) for axis in given.grid)
+    if empty := [name for name, values in extra if not values]:
+        raise CommandLineError(f"--grid {empty[0]}: expected at least one value after the option's name")
+    grid["options"] = grid.get("options", ()) + extra
+    grid["train"] = (*grid.get("train", ()), *rest)
+    runs = plan(Grid(**grid), given.out)
+    if given.dry_run:
+        return dry_run(runs, given.jobs)
+    engine = make_engine(given.engine, given.address, given.jobs, runs)
+    record(given.out, f"sphere sweep {shlex.join(words)}", runs)
+    waiting = [run for run in runs if state(run) != "finished"]
+    if len(waiting) < len(runs):
+        print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already", flush=True)
+    codes = execute(engine, waiting, len(runs) - len(waiting))
+    failed = [run for run in waiting if codes[run.name]]
+    if not failed:
+        print(f"{len(runs)} of {len(runs)} runs finished. Look at them with: sphere report {given.out}")
+        return 0
+    from sphere_rl.sweep.cost import reason
+
+    print(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again:")
+    for run in failed:
+        print(f"  {run.name}: {reason(run, run.log)}  ({run.log})")
+    return 3
+
+
+def parse(words: list[str]) -> tuple[Any, list[str]]:
+    """The sweep's own flags, and the words that are for ``sphere train``."""
+    options = ArgumentParser(
+        prog="sphere sweep",
+        description=f"{command.__doc__} Any other flag of `sphere train` is passed to every run.",
+        allow_abbrev=False,
+    )
+    options.add_argument("--config", type=Path, help="TOML file with axes, [grid] and [train]; flags win")
+    options.add_argument("--suite", dest="suites", nargs="+", help="suites (cw10)")
+    options.add_argument("--protocols", nargs="+", help="rl, crl (crl)")
+    options.add_argument("--actors", nargs="+", help="architectures (topk_moe)")
+    options.add_argument("--methods", nargs="+", help="methods, composed ones as sphere+layernorm (none sphere)")
+    options.add_argument("--seeds", nargs="+", type=int, help="seeds (0)")
+    options.add_argument("--tasks", nargs="+", help="tasks in training order (each suite's own sequence)")
+    options.add_argument(
+        "--grid", nargs="+", action="append", default=[], metavar=("OPTION", "VALUE"),
+        help="one more axis, as in --grid sphere.rho 0.001 0.01",
+    )  # fmt: skip
+    options.add_argument("--out", type=Path, default=Path("runs/sweep"), help="folder of the runs (runs/sweep)")
+    options.add_argument("--engine", choices=("local", "ray"), default="local")
+    options.add_argument("--jobs", type=positive, help="runs side by side (as many as there are cores for)")
+    options.add_argument("--address", help="address of a Ray cluster; without one, a Ray of this machine")
+    options.add_argument("--dry-run", action="store_true", help="print the runs, their steps and their hours")
+    given, rest = options.parse_known_args(words)
+    for word in rest:
+        flag = word.partition("=")[0]
+        if flag in SINGULAR:
+            raise CommandLineError(f"{flag}: not a flag of sphere sweep; expected {flag}s" if flag != "--suites" else
+                                   "--suites: not a flag of sphere sweep; expected --suite")  # fmt: skip
+        if flag in ("--quiet", "--no-quiet", "-h", "--help"):
+            raise CommandLineError(f"{flag}: not a flag of sphere sweep")
+    return given, rest
+
+
+def make_engine(name: str, address: str | None, jobs: int | None, runs: Sequence[Any]) -> Any:
+    """The engine, with as many runs side by side as there are cores for, unless ``jobs`` says otherwise."""
+    from sphere_rl.sweep import engines
+
+    if address and name != "ray":
+        raise CommandLineError(f"--address: {address!r} is not allowed with engine {name}; expected --engine ray")
+    if name == "ray":
+        return engines.ray(address, jobs)
+    return engines.local(jobs or default_jobs(runs))
+
+
+def default_jobs(runs: Sequence[Any]) -> int:
+    """Runs side by side that do not take more threads than there are cores."""
+    return max(1, len(os.sched_getaffinity(0)) // max((run.threads for run in runs), default=1))
+
+
+def execute(engine: Any, runs: Sequence[Any], already: int) -> dict[str, int]:
+    """Carry the runs out in front of the user; exit code by run."""
+    from rich.console import Console
+
+    from sphere_rl.sweep.display import Lines, LiveTable
+
+    console = Console(highlight=False, markup=False)
+    watcher = LiveTable(runs, console, already) if console.is_terminal else Lines(runs, console)
+    try:
+        return engine(runs, watcher)
+    finally:
+        watcher.close()
+
+
+def dry_run(runs: Sequence[Any], jobs: int | None) -> int:
+    """Print what would be done and what it costs."""
+    from sphere_rl.sweep.cost import speeds, steps_left
+    from sphere_rl.sweep.plan import state
+
+    jobs = jobs or default_jobs(runs)
+    for run in runs:
+        print(f"{run.name:<60} {state(run):<12} {steps_left(run):>14,} steps")
+    left = [run for run in runs if steps_left(run)]
+    speed = speeds(left)
+    hours = [steps_left(run) / speed[run.name] / 3600 for run in left]
+    rates = sorted({round(value) for value in speed.values()})
+    at = f" at {rates[0]} to {rates[-1]} steps/s a run" if rates else ""
+    print(
+        f"{len(left)} of {len(runs)} runs to do, {sum(map(steps_left, runs)):,} steps{at}: {sum(hours):.2f} core-hours"
+    )
+    print(f"with {jobs} side by side about {max([sum(hours) / jobs, *hours], default=0):.2f} hours, evaluations on top")
+    return 0

@@ -1,0 +1,81 @@
+"""What a sweep costs: steps, and hours at the speed of runs that are there, or of a short calibration."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from sphere_rl.config import TrainConfig
+from sphere_rl.errors import TrainingError
+from sphere_rl.runs import RunFolder
+from sphere_rl.sweep.display import standing
+from sphere_rl.sweep.engines import start
+from sphere_rl.sweep.plan import PlannedRun
+
+CALIBRATION_STEPS = 2048
+"""Environment steps of one iteration of a calibration, at least."""
+
+
+def steps_left(run: PlannedRun) -> int:
+    """Environment steps that the run still has to take."""
+    found = standing(run)
+    return 0 if found.state == "finished" else run.steps - found.steps
+
+
+def speeds(runs: Sequence[PlannedRun]) -> dict[str, float]:
+    """Training steps per second of every run by name, one run alone: from like runs of this sweep, or measured now.
+
+    Evaluations come on top: some percent at the default rate.
+    """
+    known: dict[TrainConfig, float] = {}
+    for run in runs:
+        if (measured := _measured(run)) is not None:
+            known.setdefault(_kind(run.config), measured)
+    for run in runs:
+        kind = _kind(run.config)
+        if kind not in known:
+            known[kind] = calibrate(run)
+    return {run.name: known[_kind(run.config)] for run in runs}
+
+
+def calibrate(run: PlannedRun) -> float:
+    """Train the run's first task for two short iterations in a temporary folder; the speed of the second."""
+    config = run.config
+    unit = config.minibatch_size // math.gcd(config.minibatch_size, config.num_envs)
+    steps = unit * math.ceil(CALIBRATION_STEPS / (unit * config.num_envs))
+    words = [*run.words, "--tasks", config.task_sequence[0], "--num-steps", str(steps), "--final-eval-episodes", "1"]
+    words += ["--steps-per-task", str(2 * steps * config.num_envs), "--eval-every", str(2**62)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, log = Path(temporary) / "run", Path(temporary) / "log"
+        process = start(str(folder), words, str(log), run.threads)
+        try:
+            code = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+        if code:
+            raise TrainingError(f"{run.name}: the calibration failed: {reason(run, log)}")
+        return RunFolder(folder).read("train")[-1]["steps_per_second"]
+
+
+def reason(run: PlannedRun, log: Path) -> str:
+    """Why a run failed: the error of its status, or the last line that its process printed."""
+    folder = RunFolder(run.folder)
+    error = folder.status().get("error") if folder.config_path.is_file() else None
+    lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+    return error or (lines[-1] if lines else "no output")
+
+
+def _measured(run: PlannedRun) -> float | None:
+    folder = RunFolder(run.folder)
+    rows = folder.read("train") if folder.config_path.is_file() else []
+    found = sorted(row["steps_per_second"] for row in rows)
+    return found[len(found) // 2] if found else None
+
+
+def _kind(config: TrainConfig) -> TrainConfig:
+    """Runs of a kind have one speed: all but seed, protocol and tasks is equal."""
+    return replace(config, seed=0, protocol="crl", tasks=())

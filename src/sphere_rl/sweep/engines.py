@@ -1,0 +1,141 @@
+"""What carries a sweep's runs out: processes of this machine, or tasks of a Ray cluster; the process is the same."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from sphere_rl.errors import CommandLineError
+from sphere_rl.sweep.plan import PlannedRun
+
+LIBRARIES = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
+"""Whose thread pools are pinned to the run's own number of threads."""
+STOP_SECONDS = 60
+RETRIES = 10
+"""How often Ray starts a run again whose worker was lost; it goes on from its last checkpoint."""
+
+
+class Watcher(Protocol):
+    """Whoever shows a sweep to its user."""
+
+    def started(self, run: PlannedRun) -> None:
+        """The run's process is there, or is handed to Ray."""
+
+    def ended(self, run: PlannedRun, code: int) -> None:
+        """The run's process has ended with this exit code."""
+
+    def tick(self) -> None:
+        """Some time has passed."""
+
+
+Engine = Callable[[Sequence[PlannedRun], Watcher], dict[str, int]]
+
+
+def local(jobs: int) -> Engine:
+    """Up to ``jobs`` processes side by side on this machine."""
+
+    def run_all(runs: Sequence[PlannedRun], watcher: Watcher) -> dict[str, int]:
+        waiting, codes = deque(runs), dict[str, int]()
+        running: dict[subprocess.Popen[bytes], PlannedRun] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    running[start(*process_of(waiting[0]))] = waiting[0]
+                    watcher.started(waiting.popleft())
+                time.sleep(0.1)
+                for process in [process for process in running if process.poll() is not None]:
+                    run = running.pop(process)
+                    codes[run.name] = process.returncode
+                    watcher.ended(run, process.returncode)
+                watcher.tick()
+        finally:
+            stop(list(running))
+        return codes
+
+    return run_all
+
+
+def ray(address: str | None, jobs: int | None) -> Engine:
+    """A task of Ray for each run; ``address`` of a cluster, or a Ray of this machine with room for ``jobs`` runs.
+
+    Raises:
+        CommandLineError: Ray is not installed.
+    """
+    try:
+        import ray
+        from ray.exceptions import RayError
+    except ImportError:
+        raise CommandLineError("engine: ray is not installed; pip install 'sphere-rl[ray]'") from None
+
+    def run_all(runs: Sequence[PlannedRun], watcher: Watcher) -> dict[str, int]:
+        cores = None if address or not jobs else jobs * max(run.threads for run in runs)
+        ray.init(
+            address=address, num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+        )
+        task, codes = ray.remote(carry_out), dict[str, int]()
+        try:
+            waiting = {}
+            for run in runs:
+                gpus = 1 if run.config.device.startswith("cuda") else 0
+                options = {"num_cpus": run.threads, "num_gpus": gpus, "max_retries": RETRIES, "name": run.name}
+                waiting[task.options(**options).remote(*process_of(run))] = run
+                watcher.started(run)
+            while waiting:
+                for done in ray.wait(list(waiting), timeout=0.5)[0]:
+                    run = waiting.pop(done)
+                    try:
+                        codes[run.name] = ray.get(done)
+                    except RayError:  # lost more often than it may be: a failed run, not a failed sweep
+                        codes[run.name] = 3
+                    watcher.ended(run, codes[run.name])
+                watcher.tick()
+        finally:
+            ray.shutdown()  # its workers die, and with them the processes of their runs
+        return codes
+
+    return run_all
+
+
+def process_of(run: PlannedRun) -> tuple[str, tuple[str, ...], str, int]:
+    """What it takes to start a run's process anywhere: folder, words, log and threads."""
+    return str(run.folder.absolute()), run.words, str(run.log.absolute()), run.threads
+
+
+def start(folder: str, words: Sequence[str], log: str, threads: int) -> subprocess.Popen[bytes]:
+    """Start the process of a run, out of reach of the terminal's Ctrl-C: the sweep passes it on."""
+    Path(log).parent.mkdir(parents=True, exist_ok=True)
+    pinned = {f"{library}_NUM_THREADS": str(threads) for library in LIBRARIES}
+    command = [sys.executable, "-m", "sphere_rl.sweep.child", str(os.getpid()), folder, *words]
+    with open(log, "ab") as file:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=os.environ | pinned, start_new_session=True
+        )
+
+
+def carry_out(folder: str, words: Sequence[str], log: str, threads: int) -> int:
+    """Carry one run out in a worker of Ray, to its exit code."""
+    process = start(folder, words, log, threads)
+    try:
+        return process.wait()
+    finally:
+        stop([process])
+
+
+def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask processes to stop, let them write that into their status, and wait until they are gone."""
+    alive = [process for process in processes if process.poll() is None]
+    for process in alive:
+        process.terminate()
+    for process in alive:
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
