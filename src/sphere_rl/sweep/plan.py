@@ -33,7 +33,7 @@ class Grid:
     tasks: tuple[str, ...] = ()
     """Tasks in training order; each suite's own sequence when none are named."""
     options: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """More axes: a flag of ``sphere train`` without dashes, and its values. A method's option concerns only its runs."""
+    """More axes: a flag of ``sphere train`` without dashes, and values. A method's option concerns only its runs."""
     train: tuple[str, ...] = ()
     """Words of ``sphere train`` that every run gets."""
 
