@@ -1,9 +1,13 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from sphere_rl.experts import (
     ExpertMLP,
+    GroupedLinear,
+    RoutedFeatures,
     Routing,
     dense_routing,
     shared_top_k_routing,
@@ -60,23 +64,185 @@ ROUTINGS = {
 }
 
 
+def check_against_oracle(module: ExpertMLP, x: torch.Tensor, logits: torch.Tensor, routing: Routing, **tolerance):
+    """Output, features, penalty and the gradients of both with respect to inputs, logits and all weights."""
+    inputs = [x.requires_grad_(), logits, *module.parameters()]
+    result = module(x, routing)
+    last = result.features[-1]
+    out, phi = oracle(module, x, routing.weights)
+    torch.testing.assert_close(result.out, out, **tolerance)
+    torch.testing.assert_close(last.weighted(), phi, **tolerance)
+    torch.testing.assert_close(last.gram(), phi @ phi.t() / len(phi), **tolerance)
+    for got, want in (
+        (result.out.sin().sum(), out.sin().sum()),
+        (last.sphere_penalty(), oracle_penalty(phi)),
+        (
+            last.sphere_penalty_per_expert(),
+            torch.stack([oracle_penalty(part) for part in phi.chunk(routing.num_experts, 1)]).sum(),
+        ),
+        (last.gram().sin().sum(), (phi @ phi.t() / len(phi)).sin().sum()),
+    ):
+        torch.testing.assert_close(got, want, **tolerance)
+        gradients = [
+            torch.autograd.grad(f, inputs, allow_unused=True, retain_graph=True, materialize_grads=True)
+            for f in (got, want)
+        ]
+        for g, w in zip(*gradients, strict=True):
+            torch.testing.assert_close(g, w, **tolerance)
+
+
 @pytest.mark.parametrize("kind", ROUTINGS)
 def test_values_and_gradients_equal_the_dense_computation(kind: str):
     x, logits = batch()
     routing: Routing = ROUTINGS[kind](logits)
-    module = mlp(routing.num_experts)
-    inputs = [x.requires_grad_(), logits, *module.parameters()]
+    check_against_oracle(mlp(routing.num_experts), x, logits, routing)
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 2**31), st.integers(1, 12), st.integers(1, 5), st.integers(1, 5), st.floats(0, 8))
+def test_any_routing_equals_the_dense_computation(seed: int, n: int, num_experts: int, k: int, skew: float):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, D, generator=generator, dtype=torch.float64)
+    favour = skew * torch.randn(num_experts, generator=generator, dtype=torch.float64)
+    logits = favour + torch.randn(n, num_experts, generator=generator, dtype=torch.float64).round()
+    logits.requires_grad_()
+    routing = top_k_routing(logits, min(k, num_experts))
+    assert sum(routing.counts) == n * min(k, num_experts) == len(routing.sample)
+    torch.testing.assert_close(routing.weights.sum(1), torch.ones(n, dtype=torch.float64))
+    check_against_oracle(mlp(num_experts), x, logits, routing)
+
+
+def test_float32_agrees():
+    x, logits = batch(40)
+    x, logits = x.float(), logits.detach().float().requires_grad_()
+    check_against_oracle(mlp().float(), x, logits, top_k_routing(logits, 2), rtol=1e-4, atol=1e-5)
+
+
+def test_gradcheck_once_and_twice():
+    layer = GroupedLinear(D, A, E, generator=torch.Generator().manual_seed(0)).double()
+    routing = top_k_routing(torch.tensor([[3.0, 1, 0, 2], [0, 3, 1, 2], [0, 2, 1, 3]], dtype=torch.float64), 2)
+    assert routing.counts == (1, 2, 0, 3)
+    x = torch.randn(6, D, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+
+    def run(x, weight, bias):
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x, routing)).sin()
+
+    inputs = (x, layer.weight, layer.bias)
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+    jacobian = torch.func.jacrev(run, argnums=1)(*inputs)
+    direct = torch.autograd.functional.jacobian(lambda w: run(x, w, layer.bias), layer.weight)
+    torch.testing.assert_close(jacobian, direct)
+
+
+def test_the_penalty_refuses_a_second_derivative_rather_than_giving_a_wrong_one():
+    x, logits = batch()
+    features = mlp()(x, top_k_routing(logits, 2)).features[-1]
+    with pytest.raises(RuntimeError, match="create_graph: use"):
+        torch.autograd.grad(features.sphere_penalty(), features.values, create_graph=True)
+
+
+def test_signals_at_the_last_hidden_layer_are_differentiable():
+    """∂out/∂z by autograd equals head weights times gate where the unit is on; its gradient reaches the gate."""
+    x, logits = batch()
+    module, routing = mlp(), top_k_routing(logits, 2)
     result = module(x, routing)
-    out, phi = oracle(module, x, routing.weights)
-    torch.testing.assert_close(result.out, out)
-    torch.testing.assert_close(result.features[-1].weighted(), phi)
-    torch.testing.assert_close(result.features[-1].gram(), phi @ phi.t() / len(phi))
-    penalty = result.features[-1].sphere_penalty()
-    torch.testing.assert_close(penalty, oracle_penalty(phi))
-    got = torch.autograd.grad(result.out.sin().sum() + penalty, inputs, allow_unused=True, retain_graph=True)
-    want = torch.autograd.grad(out.sin().sum() + oracle_penalty(phi), inputs, allow_unused=True)
-    for g, w in zip(got, want, strict=True):
-        torch.testing.assert_close(g if g is not None else None, w)
+    last = result.features[-1]
+    (signal,) = torch.autograd.grad(result.out[:, 0].sum(), last.preactivation, create_graph=True)
+    weight = dict(module.named_parameters())["head.weight"][routing.expert, 0]
+    want = routing.gate[:, None] * weight * (last.preactivation > 0)
+    torch.testing.assert_close(signal, want)
+    (got,) = torch.autograd.grad(signal.square().sum(), logits, retain_graph=True)
+    torch.testing.assert_close(got, torch.autograd.grad(want.square().sum(), logits)[0])
+
+
+def test_dense_features_are_unweighted_and_zero_where_not_routed():
+    x, logits = batch()
+    routing = top_k_routing(logits, 2)
+    features = mlp()(x, routing).features
+    assert [f.values.shape for f in features] == [(18, 8), (18, 6)]
+    dense = features[-1].dense()
+    assert dense.shape == (9, E, 6)
+    assert not dense[routing.weights == 0].any()
+    for j, (sample, expert) in enumerate(zip(routing.sample, routing.expert, strict=True)):
+        assert torch.equal(dense[sample, expert], features[-1].values[j])
+
+
+@pytest.mark.parametrize("counts", [(8, 0), (7, 1), (5, 3), (1, 1)])
+def test_penalty_however_many_samples_an_expert_sees(counts: tuple[int, ...]):
+    """All, most, some: each is computed in its own way."""
+    n, generator = 8, torch.Generator().manual_seed(4)
+    gates = torch.zeros(n, 2, dtype=torch.float64)
+    for expert, count in enumerate(counts):
+        gates[torch.randperm(n, generator=generator)[:count], expert] = 0.1 + expert
+    gates.requires_grad_()
+    expert, sample = gates.t().nonzero(as_tuple=True)
+    routing = Routing(gates, sample, gates[sample, expert], counts)
+    values = torch.randn(len(sample), 3, dtype=torch.float64, generator=generator, requires_grad=True)
+    features = RoutedFeatures(values, values, routing)
+    got, want = features.sphere_penalty(), oracle_penalty(features.weighted())
+    torch.testing.assert_close(got, want)
+    for g, w in zip(
+        torch.autograd.grad(2 * got, (values, gates), retain_graph=True),
+        torch.autograd.grad(2 * want, (values, gates)),
+        strict=True,
+    ):
+        torch.testing.assert_close(g, w)
+
+
+def test_experts_without_samples_get_zero_gradient_and_no_computation():
+    x, logits = batch()
+    logits = logits.detach() + torch.tensor([0.0, 50, 0, 50])
+    module, routing = mlp(), top_k_routing(logits, 2)
+    assert routing.counts == (0, 9, 0, 9)
+    with torch.no_grad():
+        for p in module.parameters():
+            p[[0, 2]] = torch.nan
+    module(x, routing).out.sum().backward()
+    for p in module.parameters():
+        assert p.grad is not None
+        assert not p.grad[[0, 2]].any()
+        assert p.grad[[1, 3]].abs().sum() > 0
+
+
+def test_layer_norm_and_crelu():
+    x, logits = batch()
+    routing = top_k_routing(logits, 2)
+    norm = mlp(layer_norm=True)(x, routing).features[0]
+    torch.testing.assert_close(norm.preactivation.mean(1), torch.zeros(18, dtype=torch.float64), atol=1e-9, rtol=0)
+    torch.testing.assert_close(
+        norm.preactivation.var(1, correction=0), torch.ones(18, dtype=torch.float64), rtol=1e-3, atol=0
+    )
+    module = mlp(crelu=True)
+    crelu = module(x, routing).features[0]
+    assert crelu.values.shape == (18, 8)
+    assert crelu.preactivation.shape == (18, 4)
+    torch.testing.assert_close(crelu.values, torch.cat((crelu.preactivation, -crelu.preactivation), 1).relu())
+    with pytest.raises(ValueError, match=r"hidden = \(7,\): expected even widths with crelu"):
+        ExpertMLP(D, (7,), A, E, generator=torch.Generator(), crelu=True)
+
+
+def test_spectral_norm_converges_to_unit_largest_singular_value():
+    x, logits = batch()
+    module, routing = mlp(spectral_norm=True), top_k_routing(logits, 2)
+    for _ in range(300):
+        module(x, routing)
+    layer = module.hidden[0]
+    assert isinstance(layer, GroupedLinear)
+    module.eval()
+    state = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    normal = layer.normalized_weight()
+    torch.testing.assert_close(torch.linalg.matrix_norm(normal, 2), torch.ones(E, dtype=torch.float64))
+    module(x, routing)
+    assert all(torch.equal(state[name], buffer) for name, buffer in module.named_buffers())
+
+
+def test_initial_weights_are_lecun_normal_and_follow_the_generator():
+    first, same, other = (GroupedLinear(100, 200, 5, generator=torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert torch.equal(first.weight, same.weight)
+    assert not torch.equal(first.weight, other.weight)
+    torch.testing.assert_close(first.weight.std(), torch.tensor(0.1), rtol=0.01, atol=0)
+    assert not first.bias.any()
 
 
 def test_top_k_weights_by_hand():
@@ -86,6 +252,12 @@ def test_top_k_weights_by_hand():
     assert routing.counts == (1, 2, 1)
     assert routing.sample.tolist() == [1, 0, 1, 0]
     assert routing.expert.tolist() == [0, 1, 1, 2]
+
+
+def test_shared_experts_have_weight_one():
+    routing = shared_top_k_routing(torch.tensor([[0.0, 1.0, 3.0]]), 2, 1)
+    assert routing.weights.tolist() == [[1, 1, 0, 0, 1]]
+    assert routing.counts == (1, 1, 0, 0, 1)
 
 
 def test_wrong_k_is_named():

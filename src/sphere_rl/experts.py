@@ -150,7 +150,7 @@ class _GroupedLinear(torch.autograd.Function):
             return *_composed_backward(grad, x, weight, counts), None
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         grad_weight = torch.empty_like(weight)
-        grad_bias = grad.new_zeros(len(weight), grad.shape[1]).index_add_(0, ctx.routing.expert, grad)
+        grad_bias = grad.new_zeros(weight.shape[:2]).index_add_(0, ctx.routing.expert, grad)
         for g_e, x_e, out in zip(grad.split(counts), x.split(counts), grad_weight.unbind(0), strict=True):
             torch.mm(g_e.t(), x_e, out=out) if len(g_e) else out.zero_()
         if grad_x is not None:
@@ -207,10 +207,11 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "M in"], routing: Routing) -> Float[Tensor, "M out"]:
         """Rows sorted by expert as in `routing`, one output row for each."""
-        weight = self._normalized_weight() if self.spectral_norm else self.weight
+        weight = self.normalized_weight() if self.spectral_norm else self.weight
         return grouped_linear(x, weight, self.bias, routing)
 
-    def _normalized_weight(self) -> Float[Tensor, "E out in"]:
+    def normalized_weight(self) -> Float[Tensor, "E out in"]:
+        """W_e/σ_e, with one power iteration in training mode."""
         if self.training and torch.is_grad_enabled():  # not while experience is collected
             with torch.no_grad():
                 v = torch.einsum("eoi,eo->ei", self.weight, self.u)
@@ -258,8 +259,11 @@ class RoutedFeatures:
         return gram / n
 
     def sphere_penalty(self) -> Float[Tensor, ""]:
-        """‖A‖_F² − (tr A)²/m over all experts jointly; gradients reach the features and the gate."""
-        return _SpherePenalty.apply(self.routing.gate[:, None] * self.values, self.routing)
+        """‖A‖_F² − (tr A)²/m over all experts jointly; gradients reach the features and the gate.
+
+        Raises RuntimeError when differentiated with create_graph.
+        """
+        return _SpherePenalty.apply(self.values, self.routing.gate, self.routing)
 
     def sphere_penalty_per_expert(self) -> Float[Tensor, ""]:
         """Σ_e ‖A_e‖_F² − (tr A_e)²/H with A_e = Φ_eᵀΦ_e/N: no cross-expert terms."""
@@ -279,7 +283,7 @@ class RoutedFeatures:
 
 
 class _SpherePenalty(torch.autograd.Function):
-    """‖S − cI‖_F² + (m − N)c², S = ΦΦᵀ/N, c = tr S/m, with gradient 4/N (S − cI)Φ, both from routed rows only.
+    """‖S − cI‖_F² + (m − N)c² with S = ΦΦᵀ/N, c = tr S/m; its gradient 4/N (S − cI)Φ; both from routed rows only.
 
     A sum of squares: ‖A‖² − (tr A)²/m would cancel where the spectrum is almost flat. Two samples meet in S only
     through experts they share, so expert e adds the products of its own rows Φ_e. An expert that sees most
@@ -287,43 +291,45 @@ class _SpherePenalty(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, weighted: Tensor, routing: Routing) -> Tensor:
-        n, m = routing.num_samples, routing.num_experts * weighted.shape[1]
-        gram = weighted.new_zeros(n, n)
-        blocks = []
+    def forward(ctx: Any, values: Tensor, gate: Tensor, routing: Routing) -> Tensor:
+        n, m = routing.num_samples, routing.num_experts * values.shape[1]
+        weighted = gate[:, None] * values
+        gram = values.new_zeros(n, n)
+        parts = []
         for (_, start, end), rows in zip(routing.blocks, routing.block_rows, strict=True):
             block, entries = weighted[start:end], None
-            if end - start == n:
-                gram.addmm_(block, block.t())
-            elif end - start > 0.75 * n:
-                block = weighted.new_zeros(n, weighted.shape[1]).index_copy_(0, rows, block)
+            if end - start > 0.75 * n:
+                whole = end - start == n
+                block = block if whole else values.new_zeros(n, values.shape[1]).index_copy_(0, rows, block)
                 gram.addmm_(block, block.t())
             else:
                 entries = (rows[:, None] * n + rows).view(-1)
                 gram.put_(entries, block @ block.t(), accumulate=True)
-            blocks.append((block, entries))
+            parts.append((block, entries, rows))
         gram /= n
         mean = gram.trace() / m
         gram.diagonal().sub_(mean)
-        ctx.saved = gram, blocks, routing
-        return gram.square().sum() + (m - n) * mean.square()
+        ctx.save_for_backward(values, gate)
+        ctx.gram, ctx.parts = gram, parts
+        return torch.dot(gram.view(-1), gram.view(-1)) + (m - n) * mean.square()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, None]:
-        gram, blocks, routing = ctx.saved
-        n = routing.num_samples
-        parts = []
-        for (_, start, end), rows, (block, entries) in zip(routing.blocks, routing.block_rows, blocks, strict=True):
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("create_graph: use sphere_rl.sphere_penalty(features.weighted()) in its place")
+        (grad,) = grad_outputs
+        values, gate = ctx.saved_tensors
+        gram, n, products = ctx.gram, len(ctx.gram), []
+        for block, entries, rows in ctx.parts:
             if entries is not None:
-                parts.append(gram.take(entries).view(end - start, end - start) @ block)
-            elif end - start == n:
-                parts.append(gram @ block)
+                products.append(gram.take(entries).view(len(block), len(block)) @ block)
+            elif len(rows) == n:
+                products.append(gram @ block)
             else:
-                parts.append((gram @ block).index_select(0, rows))
-        return torch.cat(parts).mul_(grad * (4 / n)), None
+                products.append((gram @ block).index_select(0, rows))
+        grad_weighted = torch.cat(products).mul_(grad * (4 / n))
+        grad_gate = (grad_weighted * values).sum(1) if ctx.needs_input_grad[1] else None
+        return grad_weighted.mul_(gate[:, None]), grad_gate, None
 
 
 @dataclass(frozen=True)
