@@ -26,6 +26,7 @@ from sphere_rl.runs import Logs, RunFolder
 from sphere_rl.runtime import tune_process
 from sphere_rl.seeding import derive_seed
 from sphere_rl.suites import make_suite
+from sphere_rl.tracking import Tracker
 
 
 class Monitor(Protocol):
@@ -89,6 +90,7 @@ class Run:
         self.progress = Progress(**state["progress"]) if state else Progress()
         self.logs = Logs(folder, state["logs"] if state else {})
         self.monitors = monitors(self.progress.global_step)
+        self.tracker = Tracker(config)
         self.agent: Agent | None = None
         self.collector: Collector | None = None
 
@@ -156,6 +158,7 @@ class Run:
                 rate = config.learning_rate + share * (config.learning_rate_end - config.learning_rate)
                 agent.set_learning_rate(rate)
             try:
+                self.tracker.begin_iteration(agent, self.task_step)
                 rollout = collector.collect(agent.actor, agent.critic, config.num_steps, agent.generator)
                 statistics = update(agent, rollout, config)
             except TrainingError as error:
@@ -163,6 +166,8 @@ class Run:
             progress.iteration += 1
             progress.global_step += config.steps_per_iteration
             self._log_iteration(agent, rollout, statistics, perf_counter() - began)
+            for row in self.tracker.measurements(agent, rollout, self.task):
+                self._log("spectrum", self._position() | row)
             self._evaluate_if_due(agent)
 
     def _end_segment(self, agent: Agent, collector: Collector) -> None:

@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench docs clean
+
+demo: $(VENV)/.installed  ## train with and without SPHERE on two MetaWorld tasks, about five minutes
+	$(BIN)/sphere demo
+
+test: $(VENV)/.installed-test  ## every test
+	$(BIN)/pytest -n auto --dist worksteal
+
+lint: $(VENV)/.installed-test  ## style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+bench: $(VENV)/.installed-bench  ## speed, as ratios measured side by side
+	$(BIN)/python benchmarks/all.py
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed-test
+	$(BIN)/pip install --quiet --editable '.[test,bench]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

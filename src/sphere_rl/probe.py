@@ -1,0 +1,39 @@
+"""The probe batch: held-out states of a suite, the same for every method, seed and task that is measured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from sphere_rl.seeding import derive_seed
+from sphere_rl.suites import Suite
+
+STATES = 256
+ENVS, STEPS = 2, 100
+
+
+def probe_observations(suite: Suite, tasks: Sequence[str], count: int = STATES, seed: int = 0) -> Float[ndarray, "N D"]:
+    """Return ``count`` raw observations under uniformly random actions, an equal share of each task, in task order.
+
+    They depend on the arguments alone; the tasks must have observations of one size.
+    """
+    shares = np.full(len(tasks), count // len(tasks))
+    shares[: count % len(tasks)] += 1
+    batches = [_visited(suite, task, int(share), seed) for task, share in zip(tasks, shares, strict=True) if share]
+    return np.concatenate(batches)
+
+
+def _visited(suite: Suite, task: str, count: int, seed: int) -> Float[ndarray, "n D"]:
+    """States drawn without replacement from random episodes of a task."""
+    seed = derive_seed(seed, "probe", task)
+    envs = suite.make(task, ENVS, seed, 1)
+    envs.action_space.seed(seed)
+    seen = [envs.reset()[0]]
+    for _ in range(max(STEPS, -(-count // ENVS))):
+        seen.append(envs.step(envs.action_space.sample())[0])
+    envs.close()
+    states = np.concatenate([observation.reshape(ENVS, -1) for observation in seen]).astype(np.float32)
+    return states[np.sort(np.random.default_rng(seed).choice(len(states), count, replace=False))]

@@ -1,0 +1,64 @@
+"""Spectral measurements while a run trains, on held-out states and on the rollout just learned from.
+
+They take nothing from any random stream and change nothing of the agent: training is bitwise the same without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sphere_rl.agent import Agent, Policy
+from sphere_rl.config import TrainConfig
+from sphere_rl.probe import STATES, probe_observations
+from sphere_rl.rollout import Rollout
+from sphere_rl.spectrum import measure
+from sphere_rl.suites import make_suite
+
+PER_TASK = 20
+
+
+class Tracker:
+    """Measures an agent where ``spectrum_every`` says, with the changes of that iteration's update."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config, self._suite = config, make_suite(config.suite)
+        self._every = config.spectrum_every or max(1, config.steps_per_task // PER_TASK)
+        self._probes: dict[tuple[str, ...], Float[np.ndarray, "N D"]] = {}
+        self._before: dict[str, Tensor] | None = None
+
+    def begin_iteration(self, agent: Agent, task_step: int) -> None:
+        """Before the update: remember the parameters where this iteration will be measured."""
+        after = task_step + self.config.steps_per_iteration
+        due = self._every > 0 and after // self._every > task_step // self._every
+        named = agent.actor.named_parameters()
+        self._before = {name: parameter.detach().clone() for name, parameter in named} if due else None
+
+    def measurements(self, agent: Agent, rollout: Rollout, task: str) -> Iterator[dict[str, Any]]:
+        """After the update: every metric on the probe batch and on the rollout, where this iteration is measured."""
+        if self._before is None:
+            return
+        gradients = {n: p.grad for n, p in agent.actor.named_parameters() if p.grad is not None}
+        for batch, observations in (("probe", self._probe(agent, task)), ("rollout", spread(rollout))):
+            metrics = measure(agent.actor, observations, gradients=gradients, previous=self._before)
+            yield {"batch": batch, **metrics}
+        self._before = None
+
+    def _probe(self, agent: Agent, task: str) -> Float[Tensor, "N D"]:
+        """States of all tasks of the suite's sequence, or of the present task where a suite has none."""
+        tasks = self._suite.tasks or (task,)
+        if tasks not in self._probes:
+            self._probes[tasks] = probe_observations(self._suite, tasks)
+        raw = torch.as_tensor(self._probes[tasks], device=agent.device)
+        return Policy(agent.actor, agent.normalizer).normalize(raw)
+
+
+def spread(rollout: Rollout) -> Float[Tensor, "N D"]:
+    """Evenly spaced states of a rollout, as many as the probe batch has where there are as many."""
+    rows = rollout.observation.flatten(0, 1)
+    return rows[torch.linspace(0, len(rows) - 1, min(STATES, len(rows))).long()]
