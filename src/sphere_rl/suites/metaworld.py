@@ -105,7 +105,10 @@ class MetaWorld:
 
     def render_env(self, task: str, seed: int) -> gymnasium.Env:
         """Make one environment that draws its frames."""
-        raise NotImplementedError
+        check_task(self, task)
+        from sphere_rl.suites.metaworld_view import MetaWorldView
+
+        return MetaWorldView(environment_id(task), seed)
 
     def _pool(self, task: str, **options: Any) -> Any:
         check_task(self, task)

@@ -40,7 +40,10 @@ def add_visuals(spec: mujoco.MjSpec) -> None:
     )
     material = spec.add_material(name="floor", texrepeat=[1.0, 1.0], texuniform=True)
     material.textures[mujoco.mjtTextureRole.mjTEXROLE_RGB] = "checker"
-    spec.worldbody.add_light(pos=[0.0, 0.0, 10.0], dir=[0.0, 0.0, -1.0], type=mujoco.mjtLightType.mjLIGHT_DIRECTIONAL)
+    # Menagerie's own light follows the robot and throws the shadow; this one fills the scene.
+    directional = mujoco.mjtLightType.mjLIGHT_DIRECTIONAL
+    spec.worldbody.add_light(pos=[0.0, 0.0, 10.0], dir=[0.0, 0.0, -1.0], type=directional, castshadow=False)
+    spec.visual.quality.shadowsize = 2048
     camera = spec.body("pelvis").add_camera(
         name="follow", pos=[2.0, 3.0, 0.8], mode=mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM
     )

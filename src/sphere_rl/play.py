@@ -1,0 +1,106 @@
+"""A policy's episode as a video: mp4 (H.264) or gif, by the file's ending."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from sphere_rl.errors import ConfigError
+
+Frame = np.ndarray  # uint8 [height, width, 3]
+DEFAULT_STEP_RATE = 50
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What was recorded."""
+
+    path: Path
+    frames: int
+    steps: int
+    total_reward: float
+    success: bool | None
+    """Success at the last step; `None` where the task does not define it."""
+
+
+def record(
+    env: gymnasium.Env, act: Callable[[np.ndarray], Any], path: Path | str, steps: int = 1000, fps: int = 25
+) -> Recording:
+    """Play one episode, at most `steps` long, and write it in real time at up to `fps` pictures a second.
+
+    The real time of a step is ``1 / env.metadata["render_fps"]``; a fast environment is shown every few steps.
+
+    Raises:
+        ConfigError: the path is neither .mp4 nor .gif, or no OpenGL library can draw.
+    """
+    path = Path(path)
+    for name, value in (("steps", steps), ("fps", fps)):
+        if value < 1:
+            raise ConfigError(name, value, "1 or more")
+    if path.suffix not in WRITERS:
+        raise ConfigError("out", str(path), f"a file that ends in {' or '.join(WRITERS)}")
+    step_rate = env.metadata.get("render_fps") or DEFAULT_STEP_RATE
+    stride = max(1, round(step_rate / fps))
+    observation, _ = env.reset()
+    frame = _draw(env)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames, taken, total, success = 1, 0, 0.0, None
+    with WRITERS[path.suffix](path, frame.shape, step_rate / stride) as write:
+        write(frame)
+        for taken in range(1, steps + 1):
+            observation, reward, terminated, truncated, info = env.step(act(observation))
+            total += float(reward)
+            success = bool(np.asarray(info["success"]).item()) if "success" in info else None
+            if taken % stride == 0 or terminated or truncated:
+                write(_draw(env))
+                frames += 1
+            if terminated or truncated:
+                break
+    return Recording(path, frames, taken, total, success)
+
+
+def _draw(env: gymnasium.Env) -> Frame:
+    try:
+        frame = env.render()
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise ConfigError("out", "a video", f"an environment that can draw ({error})") from error
+    if not isinstance(frame, np.ndarray):
+        raise ConfigError("out", "a video", f"an environment that draws arrays, not {type(frame).__name__}")
+    return frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2]  # H.264 halves the colour planes
+
+
+@contextmanager
+def _mp4(path: Path, shape: tuple[int, ...], fps: float) -> Iterator[Callable[[Frame], object]]:
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe
+    except ImportError:
+        raise ConfigError("out", str(path), "a .gif, or install imageio-ffmpeg for .mp4") from None
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{shape[1]}x{shape[0]}", "-r", f"{fps:g}", "-i", "-"]
+    target = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-movflags", "+faststart", str(path)]
+    command = [get_ffmpeg_exe(), "-loglevel", "error", "-y", *source, *target]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as ffmpeg:
+        assert ffmpeg.stdin is not None
+        pipe = ffmpeg.stdin
+        yield lambda frame: pipe.write(frame.tobytes())
+    if ffmpeg.returncode:
+        raise OSError(f"{path}: ffmpeg failed with exit code {ffmpeg.returncode}")
+
+
+@contextmanager
+def _gif(path: Path, shape: tuple[int, ...], fps: float) -> Iterator[Callable[[Frame], object]]:
+    from PIL import Image
+
+    frames: list[Any] = []
+    yield lambda frame: frames.append(Image.fromarray(frame).quantize(128))
+    # A gif counts in hundredths of a second.
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(100 / fps) * 10, loop=0, optimize=True)
+
+
+WRITERS = {".mp4": _mp4, ".gif": _gif}

@@ -1,0 +1,138 @@
+"""Videos of episodes, read back frame by frame."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from PIL import Image
+
+from sphere_rl.errors import ConfigError
+from sphere_rl.play import record
+from sphere_rl.suites import make_suite
+
+
+class Counter(gymnasium.Env):
+    """Draws its step count as brightness; ends after twelve steps."""
+
+    metadata: dict[str, Any] = {"render_fps": 50}  # noqa: RUF012
+    count = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        self.count = 0
+        return np.zeros(1), {}
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.count += 1
+        return np.full(1, self.count), float(action), self.count == 12, False, {"success": np.float64(self.count > 9)}
+
+    def render(self) -> Any:
+        return np.full((33, 48, 3), 20 * self.count, dtype=np.uint8)
+
+
+def read_gif(path: Path) -> tuple[list[np.ndarray], list[int]]:
+    with Image.open(path) as picture:
+        frames, durations = [], []
+        for index in range(getattr(picture, "n_frames", 1)):
+            picture.seek(index)
+            frames.append(np.asarray(picture.convert("RGB")))
+            durations.append(picture.info["duration"])
+    return frames, durations
+
+
+def read_mp4(path: Path, height: int, width: int) -> np.ndarray:
+    """All frames [N, height, width, 3], decoded by ffmpeg itself."""
+    ffmpeg = pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe()
+    command = [ffmpeg, "-loglevel", "error", "-i", str(path), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    pixels = subprocess.run(command, capture_output=True, check=True, timeout=60).stdout
+    return np.frombuffer(pixels, np.uint8).reshape(-1, height, width, 3)
+
+
+def test_gif_shows_every_other_step_in_real_time(tmp_path: Path) -> None:
+    """50 steps a second at 25 pictures a second: steps 0, 2, 4 ... 12, 40 ms each."""
+    recording = record(Counter(), lambda observation: 2.0, tmp_path / "deep" / "clip.gif", steps=100, fps=25)
+    frames, durations = read_gif(recording.path)
+    assert (recording.frames, recording.steps, recording.total_reward, recording.success) == (7, 12, 24.0, True)
+    assert [frame.mean().round() for frame in frames] == [0, 40, 80, 120, 160, 200, 240]
+    assert frames[0].shape == (32, 48, 3)
+    assert set(durations) == {40}
+
+
+def test_mp4(tmp_path: Path) -> None:
+    pytest.importorskip("imageio_ffmpeg")
+    recording = record(Counter(), lambda observation: 0.0, tmp_path / "clip.mp4", steps=5, fps=50)
+    frames = read_mp4(recording.path, height=32, width=48)
+    assert (recording.frames, recording.steps, recording.success) == (6, 5, False)
+    np.testing.assert_allclose(frames.mean(axis=(1, 2, 3)), [0, 20, 40, 60, 80, 100], atol=6)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("clip.avi", {}, r"out: '.*clip.avi' is not allowed; expected a file that ends in .mp4 or .gif"),
+        ("clip.gif", {"steps": 0}, "steps: 0 is not allowed; expected 1 or more"),
+        ("clip.gif", {"fps": -1}, "fps: -1 is not allowed"),
+    ],
+)
+def test_errors_of_use(tmp_path: Path, name: str, options: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        record(Counter(), float, tmp_path / name, **options)
+
+
+def in_new_process(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Graphics libraries end the process where they fail, and can be chosen only once."""
+    variables = {name: value for name, value in os.environ.items() if name not in ("DISPLAY", "MUJOCO_GL")}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, env=variables | environment, capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+DRAW = """
+import sys, numpy as np
+from sphere_rl.play import record
+from sphere_rl.suites import make_suite
+from sphere_rl.errors import ConfigError
+env = make_suite(sys.argv[1] if len(sys.argv) > 1 else SUITE).render_env(TASK, seed=0)
+try:
+    recording = record(env, lambda observation: np.zeros(env.action_space.shape), OUT, steps=2, fps=50)
+except ConfigError as error:
+    sys.exit(f"refused: {error}")
+env.close()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("suite", "task"), [("h1", "slide"), ("cw10", "push"), ("gym", "Pendulum-v1")])
+def test_every_suite_can_be_filmed(tmp_path: Path, suite: str, task: str) -> None:
+    """Without a display; frames differ from one another and show more than one colour."""
+    out = tmp_path / "clip.gif"
+    code = DRAW.replace("SUITE", repr(suite)).replace("TASK", repr(task)).replace("OUT", repr(str(out)))
+    result = in_new_process(code)
+    if result.returncode and ("OpenGL" in result.stderr or "EGL" in result.stderr or "pygame" in result.stderr):
+        pytest.skip(f"nothing to draw with: {result.stderr[-200:]}")
+    assert result.returncode == 0, result.stderr
+    frames, _ = read_gif(out)
+    assert len(frames) >= 2
+    assert all(frame.std() > 10 for frame in frames)
+    assert (frames[0] != frames[-1]).any()
+
+
+def test_no_opengl_is_said_in_one_line(tmp_path: Path) -> None:
+    """MuJoCo without any graphics: the line names the libraries that would help."""
+    code = DRAW.replace("SUITE", "'h1'").replace("TASK", "'stand'").replace("OUT", repr(str(tmp_path / "clip.gif")))
+    result = in_new_process(code, MUJOCO_GL="disable")
+    assert result.returncode == 1
+    assert "refused: MUJOCO_GL: 'disable' is not allowed; expected a working OpenGL library: install" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "clip.gif").exists()
+
+
+def test_unknown_tasks_cannot_be_filmed() -> None:
+    for suite in ("h1", "cw10"):
+        with pytest.raises(ConfigError, match="tasks: 'fly' is not allowed"):
+            make_suite(suite).render_env("fly", 0)
