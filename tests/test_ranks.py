@@ -97,22 +97,22 @@ def estimate(kernel: torch.Tensor, seed: int, **options: int):
 
 
 DECAYS = {
-    "power law": torch.arange(1, 301).double() ** -1.5,
-    "a few large": torch.cat((torch.tensor([50.0, 20.0, 5.0]).double(), torch.full((297,), 1e-2).double())),
-    "flat": 1 + torch.linspace(0, 1, 300).double(),
-    "low rank": torch.cat((torch.arange(1, 21).double(), torch.zeros(280).double())),
+    "power law": torch.arange(1, 151).double() ** -1.5,
+    "a few large": torch.cat((torch.tensor([50.0, 20.0, 5.0]).double(), torch.full((147,), 1e-2).double())),
+    "flat": 1 + torch.linspace(0, 1, 150).double(),
+    "low rank": torch.cat((torch.arange(1, 21).double(), torch.zeros(130).double())),
 }
 
 
 @pytest.mark.parametrize("name", DECAYS)
 def test_estimate_covers_the_exact_value(name):
-    """Over 40 seeds the estimates' mean is unbiased and the standard error is the spread that is really seen."""
+    """Over 30 seeds the estimates' mean is unbiased and the standard error is the spread that is really seen."""
     kernel = spectrum_matrix(DECAYS[name], seed=3)
     exact = effective_rank(DECAYS[name])
-    estimates = [estimate(kernel, seed) for seed in range(40)]
+    estimates = [estimate(kernel, seed) for seed in range(30)]
     values = np.array([e.value for e in estimates])
     errors = np.array([e.standard_error for e in estimates])
-    assert abs(values.mean() - exact) < 4 * values.std() / 40**0.5 + 1e-4 * exact
+    assert abs(values.mean() - exact) < 4 * values.std() / 30**0.5 + 1e-4 * exact
     assert values.std() < 0.05 * exact
     if errors.mean() > 1e-6 * exact:
         assert 0.6 < values.std() / np.sqrt(np.mean(errors**2)) < 1.6
@@ -123,9 +123,9 @@ def test_estimate_converges_with_probes_and_is_repeatable():
     exact = effective_rank(DECAYS["power law"])
     few, many = (
         np.sqrt(np.mean([(estimate(kernel, s, probes=p, deflated=8).value - exact) ** 2 for s in range(16)]))
-        for p in (4, 256)
+        for p in (4, 144)
     )
-    assert many < few / 3  # 1/√64 = 1/8 but for the noise of 16 repeats
+    assert many < few / 3  # 1/√36 = 1/6 but for the noise of 16 repeats
     assert estimate(kernel, 0) == estimate(kernel, 0)
     assert estimate(kernel, 0) != estimate(kernel, 1)
 
