@@ -1,7 +1,7 @@
-"""The process of one run of a sweep: ``python -m sphere_rl.sweep.child FOLDER WORDS…`` trains it, or goes on with it.
+"""The process of one run of a sweep: ``python -m sphere_rl.sweep.child PARENT FOLDER WORDS…``.
 
-It ends when the process that started it dies, however that happened, so that no run is left behind without its
-sweep; and it waits for such a predecessor's lock before it begins.
+It waits for the lock of whoever held the run before, becomes ``sphere train`` or ``sphere resume``, and ends when the
+process that started it dies, however that happened: no run is left behind without its sweep.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from sphere_rl import cli
 from sphere_rl.runs import RunFolder
 
 PR_SET_PDEATHSIG = 1
+"""From Linux' prctl.h; the setting outlives exec."""
 LOCK_SECONDS = 60
 
 
 def main(parent: int, folder: Path, words: list[str]) -> int:
-    """Train, resume, or do nothing for a run that is finished; the exit code is that of ``sphere``."""
+    """Do nothing for a run that is finished, else become the process that trains it."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
@@ -31,10 +31,12 @@ def main(parent: int, folder: Path, words: list[str]) -> int:
     with FileLock(folder / ".lock", timeout=LOCK_SECONDS):
         run = RunFolder(folder)
     if not run.config_path.is_file():
-        return cli.main(["train", *words, "--out", str(folder), "--quiet"])
-    if run.status().get("state") == "finished":
+        command = ["train", *words, "--out", str(folder), "--quiet"]
+    elif run.status().get("state") == "finished":
         return 0
-    return cli.main(["resume", str(folder), "--quiet"])
+    else:
+        command = ["resume", str(folder), "--quiet"]
+    os.execv(sys.executable, [sys.executable, "-m", "sphere_rl.cli", *command])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""What a run's policies at the ends of its tasks do on one probe batch: spectra of K and A, and weighted features.
+
+K maps a direction of output gradients to the change of outputs that a gradient step makes of it. In the eigenspace of
+its three largest eigenvalues it maps the unit sphere to an ellipsoid with semi-axes λ₁ ≥ λ₂ ≥ λ₃.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy import ndarray
+
+from sphere_rl.checkpoint import task_checkpoints
+from sphere_rl.config import from_dict
+from sphere_rl.policies import load_policy
+from sphere_rl.probe import STATES, probe_observations
+from sphere_rl.runs import RunFolder
+from sphere_rl.spectrum import effective_rank, entk
+from sphere_rl.suites import make_suite
+
+MAX_ROWS = 1024
+"""Rows of K at most; with many outputs fewer states are used, so that its eigenvalues take a second, not a minute."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The policy at the end of one task, on the probe batch.
+
+    kernel_eigenvalues: of the full eNTK, descending. feature_eigenvalues: of A = ΦᵀΦ/N, descending.
+    features: Φ, the routing-weighted last hidden features; state_task: the task that each state comes from.
+    """
+
+    task_index: int
+    task: str
+    kernel_eigenvalues: Float[ndarray, "n"]
+    feature_eigenvalues: Float[ndarray, "k"]
+    features: Float[ndarray, "N m"]
+    state_task: Int[ndarray, "N"]
+
+    @property
+    def kernel_rank(self) -> float:
+        """r_e(K)."""
+        return effective_rank(self.kernel_eigenvalues)
+
+    @property
+    def semi_axes(self) -> Float[ndarray, "3"]:
+        """λ₁, λ₂, λ₃ of K divided by λ₁; zeros for a policy that no gradient can move."""
+        leading = self.kernel_eigenvalues[:3]
+        return leading / leading[0] if leading[0] > 0 else np.zeros(3)
+
+    @property
+    def top_share(self) -> float:
+        """(λ₁ + λ₂ + λ₃) / tr K."""
+        total = self.kernel_eigenvalues.sum()
+        return float(self.kernel_eigenvalues[:3].sum() / total) if total > 0 else 0.0
+
+
+def snapshots(run_dir: Path | str) -> list[Snapshot]:
+    """Return the snapshot of every task that the run has finished, in order; results are kept in memory."""
+    folder = RunFolder.existing(run_dir)
+    return [_snapshot(path, path.stat().st_mtime_ns) for path in task_checkpoints(folder)]
+
+
+@cache
+def _snapshot(path: Path, _: int) -> Snapshot:
+    run_dir = path.parent.parent
+    config = from_dict(RunFolder.existing(run_dir).config())
+    policy = load_policy(run_dir, path.stem)
+    states, state_task = _probe(config.suite, make_suite(config.suite).tasks or config.task_sequence)
+    with torch.no_grad():
+        rows = policy.actor(policy.normalize(torch.as_tensor(states[:1]))).shape[1]
+    count = min(len(states), MAX_ROWS // rows)
+    chosen = np.linspace(0, len(states) - 1, count).round().astype(int)
+    observation = policy.normalize(torch.as_tensor(states[chosen]))
+    kernel = torch.linalg.eigvalsh(entk(policy.actor, observation).double()).flip(0).clamp(min=0)
+    with torch.no_grad():
+        features = policy.actor.trace(policy.normalize(torch.as_tensor(states))).features[-1].weighted()
+    sigma = torch.linalg.svdvals(features.double())
+    index = int(path.stem.split("-")[1])
+    return Snapshot(
+        task_index=index,
+        task=config.task_sequence[index],
+        kernel_eigenvalues=kernel.numpy(),
+        feature_eigenvalues=(sigma.square() / len(states)).numpy(),
+        features=features.numpy(),
+        state_task=state_task,
+    )
+
+
+@cache
+def _probe(suite: str, tasks: tuple[str, ...]) -> tuple[Float[ndarray, "N D"], Int[ndarray, "N"]]:
+    """The suite's probe batch and, for each state, the place of its task."""
+    shares = [len(part) for part in np.array_split(np.arange(STATES), len(tasks))]
+    return probe_observations(make_suite(suite), tasks), np.repeat(np.arange(len(tasks)), shares)
+
+
+def dominant_direction(features: Float[ndarray, "N m"], shown: int = 5) -> Int[ndarray, "N"]:
+    """For each state the singular direction of Φ that its features are longest along: 0, 1, … ``shown`` − 1 (and more).
+
+    φ_n = Σ_i (σ_i u_ni) v_i: the index of the largest |σ_i u_ni|, capped. All 0 where Φ has collapsed to a line.
+    """
+    u, sigma, _ = np.linalg.svd(np.asarray(features, np.float64), full_matrices=False)
+    return np.minimum(np.abs(u * sigma).argmax(axis=1), shown - 1)
+
+
+def embed(features: Float[ndarray, "N m"], seed: int = 0) -> Float[ndarray, "N 2"]:
+    """t-SNE of weighted features in two dimensions (van der Maaten & Hinton 2008), started from their principal axes.
+
+    Raises ImportError without scikit-learn. Features that are all equal stay one point.
+    """
+    from sklearn.manifold import TSNE
+
+    if np.ptp(features, axis=0).max() == 0:
+        return np.zeros((len(features), 2))
+    perplexity = min(30.0, (len(features) - 1) / 3)
+    return TSNE(perplexity=perplexity, init="pca", random_state=seed, n_jobs=1).fit_transform(features)
