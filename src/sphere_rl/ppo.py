@@ -147,7 +147,7 @@ def apply_gradients(
 ) -> Tensor:
     """Clip by global norm, step, and return the norm before clipping."""
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
+        parameter.grad = gradient.contiguous()  # fused Adam reads memory in the parameter's order, whatever the strides
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
     optimizer.step()
     return norm
