@@ -9,26 +9,39 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+import torch
+from gymnasium.envs.registration import EnvSpec
 from PIL import Image
 
+from sphere_rl.config import override, preset
 from sphere_rl.errors import ConfigError
-from sphere_rl.play import record
+from sphere_rl.play import play, record
+from sphere_rl.policies import load_policy
+from sphere_rl.protocol import start
+from sphere_rl.runs import RunFolder
 from sphere_rl.suites import make_suite
 
 
 class Counter(gymnasium.Env):
     """Draws its step count as brightness; ends after twelve steps."""
 
-    metadata: dict[str, Any] = {"render_fps": 50}  # noqa: RUF012
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 50}  # noqa: RUF012
+    observation_space = gymnasium.spaces.Box(0.0, 20.0, (1,))
+    action_space = gymnasium.spaces.Box(-0.5, 0.5, (1,))
     count = 0
 
+    def __init__(self, render_mode: str | None = None) -> None:
+        self.render_mode = render_mode
+
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
         self.count = 0
-        return np.zeros(1), {}
+        return np.zeros(1, np.float32), {}
 
     def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         self.count += 1
-        return np.full(1, self.count), float(action), self.count == 12, False, {"success": np.float64(self.count > 9)}
+        info = {"success": np.float64(self.count > 9)}
+        return np.full(1, self.count, np.float32), np.asarray(action).item(), self.count == 12, False, info
 
     def render(self) -> Any:
         return np.full((33, 48, 3), 20 * self.count, dtype=np.uint8)
@@ -130,6 +143,28 @@ def test_no_opengl_is_said_in_one_line(tmp_path: Path) -> None:
     assert "refused: MUJOCO_GL: 'disable' is not allowed; expected a working OpenGL library: install" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "clip.gif").exists()
+
+
+def test_a_run_is_filmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest checkpoint's mean action plays, clipped to the box; the reward here is the action itself."""
+    monkeypatch.setitem(
+        gymnasium.registry, "Counter-v0", EnvSpec("Counter-v0", entry_point=lambda **options: Counter(**options))
+    )
+    options = {"num_envs": 1, "num_steps": 8, "minibatch_size": 8, "steps_per_task": 8, "final_eval_episodes": 1}
+    changes = options | {"tasks": ("Counter-v0",), "actor": "dense", "spectrum_every": -1}
+    with RunFolder(tmp_path / "run") as folder:
+        start(override(preset(make_suite("gym")), changes), folder, lambda step: [])
+    recording = play(tmp_path / "run", tmp_path / "clip.gif", steps=9, fps=50)
+    policy = load_policy(tmp_path / "run")
+    actions = policy(torch.arange(9.0)[:, None]).detach().clamp(-0.5, 0.5)
+    assert recording.total_reward == pytest.approx(actions.sum().item(), rel=1e-5)
+    assert len(actions.unique()) > 1
+    assert (recording.steps, recording.success) == (9, False)
+    assert [frame.mean() for frame in read_gif(recording.path)[0]] == [20.0 * step for step in range(10)]
+    with pytest.raises(ConfigError, match="expected a file that ends in"):
+        play(tmp_path / "run", "clip.png")
+    with pytest.raises(ConfigError, match="tasks: 'fly'"):
+        play(tmp_path / "run", "clip.gif", task="fly")
 
 
 def test_unknown_tasks_cannot_be_filmed() -> None:

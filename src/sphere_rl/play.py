@@ -30,6 +30,47 @@ class Recording:
     """Success at the last step; `None` where the task does not define it."""
 
 
+def play(
+    run: Path | str,
+    out: Path | str,
+    task: str | None = None,
+    checkpoint: str = "latest",
+    seed: int = 0,
+    steps: int = 1000,
+    fps: int = 25,
+) -> Recording:
+    """Film a run's policy (mean action) on a task of its suite, by default the run's last one; see `record`.
+
+    Raises:
+        ConfigError: the suite has no such task, or as `record`.
+        RunFolderError: no run, or no such checkpoint.
+    """
+    import torch
+
+    from sphere_rl.config import from_dict
+    from sphere_rl.policies import load_policy
+    from sphere_rl.rollout import clip_action
+    from sphere_rl.runs import RunFolder
+    from sphere_rl.suites import make_suite
+
+    _writer(Path(out))
+    config = from_dict(RunFolder.existing(run).config())
+    policy = load_policy(run, checkpoint)
+    env = make_suite(config.suite).render_env(task or config.task_sequence[-1], seed)
+    space: Any = env.action_space
+    bounds = (space.low, space.high) if hasattr(space, "low") else None
+
+    @torch.no_grad()
+    def act(observation: np.ndarray) -> Any:
+        output = policy(torch.as_tensor(observation, dtype=torch.float32)[None])
+        return clip_action(policy.actor.head.mode(output), bounds)[0]
+
+    try:
+        return record(env, act, out, steps, fps)
+    finally:
+        env.close()
+
+
 def record(
     env: gymnasium.Env, act: Callable[[np.ndarray], Any], path: Path | str, steps: int = 1000, fps: int = 25
 ) -> Recording:
@@ -44,15 +85,14 @@ def record(
     for name, value in (("steps", steps), ("fps", fps)):
         if value < 1:
             raise ConfigError(name, value, "1 or more")
-    if path.suffix not in WRITERS:
-        raise ConfigError("out", str(path), f"a file that ends in {' or '.join(WRITERS)}")
+    writer = _writer(path)
     step_rate = env.metadata.get("render_fps") or DEFAULT_STEP_RATE
     stride = max(1, round(step_rate / fps))
     observation, _ = env.reset()
     frame = _draw(env)
     path.parent.mkdir(parents=True, exist_ok=True)
     frames, taken, total, success = 1, 0, 0.0, None
-    with WRITERS[path.suffix](path, frame.shape, step_rate / stride) as write:
+    with writer(path, frame.shape, step_rate / stride) as write:
         write(frame)
         for taken in range(1, steps + 1):
             observation, reward, terminated, truncated, info = env.step(act(observation))
@@ -64,6 +104,12 @@ def record(
             if terminated or truncated:
                 break
     return Recording(path, frames, taken, total, success)
+
+
+def _writer(path: Path) -> Any:
+    if path.suffix not in WRITERS:
+        raise ConfigError("out", str(path), f"a file that ends in {' or '.join(WRITERS)}")
+    return WRITERS[path.suffix]
 
 
 def _draw(env: gymnasium.Env) -> Frame:
