@@ -163,6 +163,13 @@ def sweep(words: list[str]) -> int | None:
     return command(words)
 
 
+def report(words: list[str]) -> int | None:
+    """Make a page and figures from a folder of runs."""
+    from sphere_rl.report import command
+
+    return command(words)
+
+
 def run_parser(command: str, description: str | None) -> ArgumentParser:
     """A parser whose first argument is a run folder."""
     options = ArgumentParser(prog=f"sphere {command}", description=description)
@@ -199,6 +206,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "resume": resume,
     "evaluate": evaluate,
     "sweep": sweep,
+    "report": report,
     "list": list_all,
 }
 

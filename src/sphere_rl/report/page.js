@@ -1,0 +1,218 @@
+"use strict";
+// Draws every panel with Plotly in the page's theme, and the 3-D view of the unit sphere and its image under K.
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const still = matchMedia("(prefers-reduced-motion: reduce)");
+  const narrow = matchMedia("(max-width: 40rem)");
+  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+  const color = (index) => css(`--c${index % 8}`);
+  const fade = (hex, alpha) => hex + Math.round(alpha * 255).toString(16).padStart(2, "0");
+  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
+
+  function merge(base, changes) {
+    const result = { ...base };
+    for (const [key, value] of Object.entries(changes)) {
+      const nested = value && typeof value === "object" && !Array.isArray(value);
+      result[key] = nested ? merge(result[key] || {}, value) : value;
+    }
+    return result;
+  }
+
+  function layoutOf(panel) {
+    const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), linecolor: css("--line"), automargin: true };
+    const base = {
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: "inherit", color: css("--ink"), size: 13 },
+      margin: { l: 52, r: 12, t: 18, b: 44 }, xaxis: axis, yaxis: axis, hoverlabel: { font: { family: "inherit" }, namelength: -1 },
+      legend: { orientation: "h", y: -0.2, x: 0 }, bargap: 0.3, bargroupgap: 0.06,
+    };
+    const layout = merge(base, panel.layout);
+    for (const shape of layout.shapes || []) shape.line.color = css("--soft");
+    if (layout.annotations) {
+      layout.annotations = layout.annotations.map((note) => ({ ...note, font: { size: narrow.matches ? 8 : 10, color: css("--soft") } }));
+    }
+    return layout;
+  }
+
+  function paint(trace) {
+    const own = color(trace.palette || 0);
+    const painted = merge(trace, {});
+    if (trace.band) painted.fillcolor = fade(own, 0.15);
+    else if (trace.type === "heatmap") painted.colorbar = { ...trace.colorbar, outlinewidth: 0, thickness: 12 };
+    else {
+      painted.marker = { ...trace.marker, color: own };
+      if (trace.type === "scatter") painted.line = { ...trace.line, color: own };
+      if (trace.error_y) painted.error_y = { ...trace.error_y, color: trace.type === "bar" ? css("--ink") : own };
+      if (trace.type === "bar") painted.marker.pattern = { ...trace.marker.pattern, fgcolor: css("--card") };
+    }
+    return painted;
+  }
+
+  function draw(id) {
+    const panel = data.panels[id];
+    const box = document.getElementById(id);
+    if (!box) return;
+    const select = document.getElementById(`choose-${id}`);
+    const choice = select ? select.value : Object.keys(panel.choices)[0];
+    Plotly.react(box, panel.choices[choice].map(paint), layoutOf(panel), config);
+  }
+
+  // ---- the unit sphere and its image under K
+
+  const POINTS = 40;
+  const grid = Array.from({ length: POINTS }, (_, i) => Array.from({ length: POINTS }, (_, j) => {
+    const height = Math.PI * i / (POINTS - 1), turn = 2 * Math.PI * j / (POINTS - 1);
+    return [Math.cos(turn) * Math.sin(height), Math.sin(turn) * Math.sin(height), Math.cos(height)];
+  }));
+  const surface = (axes) => ["x", "y", "z"].reduce((out, name, k) => ({ ...out, [name]: grid.map((row) => row.map((p) => axes[k] * p[k])) }), {});
+
+  function cage() {
+    const line = { x: [], y: [], z: [] };
+    const add = (...p) => ["x", "y", "z"].forEach((name, k) => line[name].push(p[k]));
+    for (let circle = 0; circle < 6; circle++) {
+      for (let i = 0; i <= 48; i++) {
+        const turn = 2 * Math.PI * i / 48, angle = Math.PI * circle / 6;
+        add(Math.cos(angle) * Math.sin(turn), Math.sin(angle) * Math.sin(turn), Math.cos(turn));
+      }
+      add(null, null, null);
+    }
+    for (const level of [-0.66, -0.33, 0, 0.33, 0.66]) {
+      for (let i = 0; i <= 48; i++) {
+        const turn = 2 * Math.PI * i / 48, radius = Math.sqrt(1 - level * level);
+        add(radius * Math.cos(turn), radius * Math.sin(turn), level);
+      }
+      add(null, null, null);
+    }
+    return line;
+  }
+
+  class View {
+    constructor(root) {
+      this.methods = data.geometry[root.dataset.suite];
+      this.names = Object.keys(this.methods);
+      this.sides = ["left", "right"].map((side, i) => ({
+        select: root.querySelector(`select[data-side=${side}]`), scene: root.querySelector(`.scene[data-side=${side}]`),
+        reading: root.querySelector(`.reading[data-side=${side}]`), axes: null, palette: i,
+      }));
+      this.range = root.querySelector("input");
+      this.output = root.querySelector("output");
+      this.button = root.querySelector(".play");
+      this.timer = null;
+      const plain = this.names.find((name) => /(^| )none$/.test(name)) || this.names[0];
+      this.sides[0].select.value = plain;
+      this.sides[1].select.value = this.names.find((name) => /sphere/.test(name)) || this.names[this.names.length - 1];
+      this.range.max = Math.max(...Object.values(this.methods).map((row) => row.length)) - 1;
+      this.range.addEventListener("input", () => { this.pause(); this.show(); });
+      for (const side of this.sides) side.select.addEventListener("change", () => this.show());
+      this.button.addEventListener("click", () => this.timer ? this.pause() : this.play());
+      this.draw();
+    }
+
+    snapshot(side) { return this.methods[side.select.value][Number(this.range.value)] || null; }
+
+    draw() {
+      for (const side of this.sides) {
+        const found = this.snapshot(side);
+        side.axes = found ? found.semi_axes : [0, 0, 0];
+        Plotly.react(side.scene, this.traces(side), this.layout(), { ...config, displayModeBar: false });
+      }
+      if (!this.linked) this.link();
+      this.read();
+    }
+
+    traces(side) {
+      const own = color(this.names.indexOf(side.select.value));
+      return [
+        { type: "scatter3d", mode: "lines", ...cage(), line: { color: fade(css("--soft"), 0.55), width: 1.4 }, hoverinfo: "skip", showlegend: false },
+        { type: "surface", ...surface(side.axes), colorscale: [[0, own], [1, own]], showscale: false, opacity: 0.92, hoverinfo: "skip",
+          lighting: { ambient: 0.55, diffuse: 0.7, specular: 0.25, roughness: 0.5 } },
+      ];
+    }
+
+    layout() {
+      const axis = { visible: false, range: [-1.05, 1.05] };
+      return { margin: { l: 0, r: 0, t: 0, b: 0 }, paper_bgcolor: "rgba(0,0,0,0)", showlegend: false, uirevision: "kept",
+        scene: { xaxis: axis, yaxis: axis, zaxis: axis, aspectmode: "cube", dragmode: "orbit", camera: { eye: { x: 0.95, y: 0.95, z: 0.6 } } } };
+    }
+
+    link() {
+      this.linked = true;
+      this.sides.forEach((side, i) => side.scene.on("plotly_relayout", (event) => {
+        const camera = event["scene.camera"];
+        if (camera && !this.turning) {
+          this.turning = true;
+          Plotly.relayout(this.sides[1 - i].scene, { "scene.camera": camera }).then(() => { this.turning = false; });
+        }
+      }));
+    }
+
+    read() {
+      const index = Number(this.range.value);
+      const row = Object.values(this.methods).find((list) => list[index]);
+      this.output.textContent = `after ${index + 1}. ${row[index].task}`;
+      this.range.setAttribute("aria-valuetext", this.output.textContent);
+      for (const side of this.sides) {
+        const found = this.snapshot(side);
+        side.reading.innerHTML = found
+          ? `r<sub>e</sub>(K) = <b>${found.rank.toFixed(1)}</b> · λ₂/λ₁ = ${found.semi_axes[1].toFixed(3)} · λ₃/λ₁ = ${found.semi_axes[2].toFixed(3)}<br>λ₁ = ${found.largest.toPrecision(3)} · the three hold ${(100 * found.share).toFixed(0)} % of tr K`
+          : "missing: this run has not finished the task";
+      }
+    }
+
+    show() {
+      this.read();
+      const from = this.sides.map((side) => side.axes);
+      const to = this.sides.map((side) => { const found = this.snapshot(side); return found ? found.semi_axes : [0, 0, 0]; });
+      const began = performance.now(), turn = (this.turn = (this.turn || 0) + 1);
+      const step = (now) => {
+        if (turn !== this.turn) return;
+        const share = still.matches ? 1 : Math.min(1, (now - began) / 600), eased = share * share * (3 - 2 * share);
+        this.sides.forEach((side, i) => {
+          side.axes = share < 1 ? from[i].map((a, k) => a + eased * (to[i][k] - a)) : to[i];
+          Plotly.react(side.scene, this.traces(side), { ...this.layout(), ...(side.scene.layout && { scene: side.scene.layout.scene }) });
+        });
+        if (share < 1) requestAnimationFrame(step);
+      };
+      requestAnimationFrame(step);
+    }
+
+    play() {
+      this.button.textContent = "❚❚";
+      this.button.setAttribute("aria-label", "Pause");
+      const next = () => { this.range.value = Number(this.range.value) >= Number(this.range.max) ? 0 : Number(this.range.value) + 1; this.show(); };
+      next();
+      this.timer = setInterval(next, 1500);
+    }
+
+    pause() {
+      clearInterval(this.timer);
+      this.timer = null;
+      this.button.textContent = "▶";
+      this.button.setAttribute("aria-label", "Play through the tasks");
+    }
+  }
+
+  // ---- the page
+
+  const drawn = Object.keys(data.panels).filter((id) => document.getElementById(id));
+  drawn.forEach(draw);
+  for (const select of document.querySelectorAll("select[data-panel]")) select.addEventListener("change", () => draw(select.dataset.panel));
+  const views = [...document.querySelectorAll(".geometry")].map((root) => new View(root));
+  const redraw = () => { drawn.forEach(draw); views.forEach((view) => view.draw()); };
+
+  document.getElementById("theme").addEventListener("click", () => {
+    const root = document.documentElement;
+    const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+    root.dataset.theme = dark ? "light" : "dark";
+    try { localStorage.setItem("theme", root.dataset.theme); } catch (error) { /* storage may be forbidden: the choice lasts for this visit */ }
+    redraw();
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  narrow.addEventListener("change", redraw);
+
+  if (data.refresh) {
+    const live = document.getElementById("live");
+    live.addEventListener("click", () => live.setAttribute("aria-pressed", String(live.getAttribute("aria-pressed") !== "true")));
+    setInterval(() => { if (live.getAttribute("aria-pressed") === "true") location.reload(); }, 1000 * data.refresh);
+  }
+  document.documentElement.dataset.ready = "true";
+})();

@@ -1,0 +1,215 @@
+"""The page itself: content of every suite, laid out by a template with style, script and Plotly inside."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from sphere_rl import figures
+from sphere_rl.geometry import Snapshot
+from sphere_rl.report.content import SuiteContent
+from sphere_rl.results import Results, load_results
+from sphere_rl.runs import write_atomic
+from sphere_rl.statistics import Estimate
+
+NUMBERS = {
+    "rl": "RL",
+    "crl": "CRL",
+    "crl_iqm": "CRL, IQM",
+    "gap": "RL − CRL",
+    "retention": "Retention",
+    "forgetting": "Forgetting",
+    "forward_transfer": "Forward transfer",
+}
+"""Columns of the headline table."""
+
+
+FIGURES = {
+    "geometry": "Figure 1, geometry",
+    "architectures": "Figure 2, architectures",
+    "rank": "Figure 3, r_e(K)",
+    "success": "Figures 4 and 5, success",
+    "features": "Figure 6, features",
+    "proxy": "Figure 7, proxy",
+    "learning": "Learning curves",
+    "spectrum": "Spectrum",
+    "routing": "Routing",
+    "ablation": "Ablation",
+    "rho": "ρ",
+}
+"""Figures for papers: file name and what it is."""
+
+
+def write_page(runs: Path, out: Path, refresh: int | None = None) -> Path:
+    """Write ``index.html``, ``figures/`` and ``tables/`` below ``out``; returns the page's path.
+
+    The page is one file without links to the network. With ``refresh`` it reloads itself after that many seconds.
+    """
+    results = load_results(runs)
+    suites = [SuiteContent(name, results) for name in results.tasks]
+    out.mkdir(parents=True, exist_ok=True)
+    for suite in suites:
+        for name, figure in suite.drawings().items():
+            figures.save(figure, out / "figures" / f"{suite.name}-{name}")
+    _write_tables(suites, results, out / "tables")
+    page = out / "index.html"
+    write_atomic(page, render(suites, results, refresh).encode())
+    return page
+
+
+def render(suites: Sequence[SuiteContent], results: Results, refresh: int | None) -> str:
+    """The page's HTML."""
+    from jinja2 import Environment
+    from plotly.offline import get_plotlyjs
+
+    parts = files("sphere_rl.report")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((parts / "page.html.j2").read_text())
+    views = [_view(suite) for suite in suites]
+    data = {
+        "panels": {panel["id"]: panel for view in views for panel in view["panels"]},
+        "geometry": {view["name"]: view["geometry"] for view in views},
+        "refresh": refresh,
+    }
+    return template.render(
+        style=(parts / "page.css").read_text(),
+        script=(parts / "page.js").read_text(),
+        plotly=get_plotlyjs(),
+        data=_json(data),
+        suites=views,
+        runs=[_run(row) for row in results.runs.iter_rows(named=True)],
+        planned=_planned(results),
+        commands=_commands(results),
+        configs=_configs(results),
+        commits=sorted(set(results.runs["commit"].drop_nulls())),
+        numbers=NUMBERS,
+        refresh=refresh,
+    )
+
+
+def _view(suite: SuiteContent) -> dict[str, Any]:
+    """What the template shows of a suite."""
+    return {
+        "name": suite.name,
+        "facts": suite.facts(),
+        "score": suite.score_name,
+        "tasks": suite.tasks,
+        "rows": [row | {"cells": {name: _cell(row[name]) for name in NUMBERS}} for row in suite.rows],
+        "cards": _cards(suite),
+        "panels": [asdict(panel) for panel in suite.panels()],
+        "ablation": suite.ablation(),
+        "geometry": {label: [_ellipsoid(s) for s in row] for label, row in suite.snapshots.items()},
+        "geometry_caption": suite.geometry_caption(),
+        "figures": FIGURES,
+    }
+
+
+def _cards(suite: SuiteContent) -> list[dict[str, str]]:
+    """The numbers at the top: the best-known comparison, plain PPO and SPHERE under the same actor, both in CRL."""
+    plain = next((row for row in suite.rows if row["method"] == "none"), None)
+    ours = next((row for row in suite.rows if row["method"].split()[0] == "sphere"), None)
+    cards = []
+    for name, title in (("crl", f"CRL {suite.score_name.lower()}"), ("gap", "RL − CRL gap")):
+        for row, who in ((plain, "plain PPO"), (ours, "SPHERE")):
+            found = row[name] if row else None
+            cards.append({"title": title, "who": row["label"] if row else who} | _cell(found))
+    return cards
+
+
+def _cell(found: Estimate | None) -> dict[str, str]:
+    """An estimate as text: value, interval, seeds."""
+    if found is None:
+        return {"value": "–", "interval": "missing", "seeds": ""}
+    digits = 2 if abs(found.value) < 100 else 0
+    between = "one seed" if found.low is None else f"{found.low:.{digits}f} to {found.high:.{digits}f}"
+    return {"value": f"{found.value:.{digits}f}", "interval": between, "seeds": str(found.seeds)}
+
+
+def _ellipsoid(snapshot: Snapshot) -> dict[str, Any]:
+    return {
+        "task": snapshot.task,
+        "semi_axes": snapshot.semi_axes.tolist(),
+        "rank": snapshot.kernel_rank,
+        "largest": float(snapshot.kernel_eigenvalues[0]),
+        "share": snapshot.top_share,
+    }
+
+
+def _run(row: dict[str, Any]) -> dict[str, Any]:
+    total = row["steps_per_task"] * row["num_tasks"]
+    return row | {"progress": row["global_step"] / total if total else 0.0}
+
+
+def _planned(results: Results) -> list[str]:
+    """Runs that a sweep has planned and not begun."""
+    begun = set(results.runs["run"])
+    return [name for name in _sweep(results).get("runs", ()) if name not in begun]
+
+
+def _commands(results: Results) -> list[str]:
+    """The exact commands: the sweep's, or one for each run, with its whole configuration in config.json."""
+    if found := _sweep(results).get("commands"):
+        return found
+    return [
+        shlex.join([
+            "sphere", "train", "--suite", row["suite"], "--tasks", *row["tasks"], "--protocol", row["protocol"],
+            "--actor", row["actor"], "--method", *row["method"].split()[0].split("+"), "--seed", str(row["seed"]),
+            "--steps-per-task", str(row["steps_per_task"]),
+        ])
+        for row in results.runs.iter_rows(named=True)
+    ]  # fmt: skip
+
+
+def _configs(results: Results) -> dict[str, str]:
+    """The whole configuration of one run of each method, as JSON."""
+    chosen = results.runs.unique(["suite", "protocol", "actor", "method"], keep="first", maintain_order=True)
+    return {
+        " · ".join(row[name] for name in ("suite", "protocol", "actor", "method")): json.dumps(
+            json.loads(results.folder(row["run"]).config_path.read_text()), indent=2
+        )
+        for row in chosen.iter_rows(named=True)
+    }
+
+
+def _sweep(results: Results) -> dict[str, Any]:
+    path = results.root / "sweep.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _write_tables(suites: Sequence[SuiteContent], results: Results, out: Path) -> None:
+    """The tables behind the figures, as CSV."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"suite": suite.name, "actor": row["actor"], "method": row["method"], "number": name}
+        | {key: getattr(row[name], key, None) for key in ("value", "low", "high", "seeds")}
+        for suite in suites
+        for row in suite.rows
+        for name in NUMBERS
+    ]
+    pl.DataFrame(rows, infer_schema_length=None).write_csv(out / "headline.csv")
+    results.evals.write_csv(out / "evaluations.csv")
+    flat = [name for name, kind in results.spectra.schema.items() if not kind.is_nested()]
+    results.spectra.select(flat).write_csv(out / "spectrum.csv")
+
+
+def _json(data: Any) -> str:
+    """JSON for a script element: numbers that JSON does not know are null, and no tag can end the element."""
+    return json.dumps(_plain(data), allow_nan=False, ensure_ascii=False).replace("</", "<\\/")
+
+
+def _plain(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_plain(value) for value in data]
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    return data
