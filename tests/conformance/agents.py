@@ -89,15 +89,16 @@ def train(agent: Agent, *seeds: int, task: str = SHORT) -> None:
         update(agent, rollout(seed, task), agent.config)
 
 
-def batch(seed: int = 0, task: str = SHORT) -> Minibatch:
+def batch(seed: int = 0, dtype: torch.dtype = torch.float32) -> Minibatch:
     """All samples of a rollout, with some advantage."""
-    collected = rollout(seed, task)
-    return flatten(collected, collected.reward - collected.reward.mean())
+    collected = rollout(seed)
+    samples = flatten(collected, collected.reward - collected.reward.mean())
+    return Minibatch(**{name: tensor.to(dtype) for name, tensor in vars(samples).items()})
 
 
 def actor_step(agent: Agent, samples: Minibatch) -> ActorStep:
     """A forward pass with a stand-in for the PPO loss that depends on all parameters."""
-    trace = agent.actor.trace(samples.observation.to(next(agent.actor.parameters()).dtype))
+    trace = agent.actor.trace(samples.observation)
     log_prob = agent.actor.head.log_prob(trace.output, samples.action)
     return ActorStep(agent, samples, trace, -(log_prob * samples.advantage).mean(), agent.actor_parameters)
 

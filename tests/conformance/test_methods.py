@@ -30,10 +30,11 @@ def agent_or_refusal(config: TrainConfig, **options) -> Agent:
     try:
         return make_agent(config, **options)
     except ConfigError as error:
-        assert "\n" not in str(error)
-        assert "expected" in str(error)
-        assert any(name in str(error) for name in config.method)
-        pytest.skip(str(error))
+        refusal = str(error)
+    assert "\n" not in refusal
+    assert "expected" in refusal
+    assert any(name in refusal for name in config.method)
+    pytest.skip(refusal)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -44,8 +45,7 @@ def test_is_described(name):
     assert "\n" not in method.summary
     assert re.search(r"\b(19|20)\d\d\b", method.citation), "no year"
     assert is_dataclass(method.Config)
-    assert method.Config.__dataclass_params__.frozen
-    method.Config()
+    hash(method.Config())  # frozen, and its defaults are allowed
     source = ast.parse(inspect.getsource(sys.modules[method.Config.__module__]))
     (config,) = (n for n in source.body if isinstance(n, ast.ClassDef) and n.name == method.Config.__name__)
     documented = [

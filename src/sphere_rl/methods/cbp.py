@@ -133,6 +133,7 @@ class Cbp(Method):
                     tensor.copy_(theirs[key])
 
 
+@torch.no_grad()
 def observe(statistics: UnitStatistics, layer: UnitLayer, features: RoutedFeatures, config: CbpConfig) -> None:
     """Move the running means of experts that saw samples, age their units and earn replacements."""
     seen = seen_by_expert(features) > 0
@@ -155,6 +156,7 @@ def choose(statistics: UnitStatistics, config: CbpConfig) -> Bool[Tensor, "E U"]
     return rank < number[:, None]
 
 
+@torch.no_grad()
 def fold(statistics: UnitStatistics, layer: UnitLayer, units: Bool[Tensor, "E U"], decay: float) -> None:
     """Put the mean contribution of these units into the next layer's bias, and their statistics back to zero."""
     columns = layer.features_of(units)

@@ -1,0 +1,292 @@
+"""Methods that act on weights, layers or the optimiser: resets, projections, injection, normalisation, TRAC."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conformance.agents import batch, begin, changed, make_agent, make_config, rollout, same, snapshot, train
+from scipy.special import erfi
+from torch import nn
+
+from sphere_rl.agent import Agent
+from sphere_rl.methods._layers import fresh_networks, hidden_layers, linear_layers
+from sphere_rl.methods.fire import nearest_isometry
+from sphere_rl.methods.injection import InjectedHead
+from sphere_rl.methods.trac import TracAdam, TracConfig
+from sphere_rl.suites import make_suite
+
+
+def trained(method: str, critic: str = "topk_moe", **changes) -> Agent:
+    agent = make_agent(make_config(method, critic=critic, **changes))
+    begin(agent, 0)
+    train(agent, 1)
+    return agent
+
+
+def expected_fresh(agent: Agent) -> dict[str, torch.Tensor]:
+    """The fresh parameters that the agent's random stream gives next."""
+    state = agent.generator.get_state()
+    fresh = fresh_networks(agent)
+    agent.generator.set_state(state)
+    return {
+        f"{name}.{key}": parameter.detach()
+        for name, network in zip(("actor", "critic"), fresh, strict=True)
+        for key, parameter in network.named_parameters()
+    }
+
+
+def step_counts(agent: Agent) -> dict[str, float]:
+    return {
+        f"{name}.{key}": float(optimizer.state[parameter]["step"])
+        for name, network, optimizer in (
+            ("actor", agent.actor, agent.actor_optimizer),
+            ("critic", agent.critic, agent.critic_optimizer),
+        )
+        for key, parameter in network.named_parameters()
+    }
+
+
+def is_weight(name: str) -> bool:
+    return name.endswith("weight")
+
+
+@pytest.mark.parametrize(
+    ("method", "concerns"),
+    [
+        ("reset_head", lambda name: "experts.head" in name),
+        ("reset_all", lambda name: True),
+        ("shrink_perturb", lambda name: True),
+        ("fire", is_weight),
+        ("injection", lambda name: "experts.head" in name),
+    ],
+)
+def test_task_starts(method, concerns):
+    """What the rule speaks of gets the value it says and fresh Adam state; all else is bitwise what it was."""
+    agent = make_agent(make_config(method, critic="topk_moe"))
+    initial = snapshot(agent)
+    begin(agent, 0)
+    assert not changed(initial, snapshot(agent)), "nothing at the first task"
+    train(agent, 1)
+    before, fresh = snapshot(agent), expected_fresh(agent)
+    begin(agent, 1)
+    after = snapshot(agent)
+    for name, tensor in before.items():
+        parameter, _, moment = name.partition("/")
+        if not concerns(parameter):
+            assert torch.equal(after[name], tensor), name
+        elif moment:
+            assert (after[name] == 0).all(), name
+            assert (tensor != 0).any(), name
+        elif method == "shrink_perturb":
+            torch.testing.assert_close(after[name], 0.5 * tensor + 0.5 * fresh[name], rtol=0, atol=1e-7)
+        elif method == "fire":
+            assert not torch.equal(after[name], tensor)
+        else:
+            assert torch.equal(after[name], fresh[name]), name
+    for name, count in step_counts(agent).items():
+        assert count == (0.0 if concerns(name) else 2.0), name
+
+
+def test_soft_shrink_and_perturb():
+    """After every minibatch a little of fresh parameters comes in; Adam goes on."""
+    soft = {"when": "minibatch", "soft_shrink": 0.9, "soft_perturb": 0.2}
+    agent = trained("shrink_perturb", shrink_perturb=soft)
+    before, fresh, samples = snapshot(agent), expected_fresh(agent), batch(1)
+    begin(agent, 1)
+    assert not changed(before, snapshot(agent)), "the soft form does nothing at a task's start"
+    agent.methods[0].after_minibatch(agent, samples)
+    for name, tensor in snapshot(agent).items():
+        expected = before[name] if "/" in name else 0.9 * before[name] + 0.2 * fresh[name]
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-6)
+
+
+def test_fire_is_the_polar_factor():
+    """Newton–Schulz converges to U Vᵀ of W = U S Vᵀ, scaled; ten steps are the default."""
+    for shape in ((2, 5, 8), (2, 8, 5), (1, 6, 6)):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        u, _, vt = torch.linalg.svd(weight, full_matrices=False)
+        scale = (shape[1] / shape[2]) ** 0.5
+        torch.testing.assert_close(nearest_isometry(weight, 60), scale * u @ vt)
+    x = torch.tensor([[[0.6, 0.0], [0.0, 0.8]]])  # ‖x‖_F = 1: every singular value by itself, σ ← 1.5σ − 0.5σ³
+    one = torch.tensor([[[0.9 - 0.108, 0.0], [0.0, 1.2 - 0.256]]])
+    torch.testing.assert_close(nearest_isometry(5 * x, 1), one)
+    assert (nearest_isometry(torch.zeros(1, 3, 2), 10) == 0).all()
+
+
+def test_injection_keeps_the_output_and_trains_only_the_new_head():
+    agent = trained("injection")
+    samples = batch(3).observation
+    for task in (1, 2):
+        outputs = agent.actor(samples), agent.critic(samples)
+        old = agent.actor.experts.head.weight.detach().clone()
+        begin(agent, task)
+        torch.testing.assert_close((agent.actor(samples), agent.critic(samples)), outputs, rtol=0, atol=2e-6)
+        head = agent.actor.experts.head
+        assert isinstance(head, InjectedHead)
+        assert not torch.equal(head.weight, old)
+        frozen, start = head.frozen_weight.clone(), head.weight.detach().clone()
+        train(agent, 1 + task)
+        assert torch.equal(head.frozen_weight, frozen)
+        assert not torch.equal(head.weight, start)
+        assert same(agent.state_dict()["actor"]["experts.head.frozen_weight"], frozen)
+
+
+def test_injection_is_the_sum_of_three_heads():
+    agent = trained("injection", critic="dense")
+    network, samples = agent.critic, batch(3).observation
+    theta = network.experts.head.weight[0].detach().clone(), network.experts.head.bias[0].detach().clone()
+    begin(agent, 1)
+    b = network.experts.head.weight[0].detach().clone(), network.experts.head.bias[0].detach().clone()
+    train(agent, 2)
+    a = network.experts.head.weight[0].detach(), network.experts.head.bias[0].detach()
+    trace = network.trace(samples)
+    h = trace.features[-1].values
+    three = nn.functional.linear(h, *theta) + nn.functional.linear(h, *a) - nn.functional.linear(h, *b)
+    torch.testing.assert_close(trace.output, three, rtol=0, atol=1e-5)
+
+
+def test_nap_restores_every_norm():
+    agent = make_agent(make_config("nap", critic="topk_moe", learning_rate=1e-2))
+    layers = [*linear_layers(agent.actor), *linear_layers(agent.critic)]
+    initial = [layer.weight.detach().clone() for layer in layers]
+    begin(agent, 0)
+    train(agent, 1, 2)
+    for layer, old in zip(layers, initial, strict=True):
+        torch.testing.assert_close(layer.weight.detach().norm(dim=(1, 2)), old.norm(dim=(1, 2)), rtol=1e-5, atol=0)
+    assert sum(not torch.allclose(a.weight, b, atol=1e-3) for a, b in zip(layers, initial, strict=True)) > 6
+
+
+@pytest.mark.parametrize("method", ["layernorm", "nap"])
+def test_layer_norm_is_before_every_nonlinearity(method):
+    agent = make_agent(make_config(method, critic="topk_moe"))
+    for network in (agent.actor, agent.critic):
+        trace = network.trace(batch(1).observation)
+        for features in trace.features + trace.gate_features:
+            z = features.preactivation.double()
+            torch.testing.assert_close(z.mean(1), torch.zeros(len(z)).double(), rtol=0, atol=1e-5)
+            torch.testing.assert_close(z.var(1, correction=0), torch.ones(len(z)).double(), rtol=0.02, atol=0)
+            assert torch.equal(features.values, features.preactivation.relu())
+        assert not any("norm" in name for name, _ in network.named_parameters()), "no affine"
+
+
+@pytest.mark.parametrize("kind", ["dense", "wide", "topk_moe"])
+def test_crelu_never_leaves_a_unit_without_gradient(kind):
+    agent = make_agent(make_config("crelu", actor=kind))
+    trace = agent.actor.trace(batch(1).observation)
+    for features in trace.features + trace.gate_features:
+        units = features.preactivation.shape[1]
+        assert features.values.shape[1] == 2 * units
+        torch.testing.assert_close(features.values[:, :units] - features.values[:, units:], features.preactivation)
+
+
+def test_spectral_norm_brings_hidden_layers_to_one_and_only_learns_with_gradients():
+    agent = make_agent(make_config("spectral_norm", critic="topk_moe"))
+    samples = batch(1).observation
+    buffers = {name: b.clone() for name, b in agent.actor.named_buffers()}
+    with torch.no_grad():
+        agent.actor(samples)
+    assert all(torch.equal(b, buffers[name]) for name, b in agent.actor.named_buffers())
+    for _ in range(300):
+        agent.actor(samples)
+        agent.critic(samples)
+    for layer in (*hidden_layers(agent.actor), *hidden_layers(agent.critic)):
+        weight = layer.weight.detach()
+        used = weight / torch.einsum("eo,eoi,ei->e", layer.u, weight, layer.v)[:, None, None]
+        torch.testing.assert_close(torch.linalg.matrix_norm(used, 2), torch.ones(len(used)), rtol=1e-3, atol=0)
+
+
+def test_weight_decay_is_decoupled_and_follows_the_learning_rate():
+    agent = trained("weight_decay", weight_decay={"decay": 0.25})
+    agent.set_learning_rate(0.1)
+    for optimizer in (agent.actor_optimizer, agent.critic_optimizer):
+        for parameter in optimizer.param_groups[0]["params"]:
+            for moment in agent.moments(parameter):
+                moment.zero_()
+            parameter.grad = torch.zeros_like(parameter)
+            old = parameter.detach().clone()
+            parameter.old = old
+        optimizer.step()
+        for parameter in optimizer.param_groups[0]["params"]:
+            torch.testing.assert_close(parameter.detach(), parameter.old * (1 - 0.1 * 0.25))
+
+
+def quadratic(parameters: list[nn.Parameter], step: int) -> None:
+    """Gradients of a problem whose minimum moves."""
+    generator = torch.Generator().manual_seed(step)
+    for p in parameters:
+        noise = torch.randn(p.shape, generator=generator)
+        p.grad = p.detach() - (1.0 if step < 60 else -2.0) + 0.3 * noise
+
+
+def start_parameters() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(7)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 3), (4,), (2, 2, 2))]
+
+
+def test_trac_is_the_published_package(tmp_path):
+    package = pytest.importorskip("trac_optimizer")
+    mine, theirs = start_parameters(), start_parameters()
+    # From 1e-8 the tuner takes thousands of steps to move by more than round-off.
+    own = TracAdam(mine, TracConfig(s0=0.01), lr=0.05, eps=1e-5)
+    other = package.start_trac(str(tmp_path / "log"), torch.optim.Adam, s_prev=0.01)(theirs, lr=0.05, eps=1e-5)
+    for step in range(120):
+        if step == 40:
+            for optimizer in (own, other):
+                optimizer.param_groups[0]["lr"] = 0.02
+        quadratic(mine, step)
+        quadratic(theirs, step)
+        own.step()
+        other.step()
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-5)
+    assert max(float((a - b).detach().abs().max()) for a, b in zip(mine, start_parameters(), strict=True)) > 0.1
+
+
+def test_trac_by_hand():
+    """One parameter, one β, gradients −1 and −2, Adam without momentum's bias: two steps in scalars."""
+    p = nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
+    config = TracConfig(betas=(0.5,), s0=0.1, eps=1e-8)
+    optimizer = TracAdam([p], config, lr=0.2, eps=0.0)
+    p.grad = torch.tensor([-1.0], dtype=torch.float64)
+    optimizer.step()
+    # Adam moves by lr; Δ was 0, so h = 0, v = 0, σ = 0.5·1e-8 and s = 0.1·erfi(0.5)/erfi(1/√2).
+    s = 0.1 * erfi(0.5) / erfi(2**-0.5)
+    assert p.item() == pytest.approx(1 + s * 0.2)
+    p.grad = torch.tensor([-2.0], dtype=torch.float64)
+    optimizer.step()
+    delta = s * 0.2 / (s + 1e-8)
+    h = -2 * delta
+    sigma = 0.25 * 1e-8 - h
+    s = 0.1 * erfi(sigma / (np.sqrt(2 * h**2) + 1e-8)) / erfi(2**-0.5)
+    m, v = (0.9 * 0.1 + 0.1 * 2) / (1 - 0.9**2), (0.999 * 0.001 + 0.001 * 4) / (1 - 0.999**2)
+    assert p.item() == pytest.approx(1 + s * (delta + 0.2 * m / v**0.5))
+
+
+def test_trac_keeps_its_reference_when_moments_are_reset():
+    agent = trained("trac")
+    optimizer: Any = agent.actor_optimizer
+    reference = [r.clone() for r in optimizer._reference]
+    for parameter in agent.actor_parameters:
+        assert len(agent.moments(parameter)) == 2
+        agent.forget(parameter)
+    assert same(reference, optimizer._reference)
+    agent.set_learning_rate(0.5)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_no_method_takes_part_in_collecting():
+    """Experience with LayerNorm off and any penalty on is that of plain PPO: methods act in updates only."""
+    from sphere_rl.rollout import Collector
+
+    rollouts = []
+    for method in ("none", "l2_init", "cbp", "trac"):
+        config = make_config(method)
+        envs = make_suite("gym").make(config.tasks[0], 2, 3, 1)
+        agent = make_agent(config)
+        rollouts.append(Collector(envs, None, agent.device).collect(agent.actor, agent.critic, 8, agent.generator))
+        envs.close()
+    assert all(torch.equal(r.observation, rollouts[0].observation) for r in rollouts)
+    assert rollout(1).observation.shape[-1] == 3
