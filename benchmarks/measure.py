@@ -17,20 +17,24 @@ CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time
 
 
 def interleaved(
-    steps: Mapping[str, Callable[[], None]], repeats: int, inner: int = 4, clock: str = "wall"
+    steps: Mapping[str, Callable[[], None]],
+    repeats: int,
+    inner: int = 4,
+    clock: str = "wall",
+    warmup: int = 2,
 ) -> dict[str, float]:
     """Median milliseconds of one call of each step, taken in turns so that all meet the same machine.
 
-    The first two rounds are not counted.
+    Rounds of warming up are not counted.
     """
     now = CLOCKS[clock]
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for round_ in range(repeats + 2):
+    for round_ in range(warmup + repeats):
         for name, step in steps.items():
             start = now()
             for _ in range(inner):
                 step()
-            if round_ >= 2:
+            if round_ >= warmup:
                 times[name].append((now() - start) / inner * 1e3)
     return {name: median(values) for name, values in times.items()}
 
