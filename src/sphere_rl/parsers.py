@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from sphere_rl.errors import CommandLineError
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+    """argparse with errors of one line; flags are not abbreviated."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""

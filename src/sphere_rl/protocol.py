@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from sphere_rl import checkpoint
 from sphere_rl.agent import Agent, Policy, Spaces
@@ -29,6 +29,7 @@ from sphere_rl.suites import make_suite
 from sphere_rl.tracking import Tracker
 
 
+@runtime_checkable
 class Monitor(Protocol):
     """Whoever watches a run: the progress display, TensorBoard."""
 
