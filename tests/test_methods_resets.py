@@ -218,7 +218,7 @@ def quadratic(parameters: list[nn.Parameter], step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     for p in parameters:
         noise = torch.randn(p.shape, generator=generator)
-        p.grad = p.detach() - (1.0 if step < 60 else -2.0) + 0.3 * noise
+        p.grad = p.detach() - (1.0 if step < 40 else -2.0) + 0.3 * noise
 
 
 def start_parameters() -> list[nn.Parameter]:
@@ -226,14 +226,18 @@ def start_parameters() -> list[nn.Parameter]:
     return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((4, 3), (4,), (2, 2, 2))]
 
 
-def test_trac_is_the_published_package(tmp_path):
-    package = pytest.importorskip("trac_optimizer")
-    mine, theirs = start_parameters(), start_parameters()
-    # From 1e-8 the tuner takes thousands of steps to move by more than round-off.
+def test_trac_is_the_published_package(tmp_path, monkeypatch):
+    """Step by step, with an exact erfi in place of the package's float32 approximation (off by about 1 %)."""
+    published: Any = pytest.importorskip("trac_optimizer.trac")
+    approximate = published.erfi(torch.tensor([0.3, 0.9]))
+    torch.testing.assert_close(approximate, torch.tensor(erfi([0.3, 0.9])).float(), rtol=2e-2, atol=0)
+    monkeypatch.setattr(published, "erfi", lambda x: torch.as_tensor(erfi(x.double().numpy())).float())
+    # From s0 = 1e-8 the tuner takes thousands of steps to move by more than round-off.
+    mine, theirs, start = start_parameters(), start_parameters(), start_parameters()
     own = TracAdam(mine, TracConfig(s0=0.01), lr=0.05, eps=1e-5)
-    other = package.start_trac(str(tmp_path / "log"), torch.optim.Adam, s_prev=0.01)(theirs, lr=0.05, eps=1e-5)
-    for step in range(120):
-        if step == 40:
+    other = published.start_trac(str(tmp_path / "log"), torch.optim.Adam, s_prev=0.01)(theirs, lr=0.05, eps=1e-5)
+    for step in range(60):
+        if step == 20:
             for optimizer in (own, other):
                 optimizer.param_groups[0]["lr"] = 0.02
         quadratic(mine, step)
@@ -241,8 +245,8 @@ def test_trac_is_the_published_package(tmp_path):
         own.step()
         other.step()
         for a, b in zip(mine, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-5)
-    assert max(float((a - b).detach().abs().max()) for a, b in zip(mine, start_parameters(), strict=True)) > 0.1
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+    assert max(float((a - b).detach().abs().max()) for a, b in zip(mine, start, strict=True)) > 0.5
 
 
 def test_trac_by_hand():

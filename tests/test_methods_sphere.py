@@ -14,6 +14,7 @@ from torch import Tensor
 from sphere_rl.agent import Agent
 from sphere_rl.config import override
 from sphere_rl.errors import ConfigError
+from sphere_rl.experts import RoutedFeatures, single_routing
 from sphere_rl.methods.sphere import Schedule, SphereConfig, project_conflict
 from sphere_rl.networks import Trace
 from sphere_rl.ppo import Minibatch
@@ -131,29 +132,25 @@ def test_linear_schedule_rises_to_one_in_each_task():
         assert factors == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
-class Ranked:
-    """A trace whose feature Gram has `rank` equal eigenvalues."""
-
-    def __init__(self, rank: int) -> None:
-        self.features, self.rank = (self,), rank
-
-    def gram(self) -> Tensor:
-        return torch.diag((torch.arange(10) < self.rank).float())
+def of_rank(rank: int) -> Trace:
+    """A forward pass whose feature Gram has so many equal eigenvalues."""
+    values = torch.eye(10)[:, :rank] if rank else torch.zeros(10, 1)
+    features = RoutedFeatures(values=values, preactivation=values, routing=single_routing(10))
+    return Trace(torch.zeros(10, 1), torch.ones(10, 1), None, (features,), ())
 
 
 def test_entropy_schedule_raises_the_strength_where_the_rank_fell():
     config = SphereConfig(schedule="entropy", entropy_share=0.5, entropy_growth=2.0, entropy_limit=4.0)
     schedule = Schedule(config)
     schedule.start_task(100)
-    observe = Schedule.observe.__wrapped__ if hasattr(Schedule.observe, "__wrapped__") else Schedule.observe
     factors = []
     for rank in (8, 8, 3, 3, 3, 4, 3, 8, 8, 8):  # half of 8 is not below 4
-        factors.append(observe(schedule, Ranked(rank)))
-        assert observe(schedule, Ranked(1)) == factors[-1], "once an iteration"
+        factors.append(schedule.observe(of_rank(rank)))
+        assert schedule.observe(of_rank(1)) == factors[-1], "once an iteration"
         schedule.advance()
     assert factors == [1, 1, 2, 4, 4, 2, 4, 2, 1, 1]
     schedule.start_task(100)
-    assert [observe(schedule, Ranked(2)), schedule.factor] == [1, 1], "a new task has its own start"
+    assert [schedule.observe(of_rank(2)), schedule.factor] == [1, 1], "a new task has its own start"
     assert schedule.metrics() == pytest.approx({"sphere_factor": 1.0, "sphere_rank": 2.0})
 
 
