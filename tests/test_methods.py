@@ -127,6 +127,6 @@ def test_a_new_file_is_a_new_method(tmp_path):
     (line,) = (line for line in listed.splitlines() if "toy" in line)
     for text in ("pull the bias to a constant", "strength 0.125", "Nobody 2026, A Toy"):
         assert text in line
-    conformance = str(Path(__file__).parent / "conformance")
+    conformance = str(Path(__file__).parent / "conformance" / "test_methods.py")
     tests = run("pytest", "-q", "-p", "no:cacheprovider", conformance, "-k", "toy and not wide and not ds_moe")
     assert "7 passed" in tests

@@ -17,7 +17,8 @@ from sphere_rl.suites import make_suite
 
 SHORT = "ShortPendulum-v0"
 """Pendulum with episodes of 20 steps, so that evaluations take no time."""
-gymnasium.register(SHORT, "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=20)
+if SHORT not in gymnasium.registry:  # tests in other folders import this file by another name
+    gymnasium.register(SHORT, "gymnasium.envs.classic_control:PendulumEnv", max_episode_steps=20)
 
 TINY: dict[str, Any] = {
     "suite": "gym",
