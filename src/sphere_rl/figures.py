@@ -32,7 +32,7 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 HATCHES = ("", "///", "...", "xx", "\\\\", "++", "oo", "--")
 FORMATS = ("png", "svg", "pdf")
-STYLE = {
+STYLE: Any = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "legend.frameon": False,
     "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "svg.hashsalt": "sphere-rl", "pdf.fonttype": 42,
 }  # fmt: skip
@@ -56,10 +56,10 @@ class Curve:
     """One line of a figure: mean over seeds with the range of the seeds."""
 
     label: str
-    x: Sequence[float]
-    mean: Sequence[float]
-    low: Sequence[float]
-    high: Sequence[float]
+    x: Sequence[int | float]
+    mean: Sequence[int | float]
+    low: Sequence[int | float]
+    high: Sequence[int | float]
     seeds: int
 
 
@@ -172,7 +172,7 @@ def mark_tasks(axes: Axes, boundaries: Mapping[float, str]) -> None:
 
 
 @styled
-def routing(loads: Mapping[str, tuple[Sequence[float], Float[ndarray, "T E"]]], caption: str) -> Figure:
+def routing(loads: Mapping[str, tuple[Sequence[int | float], Float[ndarray, "T E"]]], caption: str) -> Figure:
     """Share of the probe states that each expert is selected for (rows) through training (columns), a panel a run."""
     if not loads:
         return missing("No routing measured: no mixture of experts, or no spectrum lines", caption)
@@ -182,7 +182,7 @@ def routing(loads: Mapping[str, tuple[Sequence[float], Float[ndarray, "T E"]]], 
         edges = np.append(0, steps)
         mesh = axes.pcolormesh(edges, np.arange(load.shape[1] + 1), load.T, cmap="cividis", vmin=0, vmax=1)
         axes.set(title=label, ylabel="Expert", yticks=np.arange(load.shape[1]) + 0.5)
-        axes.set_yticklabels(range(load.shape[1]), fontsize=6)
+        axes.set_yticklabels(map(str, range(load.shape[1])), fontsize=6)
         axes.grid(visible=False)
         figure.colorbar(mesh, ax=axes, label="share of states", fraction=0.03)
     figure.axes[-2].set_xlabel("Environment steps")
@@ -252,7 +252,7 @@ def proxy_scatter(table: pl.DataFrame, caption: str) -> Figure:
     axes.set(xlabel="$r_e(A)$, last expert layer", ylabel="$r_e(K)$")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     if table["r_e_A"].n_unique() > 1 and table["r_e_K"].n_unique() > 1:
-        found = pearsonr(table["r_e_A"], table["r_e_K"])
+        found: Any = pearsonr(table["r_e_A"], table["r_e_K"])
         low, high = found.confidence_interval() if table.height > 3 else (float("nan"), float("nan"))
         axes.set_title(f"Pearson r = {found.statistic:.3f} [{low:.3f}, {high:.3f}], {table.height} batches")
     return _captioned(figure, caption)

@@ -94,7 +94,7 @@ def _snapshot(path: Path, _: int) -> Snapshot:
 
 @cache
 def _probe(suite: str, tasks: tuple[str, ...]) -> tuple[Float[ndarray, "N D"], Int[ndarray, "N"]]:
-    """The suite's probe batch and, for each state, the place of its task."""
+    """The probe batch of a sequence and, for each state, the place of its task."""
     shares = [len(part) for part in np.array_split(np.arange(STATES), len(tasks))]
     return probe_observations(make_suite(suite), tasks), np.repeat(np.arange(len(tasks)), shares)
 

@@ -98,7 +98,7 @@ class SuiteContent:
         return {label: found[label] for label in self.labels if label in found}
 
     @cached_property
-    def loads(self) -> dict[str, tuple[list[float], np.ndarray]]:
+    def loads(self) -> dict[str, tuple[list[int], np.ndarray]]:
         """For each label with a gate: steps, and the share of probe states of each expert, of its lowest CRL seed."""
         lines = self.crl_probe.filter(pl.col("expert_load").list.len() > 1)
         found = {}
@@ -213,7 +213,7 @@ class SuiteContent:
                 choices[protocol.upper()] = panels.lines(curves)
         caption = f"{self.score_name} on the current task by environment step: mean over seeds, band: their range. "
         caption += f"RL runs are drawn at their task's place in the sequence. {self.facts()}"
-        layout = panels.boundaries(self.starts)
+        layout = panels.boundaries(self.starts, self.steps)
         return self._panel("learning", "Learning curves", caption, choices, "no evaluation yet", layout, "protocol",
                            "environment steps", self.score_name)  # fmt: skip
 
@@ -225,14 +225,15 @@ class SuiteContent:
         choices = {name: panels.lines(found) for name in order if (found := self.curves(lines, name))}
         caption = "Plasticity on one fixed probe batch through CRL training: mean over seeds, band: their range. "
         return self._panel("rank", "Effective rank of the eNTK, r_e(K)", caption + self.facts(), choices,
-                           "no spectrum lines of CRL runs", panels.boundaries(self.starts), "metric",
+                           "no spectrum lines of CRL runs", panels.boundaries(self.starts, self.steps), "metric",
                            "environment steps")  # fmt: skip
 
     def _spectrum(self) -> Panel:
         caption = "Eigenvalues of K over their sum on the probe batch, largest first, lowest CRL seed of each method. "
+        layout = {"yaxis": {"type": "log", "dtick": 1, "exponentformat": "power"}}
         return self._panel("spectrum", "The spectrum of K as it decays", caption + self.facts(),
-                           panels.spectra(self.snapshots), "no CRL policy at the end of a task yet",
-                           {"yaxis": {"type": "log"}}, "after task", "index i", "λ_i / tr K")  # fmt: skip
+                           panels.spectra(self.snapshots), "no CRL policy at the end of a task yet", layout,
+                           "after task", "index i", "λ<sub>i</sub> / tr K")  # fmt: skip
 
     def _routing(self) -> Panel:
         caption = "Share of the probe states that the gate sends to each expert, lowest CRL seed of each method. "
@@ -272,6 +273,8 @@ class SuiteContent:
         self, name: str, title: str, caption: str, choices: Mapping[str, list[dict[str, Any]]], reason: str,
         layout: Mapping[str, Any], choose: str = "", x: str = "", y: str = "",
     ) -> Panel:  # fmt: skip
+        if y == "Success":  # a share: the same scale everywhere
+            layout = {**layout, "yaxis": {"range": [-0.02, 1.05]}}
         axes = {axis: {"title": {"text": text}} | layout.get(axis, {}) for axis, text in (("xaxis", x), ("yaxis", y))}
         return Panel(f"{name}-{self.name}", title, caption, name, choices, choose, {**layout, **axes},
                      "" if choices else reason)  # fmt: skip

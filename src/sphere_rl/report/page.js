@@ -7,7 +7,7 @@
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const color = (index) => css(`--c${index % 8}`);
   const fade = (hex, alpha) => hex + Math.round(alpha * 255).toString(16).padStart(2, "0");
-  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
+  const config = { responsive: true, displayModeBar: false };
 
   function merge(base, changes) {
     const result = { ...base };
@@ -20,10 +20,11 @@
 
   function layoutOf(panel) {
     const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), linecolor: css("--line"), automargin: true };
+    const font = getComputedStyle(document.body).fontFamily;
     const base = {
-      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: "inherit", color: css("--ink"), size: 13 },
-      margin: { l: 52, r: 12, t: 18, b: 44 }, xaxis: axis, yaxis: axis, hoverlabel: { font: { family: "inherit" }, namelength: -1 },
-      legend: { orientation: "h", y: -0.2, x: 0 }, bargap: 0.3, bargroupgap: 0.06,
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: font, color: css("--ink"), size: 13 },
+      margin: { l: 52, r: 12, t: 18, b: 44 }, xaxis: axis, yaxis: axis, hoverlabel: { font: { family: font }, namelength: -1 },
+      legend: { orientation: "h", y: narrow.matches ? -0.3 : -0.2, yanchor: "top", x: 0 }, bargap: 0.3, bargroupgap: 0.06,
     };
     const layout = merge(base, panel.layout);
     for (const shape of layout.shapes || []) shape.line.color = css("--soft");
@@ -58,12 +59,23 @@
 
   // ---- the unit sphere and its image under K
 
-  const POINTS = 40;
-  const grid = Array.from({ length: POINTS }, (_, i) => Array.from({ length: POINTS }, (_, j) => {
-    const height = Math.PI * i / (POINTS - 1), turn = 2 * Math.PI * j / (POINTS - 1);
+  const POINTS = 41;
+  const grid = Array.from({ length: POINTS * POINTS }, (_, i) => {
+    const height = Math.PI * Math.floor(i / POINTS) / (POINTS - 1), turn = 2 * Math.PI * (i % POINTS) / (POINTS - 1);
     return [Math.cos(turn) * Math.sin(height), Math.sin(turn) * Math.sin(height), Math.cos(height)];
-  }));
-  const surface = (axes) => ["x", "y", "z"].reduce((out, name, k) => ({ ...out, [name]: grid.map((row) => row.map((p) => axes[k] * p[k])) }), {});
+  });
+  const faces = { i: [], j: [], k: [] };
+  for (let row = 0; row < POINTS - 1; row++) {
+    for (let column = 0; column < POINTS - 1; column++) {
+      const corner = row * POINTS + column;
+      for (const [a, b, c] of [[corner, corner + POINTS, corner + 1], [corner + 1, corner + POINTS, corner + POINTS + 1]]) {
+        faces.i.push(a);
+        faces.j.push(b);
+        faces.k.push(c);
+      }
+    }
+  }
+  const solid = (axes) => ["x", "y", "z"].reduce((out, name, k) => ({ ...out, [name]: grid.map((p) => axes[k] * p[k]) }), { ...faces });
 
   function cage() {
     const line = { x: [], y: [], z: [] };
@@ -113,7 +125,7 @@
       for (const side of this.sides) {
         const found = this.snapshot(side);
         side.axes = found ? found.semi_axes : [0, 0, 0];
-        Plotly.react(side.scene, this.traces(side), this.layout(), { ...config, displayModeBar: false });
+        Plotly.react(side.scene, this.traces(side), this.layout(), config);
       }
       if (!this.linked) this.link();
       this.read();
@@ -123,8 +135,8 @@
       const own = color(this.names.indexOf(side.select.value));
       return [
         { type: "scatter3d", mode: "lines", ...cage(), line: { color: fade(css("--soft"), 0.55), width: 1.4 }, hoverinfo: "skip", showlegend: false },
-        { type: "surface", ...surface(side.axes), colorscale: [[0, own], [1, own]], showscale: false, opacity: 0.92, hoverinfo: "skip",
-          lighting: { ambient: 0.55, diffuse: 0.7, specular: 0.25, roughness: 0.5 } },
+        { type: "mesh3d", ...solid(side.axes), color: own, opacity: 1, hoverinfo: "skip", flatshading: false,
+          lighting: { ambient: 0.5, diffuse: 0.9, specular: 0.35, roughness: 0.5, fresnel: 0.15 }, lightposition: { x: 2000, y: 500, z: 3000 } },
       ];
     }
 

@@ -73,18 +73,21 @@ def lines(curves: Sequence[Curve], hover: str = "%{y:.3f}") -> list[dict[str, An
     return traces
 
 
-def boundaries(starts: Mapping[float, str]) -> dict[str, Any]:
-    """A layout with a dotted line and a name where each task begins."""
+def boundaries(starts: Mapping[float, str], steps: int) -> dict[str, Any]:
+    """A layout with a dotted line where each task begins, and its name above its ``steps``."""
     shapes = [
-        {"type": "line", "x0": x, "x1": x, "y0": 0, "y1": 1, "yref": "paper", "line": {"dash": "dot", "width": 1}}
+        {"type": "line", "xref": "x", "yref": "paper", "x0": x, "x1": x, "y0": 0, "y1": 1,
+         "line": {"dash": "dot", "width": 1}}
         for x in starts
-    ]
+    ]  # fmt: skip
     names = [
-        {"x": x, "y": 1, "yref": "paper", "text": task, "showarrow": False, "textangle": -28, "xanchor": "left",
-         "yanchor": "bottom", "font": {"size": 10}}
+        {"xref": "x", "yref": "paper", "x": x + steps / 2, "y": 1, "text": task, "showarrow": False,
+         "textangle": -24 if len(starts) > 3 else 0, "yanchor": "bottom", "xanchor": "center"}
         for x, task in starts.items()
     ]  # fmt: skip
-    return {"shapes": shapes, "annotations": names, "margin": {"t": 78}, "hovermode": "x unified"}
+    margin = {"t": 70 if len(starts) > 3 else 30}
+    return {"shapes": shapes, "annotations": names, "margin": margin, "hovermode": "x unified",
+            "xaxis": {"range": [0, (max(starts) + steps) * 1.01]}}  # fmt: skip
 
 
 def spectra(snapshots: Mapping[str, Sequence[Snapshot]]) -> dict[str, list[dict[str, Any]]]:
@@ -106,7 +109,7 @@ def spectra(snapshots: Mapping[str, Sequence[Snapshot]]) -> dict[str, list[dict[
     return choices
 
 
-def routing(loads: Mapping[str, tuple[Sequence[float], np.ndarray]]) -> dict[str, list[dict[str, Any]]]:
+def routing(loads: Mapping[str, tuple[Sequence[int | float], np.ndarray]]) -> dict[str, list[dict[str, Any]]]:
     """For each method a heat map of the share of probe states by expert and environment step."""
     return {
         label: [

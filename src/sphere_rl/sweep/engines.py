@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from sphere_rl.errors import CommandLineError
 from sphere_rl.sweep.plan import PlannedRun
@@ -22,6 +22,7 @@ RETRIES = 10
 """How often Ray starts a run again whose worker was lost; it goes on from its last checkpoint."""
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Whoever shows a sweep to its user."""
 
