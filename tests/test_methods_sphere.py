@@ -174,7 +174,7 @@ def test_schedule_scales_every_mode():
 
 
 def test_training_with_sphere_raises_the_rank():
-    from sphere_rl.spectrum import effective_rank
+    from sphere_rl.ranks import effective_rank
 
     ranks = []
     for rho in (0.0, 5.0):

@@ -22,7 +22,7 @@ from sphere_rl.experts import RoutedFeatures
 from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
 from sphere_rl.networks import Trace
 from sphere_rl.penalty import gate_penalty, sphere_penalty
-from sphere_rl.spectrum import effective_rank
+from sphere_rl.ranks import effective_rank
 
 if TYPE_CHECKING:
     from sphere_rl.agent import Agent
