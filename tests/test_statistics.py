@@ -135,7 +135,7 @@ def test_forward_transfer_by_hand() -> None:
 
 
 def test_headline_by_hand() -> None:
-    (row,) = statistics.headline(evals(), {"s": TASKS}, {"s": 100})
+    (row,) = statistics.headline(evals(), {"s": TASKS})
     values = {name: row[name].value for name in ("rl", "crl", "gap", "retention", "forgetting", "forward_transfer")}
     assert (row["suite"], row["actor"], row["method"]) == ("s", "a", "m")
     assert values["rl"] == pytest.approx((1.0 + 0.8 + 0.8 + 0.6) / 4)
@@ -154,7 +154,7 @@ def test_headline_by_hand() -> None:
 
 def test_unfinished_sequence_has_no_headline() -> None:
     part = evals().filter((pl.col("task") == "push") | (pl.col("protocol") == "rl"))
-    (row,) = statistics.headline(part, {"s": TASKS}, {"s": 100})
+    (row,) = statistics.headline(part, {"s": TASKS})
     assert row["rl"] is not None
     assert row["crl"] is row["gap"] is row["retention"] is row["forgetting"] is row["forward_transfer"] is None
 

@@ -192,26 +192,27 @@ def forward_transfer_scores(
 
 
 def headline(
-    evals: pl.DataFrame, tasks: dict[str, tuple[str, ...]], steps: dict[str, int], column: str = "success_final"
+    evals: pl.DataFrame, tasks: dict[str, tuple[str, ...]], column: str = "success_final"
 ) -> list[dict[str, Any]]:
     """One row a (suite, actor, method): each number an `Estimate`, or ``None`` where the runs do not give it yet.
 
-    ``tasks`` and ``steps`` (per task) are by suite. A number counts only seeds that have all of the suite's tasks.
+    ``tasks``: each suite's sequence. A number counts only seeds that have all of it.
     """
     return [
-        dict(zip(GROUP, key, strict=True)) | _summary(group, tasks[str(key[0])], steps[str(key[0])], column)
+        dict(zip(GROUP, key, strict=True)) | _summary(group, tasks[str(key[0])], column)
         for key, group in evals.group_by(GROUP, maintain_order=True)
     ]
 
 
-def _summary(evals: pl.DataFrame, tasks: Sequence[str], steps: int, column: str) -> dict[str, Estimate | None]:
+def _summary(evals: pl.DataFrame, tasks: Sequence[str], column: str) -> dict[str, Estimate | None]:
     places = range(len(tasks))
     by_protocol = {name: evals.filter(pl.col("protocol") == name) for name in ("rl", "crl")}
     scores = {name: final_scores(part, tasks, column) for name, part in by_protocol.items()}
     rl, crl = (matrix(scores[name], places) for name in ("rl", "crl"))
     kept = retention_scores(by_protocol["crl"], tasks, column)
     lost = forgetting_scores(scores["crl"], kept)
-    transfer = forward_transfer_scores(evals, tasks, steps, column)
+    trained = evals.filter(pl.col("phase") == "final")["task_step"].to_list()
+    transfer = forward_transfer_scores(evals, tasks, max(trained, default=1), column)
     return {
         "rl": estimate(rl, "rl"),
         "crl": estimate(crl, "crl"),

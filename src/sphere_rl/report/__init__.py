@@ -24,13 +24,14 @@ def command(words: list[str]) -> int | None:
 
 
 def watch(runs: Path, out: Path, seconds: int) -> int:
-    """Rewrite the page while runs go on; the open page reloads itself. Ends when every run has, or with Ctrl-C."""
-    from sphere_rl.report.page import write_page
+    """Rewrite the page while runs go on or wait; the open page reloads itself. Ends with the runs, or by Ctrl-C."""
+    from sphere_rl.report.page import planned, write_page
     from sphere_rl.results import load_results, run_folders
 
     seen: dict[Path, int] = {}
     while True:
-        going = bool(set(load_results(runs).runs["state"]) & {"new", "running"})
+        results = load_results(runs)
+        going = bool(set(results.runs["state"]) & {"new", "running"} or planned(results))
         logs = [path for folder in run_folders(runs) for path in folder.glob("*.json*")]
         now = {path: path.stat().st_mtime_ns for path in logs}
         if now != seen or not going:

@@ -72,7 +72,7 @@ class SuiteContent:
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """Headline numbers, a row a (actor, method), those of plain PPO first; ``label`` added."""
-        found = statistics.headline(self.evals, {self.name: self.tasks}, {self.name: self.steps}, self.score)
+        found = statistics.headline(self.evals, {self.name: self.tasks}, self.score)
         known = {(row["actor"], row["method"]) for row in found}
         empty = dict.fromkeys(("rl", "crl", "crl_iqm", "gap", "retention", "forgetting", "forward_transfer"))
         for actor, method in self.runs.select("actor", "method").unique(maintain_order=True).iter_rows():

@@ -86,7 +86,7 @@ def render(suites: Sequence[SuiteContent], results: Results, refresh: int | None
         data=_json(data),
         suites=views,
         runs=[_run(row) for row in results.runs.iter_rows(named=True)],
-        planned=_planned(results),
+        planned=planned(results),
         commands=_commands(results),
         configs=_configs(results),
         commits=sorted(set(results.runs["commit"].drop_nulls())),
@@ -148,7 +148,7 @@ def _run(row: dict[str, Any]) -> dict[str, Any]:
     return row | {"progress": row["global_step"] / total if total else 0.0}
 
 
-def _planned(results: Results) -> list[str]:
+def planned(results: Results) -> list[str]:
     """Runs that a sweep has planned and not begun."""
     begun = set(results.runs["run"])
     return [name for name in _sweep(results).get("runs", ()) if name not in begun]

@@ -1,0 +1,131 @@
+"""Figures hold the numbers they were given; what is not there is said to be missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import matplotlib
+import numpy as np
+import polars as pl
+import pytest
+
+from sphere_rl import figures
+from sphere_rl.geometry import Snapshot, dominant_direction
+from sphere_rl.statistics import Estimate
+
+ROWS = [
+    {"label": "none", "actor": "dense", "rl": Estimate(0.8, 0.7, 0.9, 3), "crl": Estimate(0.3, 0.1, 0.6, 3)},
+    {"label": "sphere", "actor": "topk_moe", "rl": Estimate(0.9, None, None, 1), "crl": None},
+]
+
+POINT: dict[str, Estimate | None] = {"rl": Estimate(0.8, 0.7, 0.9, 3), "crl": Estimate(0.3, None, None, 1)}
+
+
+def snapshot(task_index: int, *eigenvalues: float) -> Snapshot:
+    values = np.array(eigenvalues, float)
+    return Snapshot(task_index, f"task{task_index}", values, values, np.eye(4), np.zeros(4, int))
+
+
+def texts(figure: Any) -> str:
+    import matplotlib.text
+
+    return " ".join(text.get_text() for text in figure.findobj(matplotlib.text.Text))
+
+
+def test_bars_have_the_values_and_intervals() -> None:
+    figure = figures.success_bars(ROWS, "label", "two seeds")
+    (axes,) = figure.axes
+    heights = {round(patch.get_height(), 6) for patch in axes.patches}  # type: ignore[attr-defined]
+    assert {0.8, 0.3, 0.9} <= heights
+    bars: list[Any] = [c for c in axes.containers if hasattr(c, "has_yerr")]
+    spans = [bar.lines[2][0].get_segments()[0][:, 1] for bar in bars]
+    assert np.allclose(spans, [[0.7, 0.9], [0.1, 0.6]])
+    assert texts(figure).count("missing") == 1
+    assert "two seeds" in texts(figure)
+    assert figure.get_label() == "two seeds"
+    assert len({patch.get_hatch() for patch in axes.patches}) == 2  # type: ignore[attr-defined]  readable in grey
+
+
+def test_curves_are_means_and_ranges_over_seeds() -> None:
+    table = pl.DataFrame({"m": ["a"] * 4 + ["b"], "seed": [0, 1, 0, 1, 0], "x": [2, 2, 1, 1, 1],
+                          "y": [0.2, 0.6, 0.0, 0.1, None]})  # fmt: skip
+    (curve,) = figures.curves(table, "x", "y", ["m"])
+    assert curve == figures.Curve("a", [1, 2], [0.05, 0.4], [0.0, 0.2], [0.1, 0.6], 2)
+
+
+def test_line_plot_draws_curves_and_boundaries() -> None:
+    curve = figures.Curve("none", [0, 5, 10], [0.0, 0.5, 0.4], [0.0] * 3, [1.0] * 3, 2)
+    figure = figures.line_plot([curve, curve], {0.0: "push", 5.0: "pull"}, "caption", "y")
+    (axes,) = figure.axes
+    drawn = [np.asarray(line.get_ydata()) for line in axes.lines if len(np.asarray(line.get_xdata())) == 3]
+    assert np.array_equal(drawn, [curve.mean, curve.mean])
+    assert axes.lines[0].get_linestyle() != axes.lines[1].get_linestyle()
+    assert {"push", "pull"} <= set(texts(figure).split())
+
+
+def test_semi_axes_are_eigenvalues_over_the_largest() -> None:
+    found = snapshot(0, 8.0, 4.0, 2.0, 2.0)
+    assert found.semi_axes.tolist() == [1.0, 0.5, 0.25]
+    assert found.top_share == pytest.approx(14 / 16)
+    entropy = -(0.5 * np.log(0.5) + 0.25 * np.log(0.25) + 2 * 0.125 * np.log(0.125))
+    assert found.kernel_rank == pytest.approx(np.exp(entropy))
+    assert snapshot(0, 0.0, 0.0, 0.0).semi_axes.tolist() == [0, 0, 0]
+
+
+def test_ellipsoid_lies_on_its_surface() -> None:
+    x, y, z = figures.ellipsoid(np.array([1.0, 0.5, 0.25]))
+    assert np.allclose(x**2 + (y / 0.5) ** 2 + (z / 0.25) ** 2, 1)
+    assert x.max() == pytest.approx(1, abs=0.01)
+
+
+def test_geometry_has_a_panel_for_each_policy() -> None:
+    rows = {"none": [snapshot(0, 4, 2, 1), snapshot(1, 4, 0.2, 0.1)], "sphere": [snapshot(0, 4, 3, 3)]}
+    figure = figures.geometry(rows, "caption")
+    assert len(figure.axes) == 3
+    assert "task1" in texts(figure)
+    surface = cast(Any, figure.axes[1]).collections[-1]
+    assert np.abs(surface._faces[..., 1]).max() == pytest.approx(0.05, abs=0.005)
+
+
+def test_proxy_says_pearsons_r() -> None:
+    table = pl.DataFrame({"method": ["a", "a", "b", "b"], "r_e_A": [1.0, 2, 3, 4], "r_e_K": [2.0, 4, 6, 9]})
+    r = np.corrcoef(table["r_e_A"], table["r_e_K"])[0, 1]
+    assert f"r = {r:.3f}" in figures.proxy_scatter(table, "").axes[0].get_title()
+    assert "missing" in texts(figures.proxy_scatter(table.head(2), ""))
+
+
+def test_dominant_direction_by_hand() -> None:
+    """Two lines of states: the longer is the first direction, the other the second."""
+    features = np.array([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.1, -1.0]])
+    assert dominant_direction(features).tolist() == [0, 0, 1, 1]
+    assert dominant_direction(np.eye(6) * np.arange(6, 0, -1), shown=3).tolist() == [0, 1, 2, 2, 2, 2]
+
+
+def test_option_sweep_routing_and_tables() -> None:
+    figure = figures.option_sweep({0.01: POINT, 0.1: POINT | {"crl": None}}, "ρ", "")
+    assert figure.axes[0].get_xscale() == "log"
+    mesh = figures.routing({"none": ([10, 20], np.array([[1.0, 0.0], [0.5, 0.5]]))}, "").axes[0].collections[0]
+    assert np.asarray(mesh.get_array()).ravel().tolist() == [1.0, 0.5, 0.0, 0.5]
+    assert "0.54" in texts(figures.table_figure(("variant", "CRL"), [["joint", "0.54"]], ""))
+
+
+def test_nothing_measured_is_missing() -> None:
+    for figure in (
+        figures.geometry({}, "why"), figures.success_bars([], "label", "why"), figures.line_plot([], {}, "why", ""),
+        figures.routing({}, "why"), figures.spectrum_decay({}, "why"), figures.tsne({}, "why", ()),
+        figures.option_sweep({}, "ρ", "why"), figures.table_figure((), [], "why"),
+    ):  # fmt: skip
+        assert "missing: " in texts(figure)
+        assert "why" in texts(figure)
+
+
+def test_saved_in_three_formats_reproducibly(tmp_path: Path) -> None:
+    before = matplotlib.rcParams["font.size"], matplotlib.rcParams["axes.grid"]
+    paths = figures.save(figures.spectrum_decay({"none": [snapshot(0, 2, 1, 1)]}, "caption"), tmp_path / "a" / "s")
+    assert [path.name for path in paths] == ["s.png", "s.svg", "s.pdf"]
+    first = [path.read_bytes() for path in paths]
+    assert [content[:4] for content in first] == [b"\x89PNG", b"<?xm", b"%PDF"]
+    figures.save(figures.spectrum_decay({"none": [snapshot(0, 2, 1, 1)]}, "caption"), tmp_path / "a" / "s")
+    assert [path.read_bytes() for path in paths] == first
+    assert (matplotlib.rcParams["font.size"], matplotlib.rcParams["axes.grid"]) == before

@@ -1,0 +1,313 @@
+"""The report from real short runs: tables, labels, the page's data, and the page in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from sphere_rl import cli, report
+from sphere_rl.config import from_dict
+from sphere_rl.errors import CommandLineError, RunFolderError
+from sphere_rl.geometry import snapshots
+from sphere_rl.policies import load_policy
+from sphere_rl.probe import probe_observations
+from sphere_rl.report import content, page
+from sphere_rl.results import load_results, method_labels
+from sphere_rl.runs import RunFolder
+from sphere_rl.spectrum import entk, measure
+from sphere_rl.suites import make_suite
+
+TASKS = ("Pendulum-v1", "LightPendulum-v0")
+gymnasium.register(
+    "LightPendulum-v0", "gymnasium.envs.classic_control.pendulum:PendulumEnv", max_episode_steps=100, kwargs={"g": 5.0}
+)
+TRAIN = (
+    "--suite gym --num-envs 2 --num-steps 64 --minibatch-size 32 --num-epochs 1 --width 8 --depth 1 --num-experts 3 "
+    "--steps-per-task 256 --eval-every 128 --eval-episodes 1 --final-eval-episodes 1 --checkpoint-every 256 "
+    "--spectrum-every -1 --quiet"
+).split()
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+
+
+def add_spectrum(run: Path) -> None:
+    """Measure the policies at the ends of the tasks, as the training loop does while it goes."""
+    config = from_dict(RunFolder.existing(run).config())
+    states = torch.as_tensor(probe_observations(make_suite("gym"), TASKS, 24))
+    with (run / "spectrum.jsonl").open("w") as file:
+        for row in RunFolder(run).read("eval"):
+            if row["phase"] == "final":
+                policy = load_policy(run, f"task-{row['task_index']:02d}-{row['task']}")
+                place = {name: row[name] for name in ("global_step", "task_index", "task", "task_step")}
+                for batch in ("probe", "rollout"):
+                    part = states if batch == "probe" else states[::2]
+                    file.write(json.dumps(place | {"batch": batch} | measure(policy.actor, part)) + "\n")
+    assert config.task_sequence == TASKS
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Plain PPO and SPHERE: CRL with two seeds, RL with one; one run more stands for one that failed."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("runs")
+    for method in ("none", "sphere"):
+        for protocol, seed in (("crl", 0), ("crl", 1), ("rl", 0)):
+            out = root / f"{protocol}-{method}-{seed}"
+            words = ["--protocol", protocol, "--method", method, "--seed", str(seed), "--tasks", *TASKS]
+            assert cli.main(["train", *TRAIN, *words, "--out", str(out)]) == 0
+            if protocol == "crl":
+                add_spectrum(out)
+    return root
+
+
+@pytest.fixture(scope="module")
+def suite(runs: Path) -> content.SuiteContent:
+    return content.SuiteContent("gym", load_results(runs))
+
+
+@pytest.fixture(scope="module")
+def written(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return page.write_page(runs, tmp_path_factory.mktemp("page"))
+
+
+def lines(runs: Path, run: str, log: str = "eval", **match: Any) -> list[dict[str, Any]]:
+    return [row for row in RunFolder(runs / run).read(log) if all(row[key] == value for key, value in match.items())]
+
+
+def final_return(runs: Path, run: str) -> list[float]:
+    return [row["mean_return"] for row in lines(runs, run, phase="final")]
+
+
+def data_of(written: Path) -> dict[str, Any]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', written.read_text(), re.DOTALL)
+    assert found
+    return json.loads(found[1])
+
+
+def test_tables_hold_every_line(runs: Path) -> None:
+    results = load_results(runs)
+    assert results.runs.height == 6
+    assert results.tasks == {"gym": TASKS}
+    assert results.evals.height == sum(len(RunFolder(path).read("eval")) for path in runs.iterdir())
+    assert results.evals.filter(pl.col("run") == "crl-none-0")["mean_return"].to_list() == [
+        row["mean_return"] for row in RunFolder(runs / "crl-none-0").read("eval")
+    ]
+    assert set(results.runs["state"]) == {"finished"}
+    with pytest.raises(RunFolderError, match="holds no run folder"):
+        load_results(runs / "crl-none-0" / "checkpoints")
+
+
+def test_labels_tell_runs_apart_by_what_differs() -> None:
+    base = {"suite": "s", "actor": "a", "seed": 0, "tasks": [], "protocol": "crl", "gamma": 0.9, "device": "cpu"}
+    plain = base | {"method": ["none"], "sphere": {"rho": 0.1}}
+    small = base | {"method": ["sphere", "layernorm"], "sphere": {"rho": 0.01}, "network": {"width": 8}}
+    large = small | {"sphere": {"rho": 0.1}, "seed": 1, "device": "cuda", "protocol": "rl"}
+    labels = method_labels([plain, small, large, plain | {"sphere": {"rho": 9.0}}])
+    assert labels == ["none", "sphere+layernorm rho=0.01", "sphere+layernorm rho=0.1", "none"]
+    assert method_labels([plain, plain | {"gamma": 0.5}]) == ["none gamma=0.9", "none gamma=0.5"]
+
+
+def test_headline_is_the_mean_of_the_final_lines(runs: Path, suite: content.SuiteContent) -> None:
+    plain, ours = suite.rows
+    assert (plain["method"], ours["method"]) == ("none", "sphere")
+    for row, method in ((plain, "none"), (ours, "sphere")):
+        crl = [value for seed in (0, 1) for value in final_return(runs, f"crl-{method}-{seed}")]
+        rl = final_return(runs, f"rl-{method}-0")
+        assert row["crl"].value == pytest.approx(np.mean(crl))
+        assert (row["crl"].seeds, row["rl"].seeds, row["rl"].low) == (2, 1, None)
+        assert row["gap"].value == pytest.approx(np.mean(rl) - np.mean(crl))
+        kept = [r["mean_return"] for s in (0, 1) for r in lines(runs, f"crl-{method}-{s}", phase="retention")]
+        assert row["retention"].value == pytest.approx(np.mean(kept))
+
+
+def test_snapshots_are_spectra_of_the_tasks_policies(runs: Path) -> None:
+    found = snapshots(runs / "crl-none-0")
+    assert [s.task for s in found] == list(TASKS)
+    states = torch.as_tensor(probe_observations(make_suite("gym"), TASKS))
+    for snapshot, name in zip(found, ("task-00-Pendulum-v1", "task-01-LightPendulum-v0"), strict=True):
+        policy = load_policy(runs / "crl-none-0", name)
+        oracle = torch.linalg.eigvalsh(entk(policy.actor.double(), states.double())).flip(0)
+        assert np.allclose(snapshot.kernel_eigenvalues[:3], oracle[:3], rtol=1e-3)
+        phi = policy.actor.trace(states.double()).features[-1].weighted().detach()
+        gram = torch.linalg.eigvalsh(phi.T @ phi / 256).flip(0)
+        assert np.allclose(snapshot.feature_eigenvalues[:3], gram[:3], rtol=1e-3)
+
+
+def test_probe_batch_depends_on_its_arguments_alone() -> None:
+    one, two = (probe_observations(make_suite("gym"), TASKS, 9, seed=1) for _ in range(2))
+    assert one.shape == (9, 3)
+    assert np.array_equal(one, two)
+    assert not np.array_equal(one, probe_observations(make_suite("gym"), TASKS, 9, seed=2))
+    assert np.array_equal(one[:5], probe_observations(make_suite("gym"), TASKS[:1], 5, seed=1))
+
+
+def test_page_data_are_the_lines_of_the_runs(runs: Path, written: Path) -> None:
+    panels = data_of(written)["panels"]
+    mean = next(t for t in panels["learning-gym"]["choices"]["CRL"] if t["name"] == "none" and "band" not in t)
+    for x, y in zip(mean["x"], mean["y"], strict=True):
+        rows = [r for s in (0, 1) for r in lines(runs, f"crl-none-{s}", global_step=x) if r["phase"] != "retention"]
+        assert y == pytest.approx(np.mean([row["mean_return"] for row in rows]))
+    assert mean["x"] == [128, 256, 384, 512]
+    alone = next(t for t in panels["learning-gym"]["choices"]["RL"] if t["name"] == "none" and "band" not in t)
+    assert alone["y"] == [row["mean_return"] for row in lines(runs, "rl-none-0")]
+    assert [shape["x0"] for shape in panels["learning-gym"]["layout"]["shapes"]] == [0, 256]
+    for metric in ("r_e_K", "dormant_ratio"):
+        rank = next(t for t in panels["rank-gym"]["choices"][metric] if t["name"] == "sphere" and "band" not in t)
+        measured = [lines(runs, f"crl-sphere-{s}", "spectrum", batch="probe") for s in (0, 1)]
+        assert rank["y"] == pytest.approx([(a[metric] + b[metric]) / 2 for a, b in zip(*measured, strict=True)])
+    load = panels["routing-gym"]["choices"]["none"][0]["z"]
+    assert np.array(load).T.tolist() == [r["expert_load"] for r in lines(runs, "crl-none-0", "spectrum", batch="probe")]
+    assert sum(len(trace["x"]) for trace in panels["proxy-gym"]["choices"][""]) == 2 * 2 * 2 * 2
+    assert panels["rho-gym"]["missing"].startswith("finished runs of SPHERE that differ in ρ")
+    assert panels["architectures-gym"]["choices"] == {}
+
+
+def test_page_is_whole_and_stands_alone(written: Path) -> None:
+    html = written.read_text()
+    assert not re.search(r'(?:src|href)="(?:https?:)?//', html)
+    assert 4e6 < len(html) < 7e6
+    for link in re.findall(r'href="((?:figures|tables)/[^"]+)"', html):
+        assert (written.parent / link).stat().st_size > 0
+    assert html.count("Missing: ") == 3  # architectures, ρ, variants
+    assert "--method sphere --seed 1 --steps-per-task 256" in html
+    table = pl.read_csv(written.parent / "tables" / "evaluations.csv")
+    assert table.height == 4 * (4 + 2) + 2 * 4
+    assert (pl.read_csv(written.parent / "tables" / "spectrum.csv")["r_e_K"] > 1).all()
+
+
+def test_unfinished_and_failed_runs_are_shown(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "crl-none-0", tmp_path / "r" / "broken")
+    folder = RunFolder(tmp_path / "r" / "broken")
+    final = [json.dumps(row) + "\n" for row in folder.read("eval")[:2]]
+    (folder.path / "eval.jsonl").write_text("".join(final))
+    (folder.path / "spectrum.jsonl").unlink()
+    folder.set_status("failed", 256, TASKS[1], "TrainingError: loss is not <finite>")
+    (tmp_path / "r" / "sweep.json").write_text(json.dumps({"commands": ["sphere sweep --x"], "runs": ["other"]}))
+    html = page.write_page(tmp_path / "r", tmp_path / "p").read_text()
+    assert "TrainingError: loss is not &lt;finite&gt;" in html
+    assert '<th scope="row">other</th><td><span class="state">planned</span>' in html
+    assert "<code>sphere sweep --x</code>" in html
+    assert 'data-number="crl" class="none"><b>–</b><small>missing</small>' in html
+    assert data_of(tmp_path / "p" / "index.html")["panels"]["rank-gym"]["missing"] == "no spectrum lines of CRL runs"
+
+
+def test_watch_ends_with_the_runs(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(runs), "--out", str(tmp_path), "--watch", "1"]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "index.html")]
+    assert 'id="live"' not in (tmp_path / "index.html").read_text()
+    with pytest.raises(CommandLineError, match="whole number above 0"):
+        report.command([str(runs), "--watch", "0"])
+
+
+# ---- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser(written: Path) -> Iterator[Any]:
+    """Headless Chromium with the page open."""
+    if not CHROMIUM or not DRIVER:
+        pytest.skip("no chromium and chromedriver on this machine")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in ("headless=new", "no-sandbox", "use-angle=swiftshader", "enable-unsafe-swiftshader",
+                 "window-size=1200,900", "disable-dev-shm-usage"):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    driver.set_script_timeout(60)
+    driver.get(written.as_uri())
+    wait(driver, "document.documentElement.dataset.ready === 'true'")
+    yield driver
+    driver.quit()
+
+
+def wait(driver: Any, condition: str, seconds: float = 60) -> None:
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    WebDriverWait(driver, seconds).until(lambda d: d.execute_script(f"return {condition}"))
+
+
+def drawn(driver: Any, panel: str) -> list[dict[str, Any]]:
+    script = "return document.getElementById(arguments[0]).data.map(t => ({name: t.name, x: t.x, y: t.y, z: t.z}))"
+    return driver.execute_script(script, panel)
+
+
+def test_browser_draws_every_figure_with_the_pages_data(browser: Any, written: Path) -> None:
+    panels = data_of(written)["panels"]
+    for name, panel in panels.items():
+        if panel["missing"]:
+            assert not browser.find_elements("id", name)
+            continue
+        first = next(iter(panel["choices"].values()))
+        shown = drawn(browser, name)
+        assert len(shown) == len(first) > 0
+        for ours, theirs in zip(first, shown, strict=True):
+            for axis in ("x", "y", "z"):
+                assert theirs[axis] == ours.get(axis)
+        assert browser.execute_script(
+            "return document.getElementById(arguments[0]).querySelectorAll('.main-svg').length", name
+        )
+
+
+def test_browser_reports_no_errors(browser: Any) -> None:
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_browser_choice_changes_the_metric(browser: Any, runs: Path) -> None:
+    from selenium.webdriver.support.ui import Select
+
+    Select(browser.find_element("id", "choose-rank-gym")).select_by_visible_text("r_e_A")
+    shown = next(trace for trace in drawn(browser, "rank-gym")[1::2] if trace["name"] == "none")
+    measured = [lines(runs, f"crl-none-{s}", "spectrum", batch="probe") for s in (0, 1)]
+    assert shown["y"] == pytest.approx([(a["r_e_A"] + b["r_e_A"]) / 2 for a, b in zip(*measured, strict=True)])
+
+
+def test_browser_hover_names_the_value(browser: Any) -> None:
+    browser.execute_script("document.getElementById('success-gym').scrollIntoView({behavior: 'instant'})")
+    browser.execute_script("Plotly.Fx.hover('success-gym', [{curveNumber: 1, pointNumber: 0}])")
+    wait(browser, "document.querySelector('#success-gym .hoverlayer').textContent.includes('CRL')")
+
+
+def test_browser_slider_moves_the_ellipsoids(browser: Any, runs: Path) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    slider = browser.find_element("css selector", ".controls input")
+    slider.send_keys(Keys.ARROW_RIGHT)  # from the keyboard
+    assert browser.find_element("css selector", ".controls output").text == f"after 2. {TASKS[1]}"
+    extent = "Math.max(...document.querySelector('.scene[data-side={}]').data[1].{}.flat())"
+    for side, method in (("left", "none"), ("right", "sphere")):
+        snapshot = snapshots(runs / f"crl-{method}-0")[1]
+        for axis, length in zip("yz", snapshot.semi_axes[1:], strict=True):
+            # the grid of the surface misses the pole of an axis by less than one cell
+            wait(browser, f"Math.abs({extent.format(side, axis)} - {length}) < 0.01")
+        reading = browser.find_element("css selector", f".reading[data-side={side}]").text
+        assert f"= {snapshot.kernel_rank:.1f} ·" in reading
+    play = browser.find_element("css selector", ".play")
+    play.click()
+    wait(browser, f"document.querySelector('.controls output').textContent === 'after 1. {TASKS[0]}'")
+    assert play.get_attribute("aria-label") == "Pause"
+    play.click()
+
+
+def test_browser_theme_and_phone(browser: Any) -> None:
+    background = "getComputedStyle(document.body).backgroundColor"
+    before = browser.execute_script(f"return {background}")
+    browser.find_element("id", "theme").click()
+    assert browser.execute_script(f"return {background}") != before
+    browser.find_element("id", "theme").click()
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    wait(browser, "document.documentElement.scrollWidth <= 390")
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    test_browser_reports_no_errors(browser)

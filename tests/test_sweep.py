@@ -1,0 +1,234 @@
+"""Sweeps: the plan and its names, and real grids carried out, killed, finished and failed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sphere_rl.errors import CommandLineError, ConfigError
+from sphere_rl.runs import RunFolder
+from sphere_rl.sweep import command, default_jobs, parse
+from sphere_rl.sweep.cost import reason, speeds, steps_left
+from sphere_rl.sweep.display import LiveTable, last_row
+from sphere_rl.sweep.plan import Grid, load_grid, plan, state
+
+TRAIN = (
+    "--num-envs 2 --num-steps 64 --minibatch-size 32 --num-epochs 1 --width 8 --depth 1 --num-experts 3 --top-k 1 "
+    "--steps-per-task 256 --eval-every 128 --eval-episodes 1 --final-eval-episodes 1 --checkpoint-every 128 "
+    "--spectrum-every -1"
+).split()
+GYM = ["--suite", "gym", "--tasks", "Pendulum-v1", *TRAIN]
+
+
+def grid(**axes: object) -> Grid:
+    return Grid(**({"suites": ("gym",), "tasks": ("Pendulum-v1",), "train": tuple(TRAIN)} | axes))  # type: ignore[arg-type]
+
+
+def names(found: Grid) -> list[str]:
+    return [run.name for run in plan(found, Path("nowhere"))]
+
+
+def test_names_are_stable_and_readable() -> None:
+    found = grid(protocols=("rl", "crl"), methods=("none", "sphere+layernorm"), seeds=(0, 3), tasks=("A/B-v0", "C"))
+    assert names(found) == [
+        f"gym-{place}-topk_moe-{method}-seed{seed}"
+        for seed in (0, 3)
+        for place, method in [
+            ("rl-A_B-v0", "none"), ("rl-C", "none"), ("rl-A_B-v0", "sphere+layernorm"), ("rl-C", "sphere+layernorm"),
+            ("crl", "none"), ("crl", "sphere+layernorm"),
+        ]
+    ]  # fmt: skip
+
+
+def test_words_mean_the_planned_configuration() -> None:
+    one, two = plan(grid(protocols=("rl",), methods=("sphere+layernorm",), tasks=("A", "B")), Path("out"))
+    assert (one.config.task_sequence, two.config.task_sequence) == (("A",), ("B",))
+    assert one.config.method == ("sphere", "layernorm")
+    assert (one.config.protocol, one.config.network.width, one.folder.parent) == ("rl", 8, Path("out"))
+    assert (one.steps, one.threads) == (256, 1)
+
+
+def test_method_options_concern_their_method_only() -> None:
+    found = grid(options=(("sphere.rho", ("0.01", "0.1")), ("learning-rate", ("0.001",))))
+    assert names(found) == [
+        "gym-crl-topk_moe-none-learning-rate0.001-seed0",
+        "gym-crl-topk_moe-sphere-rho0.01-learning-rate0.001-seed0",
+        "gym-crl-topk_moe-sphere-rho0.1-learning-rate0.001-seed0",
+    ]
+    assert [run.config.options.sphere.rho for run in plan(found, Path("out"))[1:]] == [0.01, 0.1]
+
+
+def test_grid_file(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        'suites = ["gym"]\nseeds = [0, 1]\nmethods = ["sphere"]\ntasks = ["Pendulum-v1"]\n'
+        '[grid]\n"sphere.rho" = [0.01, 0.1]\n[train]\nsteps_per_task = 4096\nsphere.pcgrad = true\n'
+        "normalize_observations = false\nnetwork.width = 8\nlearning_rate_bounds = [0.1, 0.2]\n"
+    )
+    runs = plan(Grid(**load_grid(path)), tmp_path)
+    assert [run.name for run in runs][:2] == ["gym-crl-topk_moe-sphere-rho0.01-seed0",
+                                              "gym-crl-topk_moe-sphere-rho0.1-seed0"]  # fmt: skip
+    config = runs[-1].config
+    assert (len(runs), config.seed, config.options.sphere.rho, config.options.sphere.pcgrad) == (4, 1, 0.1, True)
+    assert (config.steps_per_task, config.network.width, config.learning_rate_bounds) == (4096, 8, (0.1, 0.2))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seed", "3"], "--seed: not a flag of sphere sweep; expected --seeds"),
+        (["--suites", "cw10"], "expected --suite"),
+        (["--grid", "sphere.rho"], "--grid sphere.rho: expected at least one value"),
+        (["--methods", "nonesuch"], "method: 'nonesuch' is not allowed"),
+        (["--nonesuch", "1"], "nonesuch"),
+        (["--jobs", "0"], "expected a whole number above 0"),
+        (["--address", "auto"], "expected --engine ray"),
+        (["--steps-per-task", "1"], "steps_per_task: 1 is not allowed"),
+        (["--config", "nowhere.toml"], "config: 'nowhere.toml' is not allowed"),
+    ],
+)
+def test_errors_are_one_line_before_anything_starts(words: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises((CommandLineError, ConfigError)) as caught:
+        command([*GYM, "--out", str(tmp_path / "out"), *words])
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "field"), [("speed = 3", "speed"), ('seeds = "0"', "seeds"), ("grid = 3", "grid"), ("= 3", "config")]
+)
+def test_errors_of_a_grid_file(text: str, field: str, tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=f"^{field}: "):
+        load_grid(path)
+
+
+def test_own_words_and_those_of_train() -> None:
+    given, rest = parse(["--seeds", "0", "1", "--num-envs", "4", "--out", "x", "--sphere.rho", "0.1"])
+    assert (given.seeds, str(given.out), rest) == ([0, 1], "x", ["--num-envs", "4", "--sphere.rho", "0.1"])
+
+
+def test_jobs_do_not_oversubscribe_cores() -> None:
+    cores = len(os.sched_getaffinity(0))
+    (run,) = plan(grid(methods=("none",), train=(*TRAIN, "--torch-threads", "2")), Path("out"))
+    assert default_jobs([run]) == max(1, cores // 2)
+
+
+def test_grid_runs_skips_and_refuses(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A real grid of two; then the same command has nothing to do, and another configuration is refused."""
+    words = [*GYM, "--methods", "none", "sphere", "--out", str(tmp_path), "--jobs", "2"]
+    assert command(words) == 0
+    runs = ["gym-crl-topk_moe-none-seed0", "gym-crl-topk_moe-sphere-seed0"]
+    evals = {name: (tmp_path / name / "eval.jsonl").read_bytes() for name in runs}
+    assert all(RunFolder(tmp_path / name).status()["state"] == "finished" for name in runs)
+    assert [len(RunFolder(tmp_path / name).read("train")) for name in runs] == [2, 2]
+    recorded = json.loads((tmp_path / "sweep.json").read_text())
+    assert recorded["runs"] == runs
+    assert recorded["commands"] == [f"sphere sweep {' '.join(words)}"]
+    capfd.readouterr()
+    assert command(words) == 0
+    assert "2 of 2 runs are finished already" in capfd.readouterr().out
+    assert {name: (tmp_path / name / "eval.jsonl").read_bytes() for name in runs} == evals
+    planned = plan(grid(), tmp_path)
+    assert (state(planned[0]), steps_left(planned[0])) == ("finished", 0)
+    middle = sorted(row["steps_per_second"] for row in RunFolder(tmp_path / runs[0]).read("train"))[1]
+    assert speeds(planned)[runs[0]] == middle
+    screen = io.StringIO()
+    live = LiveTable(planned, Console(file=screen, force_terminal=True, width=140), already=3)
+    live.close()
+    assert "5/5 runs · 0 running" in screen.getvalue()
+    assert re.search(r"gym-crl-topk_moe-none-seed0 +\S*finished\S* +Pendulum-v1 +100%", screen.getvalue())
+    with pytest.raises(ConfigError, match=r"gamma: 0\.5 is not allowed; expected 0\.99, as in"):
+        command([*words, "--gamma", "0.5"])
+
+
+def test_failures_are_listed_and_the_rest_finishes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Tasks whose observations differ in size cannot share an agent; run alone, each of them can be trained."""
+    words = ["--suite", "gym", "--tasks", "Pendulum-v1", "MountainCarContinuous-v0", *TRAIN, "--methods", "none"]
+    assert command([*words, "--protocols", "crl", "--out", str(tmp_path), "--jobs", "2"]) == 3
+    printed = capfd.readouterr().out
+    assert "1 of 1 runs failed" in printed
+    assert "gym-crl-topk_moe-none-seed0: RuntimeError: mat1 and mat2 shapes cannot be multiplied" in printed
+    (run,) = plan(Grid(suites=("gym",), tasks=("Pendulum-v1", "MountainCarContinuous-v0"), train=tuple(TRAIN),
+                       methods=("none",)), tmp_path)  # fmt: skip
+    assert state(run) == "failed"
+    assert "RuntimeError" in reason(run, run.log)
+
+
+def sweep_process(out: Path, *words: str) -> subprocess.Popen[bytes]:
+    line = [sys.executable, "-m", "sphere_rl.cli", "sweep", *GYM, "--methods", "none", "--out", str(out), *words]
+    return subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_until(true: object, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():  # type: ignore[operator]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+LONG = ("--steps-per-task", "2048")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The evaluations of the long run, never interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    assert command([*GYM, "--methods", "none", *LONG, "--out", str(out)]) == 0
+    return out / "gym-crl-topk_moe-none-seed0" / "eval.jsonl"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("kill", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_killed_sweep_is_finished_by_the_same_command(
+    tmp_path: Path, whole: Path, kill: signal.Signals, code: int
+) -> None:
+    """Ctrl-C stops the run politely, SIGKILL takes it along; what the second sweep finishes is bitwise the whole."""
+    folder = tmp_path / "cut" / "gym-crl-topk_moe-none-seed0"
+    first = sweep_process(folder.parent, *LONG)
+    wait_until(lambda: (folder / "train.jsonl").is_file() and len(RunFolder(folder).read("train")) > 2)
+    children = children_of(first.pid)
+    assert len(children) == 1
+    os.kill(first.pid, kill)
+    assert first.wait(60) == code
+    wait_until(lambda: not Path(f"/proc/{children[0]}").exists(), 30)
+    assert RunFolder(folder).status()["state"] == "interrupted"
+    assert command([*GYM, "--methods", "none", *LONG, "--out", str(folder.parent)]) == 0
+    assert (folder / "eval.jsonl").read_bytes() == whole.read_bytes()
+    assert last_row(folder / "train.jsonl")["global_step"] == 2048
+
+
+def test_dry_run_calibrates_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command([*GYM, "--methods", "none", "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "gym-crl-topk_moe-none-seed0" in printed
+    assert "1 of 1 runs to do, 256 steps at" in printed
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_evaluations(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+    code = "import sys; from sphere_rl.cli import main; sys.exit(main())"  # Ray's own warnings are not ours
+    for engine in ("local", "ray"):
+        line = [sys.executable, "-c", code, "sweep", *GYM, "--engine", engine, "--jobs", "2"]
+        subprocess.run([*line, "--out", str(tmp_path / engine)], check=True, timeout=300)
+    for name in ("gym-crl-topk_moe-none-seed0", "gym-crl-topk_moe-sphere-seed0"):
+        ours, theirs = (tmp_path / engine / name / "eval.jsonl" for engine in ("local", "ray"))
+        assert ours.read_bytes() == theirs.read_bytes() != b""
