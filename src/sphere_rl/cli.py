@@ -121,6 +121,7 @@ def evaluate(words: list[str]) -> None:
     from sphere_rl.policies import load_policy
     from sphere_rl.runs import RunFolder
     from sphere_rl.suites import check_task, make_suite
+    from sphere_rl.tables import print_table
 
     options = run_parser("evaluate", evaluate.__doc__)
     options.add_argument("--checkpoint", default="latest", help="latest, or a file of the run's checkpoints folder")
@@ -143,9 +144,34 @@ def evaluate(words: list[str]) -> None:
         print_table(f"{given.run}, {given.checkpoint}, {given.episodes} deterministic episodes", results)
 
 
+def play(words: list[str]) -> None:
+    """Film an episode of a run's policy as mp4 or gif."""
+    from sphere_rl.play import play as film
+
+    options = run_parser("play", play.__doc__)
+    options.add_argument("--out", type=Path, required=True, help="the video, a .mp4 or .gif file")
+    options.add_argument("--task", help="a task of the run's suite; by default the task of the checkpoint")
+    options.add_argument("--checkpoint", default="latest", help="latest, or a file of the run's checkpoints folder")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--steps", type=positive, default=1000, help="stop after so many steps")
+    options.add_argument("--fps", type=positive, default=25)
+    given = options.parse_args(words)
+    shot = film(given.run, given.out, given.task, given.checkpoint, given.seed, given.steps, given.fps)
+    success = "" if shot.success is None else f", {'success' if shot.success else 'no success'}"
+    print(f"{shot.path}: {shot.frames} frames, {shot.steps} steps, return {shot.total_reward:.1f}{success}")
+
+
+def demo(words: list[str]) -> int | None:
+    """Train with and without SPHERE on a short MetaWorld sequence, about five minutes."""
+    from sphere_rl.demo import command
+
+    return command(words)
+
+
 def list_all(words: list[str]) -> None:
     """List suites, tasks, actors, methods or metrics."""
     from sphere_rl import catalogue
+    from sphere_rl.tables import print_table
 
     options = ArgumentParser(prog="sphere list", description=list_all.__doc__)
     for topic in catalogue.TOPICS:
@@ -179,38 +205,21 @@ def run_parser(command: str, description: str | None) -> ArgumentParser:
 
 def print_results(folder: Any) -> None:
     """The evaluations at the ends of the tasks."""
+    from sphere_rl.tables import print_table
+
     columns = ("task", "task_step", "episodes", "success_final", "success_once", "mean_return")
     rows = [{name: row[name] for name in columns} for row in folder.read("eval") if row["phase"] == "final"]
     print_table(f"{folder.path}: at the end of each task", rows)
 
 
-def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Rows with equal keys as a table; wide cells fold on a terminal and stay whole in a pipe."""
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=400)
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in rows[0] if rows else ():
-        table.add_column(name)
-    for row in rows:
-        table.add_row(
-            *("–" if v is None else f"{v:.3g}" if isinstance(v, float) else escape(str(v)) for v in row.values())
-        )
-    console.print(f"[bold]{escape(title)}[/]")
-    console.print(table)
-
-
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "demo": demo,
     "train": train,
     "resume": resume,
     "evaluate": evaluate,
     "sweep": sweep,
     "report": report,
+    "play": play,
     "list": list_all,
 }
 

@@ -226,7 +226,7 @@ def gae(
     bootstrapped from the true last observation o'_t, and no advantage flows over an episode's end.
     """
     delta = reward + gamma * next_value * ~terminated - value
-    decay = gamma * gae_lambda * ~done
+    decay = gamma * gae_lambda * (~done).to(delta.dtype)
     advantage = torch.zeros_like(delta)
     following = torch.zeros_like(delta[0])
     for t in range(len(delta) - 1, -1, -1):

@@ -1,0 +1,26 @@
+"""Tables in the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+
+def print_table(title: str, rows: list[dict[str, Any]]) -> None:
+    """Rows with equal keys as a table; wide cells fold on a terminal and stay whole in a pipe."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=400)
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in rows[0] if rows else ():
+        table.add_column(name)
+    for row in rows:
+        table.add_row(
+            *("–" if v is None else f"{v:.3g}" if isinstance(v, float) else escape(str(v)) for v in row.values())
+        )
+    console.print(f"[bold]{escape(title)}[/]")
+    console.print(table)

@@ -1,0 +1,38 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sphere_rl.config import TrainConfig, override
+
+TINY: dict[str, Any] = {
+    "suite": "gym",
+    "tasks": ["Pendulum-v1"],
+    "num_envs": 2,
+    "num_steps": 64,
+    "minibatch_size": 32,
+    "num_epochs": 2,
+    "steps_per_task": 512,
+    "eval_every": 256,
+    "eval_episodes": 2,
+    "final_eval_episodes": 2,
+    "checkpoint_every": 128,
+    "spectrum_every": 256,
+    "network": {"width": 16, "depth": 2, "num_experts": 3},
+}
+"""Changes to the defaults that make a run of a second: Pendulum, four segments, a checkpoint and logs of each kind."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny() -> TrainConfig:
+    """A run of about a second."""
+    return override(TrainConfig(), TINY)

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sphere_rl.cli import main
+
+TINY = """train --suite gym --tasks Pendulum-v1 --num-envs 2 --num-steps 64 --minibatch-size 32 --num-epochs 1
+    --width 16 --depth 1 --num-experts 3 --steps-per-task 256 --eval-every 128 --eval-episodes 1
+    --final-eval-episodes 1""".split()
+
+
+def test_help_answers_without_loading_the_heavy_libraries() -> None:
+    code = """import sys; from sphere_rl.cli import main; main(["--help"])
+for name in ("torch", "numpy", "gymnasium", "tyro", "mujoco", "envpool", "matplotlib"):
+    assert name not in sys.modules, name"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("usage: sphere COMMAND ...")
+    for command in ("train", "resume", "evaluate", "list"):
+        assert f"\n  {command} " in result.stdout
+
+
+def test_train_evaluate_and_resume_end_to_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = str(tmp_path / "run")
+    assert main([*TINY, "--out", run]) == 0
+    out, err = capfd.readouterr()
+    assert "Pendulum-v1 (1/1) · 256/256" in err  # plain lines: this is no terminal
+    assert "final evaluation, 1 episodes" in err
+    assert "at the end of each task" in out
+    assert list((tmp_path / "run" / "tb").glob("events*"))
+
+    assert main(["evaluate", run, "--episodes", "2", "--json"]) == 0
+    row = json.loads(capfd.readouterr().out)
+    assert (row["task"], row["episodes"], row["mean_length"]) == ("Pendulum-v1", 2, 200.0)
+
+    assert main(["resume", run]) == 0
+    assert "finished already" in capfd.readouterr().err
+    assert main([*TINY, "--out", run]) == 2
+    assert capfd.readouterr().err == f"sphere: {run}: holds a run already; continue it with: sphere resume {run}\n"
+
+
+def test_quiet_prints_no_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([*TINY, "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("fly", "command: 'fly' is not allowed; expected one of train, resume,"),
+        ("train --suite gym", "tasks: '' is not allowed; expected at least one task: gym has no sequence of its own"),
+        ("train --gamma 2", "gamma: 2.0 is not allowed; expected 0 to 1"),
+        ("resume nowhere", "nowhere: not a run folder; expected one with a config.json"),
+        ("resume", "the following arguments are required: run"),
+        ("evaluate nowhere --episodes 0", "argument --episodes: '0' is not allowed; expected a whole number above 0"),
+        ("list --actor", "unrecognized arguments: --actor"),
+        ("train --tasks push --out /proc/run", "/proc/run: cannot be written"),
+    ],
+)
+def test_bad_words_exit_with_2_and_one_line_and_write_nothing(
+    words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_list_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    text = capsys.readouterr().out
+    for word in ("cw10", "peg-unplug-side", "stand", "topk_moe", "shared_moe", "sphere", "Luo et al. 2026", "rho 0.1"):
+        assert word in text
+    assert main(["list", "--actors"]) == 0
+    assert "cw10" not in capsys.readouterr().out

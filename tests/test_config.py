@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sphere_rl.arguments import parse_train
+from sphere_rl.config import TrainConfig, from_dict, load_toml, override, preset, to_dict
+from sphere_rl.errors import CommandLineError, ConfigError
+from sphere_rl.suites import make_suite
+
+
+def test_defaults_are_the_cw10_preset() -> None:
+    c = TrainConfig()
+    assert preset(make_suite("cw10")) == override(c, make_suite("cw10").preset)
+    assert (c.num_envs, c.num_steps, c.minibatch_size, c.num_epochs) == (8, 2048, 256, 10)
+    assert (c.learning_rate, c.learning_rate_end, c.adam_eps) == (3e-4, 1e-4, 1e-5)
+    assert (c.gamma, c.gae_lambda, c.clip, c.max_grad_norm) == (0.99, 0.95, 0.2, 0.5)
+    assert (c.network.width, c.network.depth, c.network.num_experts, c.network.top_k) == (256, 3, 10, 2)
+    assert c.task_sequence[0] == "hammer"
+    assert c.task_sequence[-1] == "peg-unplug-side"
+    assert c.iterations_per_task == 61  # 1 000 000 // 16 384
+
+
+def test_h1_preset() -> None:
+    c = preset(make_suite("h1"))
+    assert (c.num_envs, c.num_steps, c.minibatch_size) == (128, 16, 64)
+    assert (c.learning_rate_schedule, c.kl_target, c.learning_rate_bounds) == ("kl", 0.03, (1e-5, 1e-2))
+    assert (c.normalize_observations, c.observation_clip, c.steps_per_task) == (True, 10.0, 10_000_000)
+    assert (c.options.sphere.mode, c.options.sphere.rho) == ("grad", 0.001)
+    assert c.task_sequence == ("stand", "walk", "pole", "slide", "run")
+
+
+def test_plain_data_round_trip() -> None:
+    config = override(TrainConfig(), {"tasks": ["push"], "sphere.rho": 0.3, "network": {"width": 32}, "seed": 4})
+    assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('suite = "gym"\ntasks = ["Pendulum-v1"]\ngamma = 0.9\nseed = 3\n[sphere]\nrho = 0.5\n')
+    config, out, quiet = parse_train(["--config", str(path), "--seed", "7", "--sphere.mode", "loss", "--quiet"])
+    assert (config.suite, config.gamma, config.seed, config.num_steps) == ("gym", 0.9, 7, 256)
+    assert (config.options.sphere.rho, config.options.sphere.mode) == (0.5, "loss")
+    assert out == Path("runs/gym-crl-topk_moe-none-seed7")
+    assert quiet
+
+
+def test_every_field_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_train(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for name in [*vars(TrainConfig()), *vars(TrainConfig().network)]:
+        if name not in ("network", "options"):
+            assert f"--{name.replace('_', '-')}" in text
+    assert "--sphere.rho" in text
+    assert "Passes over each rollout." in text
+    assert "Units of a hidden layer." in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--actor moe", "actor: 'moe' is not allowed; expected one of dense, wide"),
+        ("--method redoo", "method: 'redoo' is not allowed; expected one or more of "),
+        ("--method sphere sphere", "method: 'sphere sphere' is not allowed; expected each method once"),
+        ("--tasks fly", "tasks: 'fly' is not allowed; expected tasks of cw10: "),
+        ("--suite cw9", "suite: 'cw9' is not allowed; expected one of "),
+        ("--gamma 1.5", "gamma: 1.5 is not allowed; expected 0 to 1"),
+        ("--gamma abc", "Error parsing --gamma: could not convert string to float: 'abc'"),
+        ("--learning-rate nan", "learning_rate: nan is not allowed; expected a finite number above 0"),
+        ("--num-envs 0", "num_envs: 0 is not allowed; expected a finite number above 0"),
+        ("--minibatch-size 100", r"minibatch_size: 100 is not allowed; expected a divisor of .* \(16384\)"),
+        ("--steps-per-task 100", r"steps_per_task: 100 is not allowed; expected at least one rollout \(16384 steps\)"),
+        ("--sphere.rho -1", r"sphere.rho: -1.0 is not allowed; expected a finite number, 0 or more"),
+        ("--sphere.mode hard", "invalid choice 'hard' for argument '--sphere.mode'"),
+        ("--top-k 11", r"top_k: 11 is not allowed; expected 1 to num_experts \(10\)"),
+        ("--gama 1", "Unrecognized options: --gama"),
+        ("--config nowhere.toml", "config: 'nowhere.toml' is not allowed; expected a readable TOML file"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(words: str, message: str) -> None:
+    with pytest.raises((ConfigError, CommandLineError), match=message) as error:
+        parse_train(words.split())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("gama = 1", "gama: 1 is not allowed; expected a field: "),
+        ("gamma = 'high'", "gamma: 'high' is not allowed; expected a value of type float"),
+        ("seed = 1.5", "seed: 1.5 is not allowed; expected a value of type int"),
+        ("protocol = 'both'", "protocol: 'both' is not allowed; expected one of rl, crl"),
+        ("[sphere]\nroh = 1", "sphere.roh: 1 is not allowed; expected a field: "),
+        ("[spher]\nrho = 1", "expected network or a method: "),
+        ("gamma = ", "expected a readable TOML file"),
+    ],
+)
+def test_nonsense_in_a_file_is_refused_in_one_line(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_toml(path, TrainConfig())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [{"protocol": "x"}, {"tasks": 3}, {"gamma": True}])
+def test_override_checks_types(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        override(TrainConfig(), changes)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sphere_rl.agent import Policy
+from sphere_rl.evaluation import evaluate, summarize
+from sphere_rl.networks import make_actor
+from sphere_rl.rollout import Episode, ObservationNormalizer
+from sphere_rl.suites import make_suite
+
+
+def policy(normalizer: ObservationNormalizer | None = None, kind: str = "topk_moe") -> Policy:
+    return Policy(make_actor(kind, 3, 1, width=8, depth=1, num_experts=3), normalizer)
+
+
+def test_summary_by_hand() -> None:
+    result = summarize([Episode(10, 1.0, True, True), Episode(20, 5.0, False, True), Episode(30, 0.0, False, False)])
+    assert (result.episodes, result.mean_return, result.mean_length) == (3, 2.0, 20.0)
+    assert result.success_final == pytest.approx(1 / 3)
+    assert result.success_once == pytest.approx(2 / 3)
+    assert result.std_return == pytest.approx(np.sqrt((1 + 9 + 4) / 3))
+
+
+def test_success_is_unknown_where_the_task_does_not_define_it() -> None:
+    result = evaluate(policy(), make_suite("gym"), "Pendulum-v1", episodes=3, seed=0)
+    assert result.success_final is None
+    assert result.success_once is None
+    assert (result.episodes, result.mean_length) == (3, 200.0)
+
+
+def test_evaluation_is_deterministic_and_leaves_the_policy_as_it_was() -> None:
+    p = policy(kind="ds_moe").train()
+    state = {key: value.clone() for key, value in p.state_dict().items()}
+    rng = torch.get_rng_state()
+    first, second = (evaluate(p, make_suite("gym"), "Pendulum-v1", 4, seed=3) for _ in range(2))
+    assert first == second != evaluate(p, make_suite("gym"), "Pendulum-v1", 4, seed=4)
+    assert p.training
+    assert all(torch.equal(value, state[key]) for key, value in p.state_dict().items())
+    assert torch.equal(rng, torch.get_rng_state())
+
+
+def test_evaluation_equals_episodes_run_one_by_one() -> None:
+    """CartPole's episodes differ in length: the quota of each environment must be its own first episodes."""
+    import gymnasium
+
+    p = Policy(make_actor("dense", 4, 2, width=8, depth=1, discrete=True), None)
+    result = evaluate(p, make_suite("gym"), "CartPole-v1", episodes=12, seed=9)  # ten environments, two of them twice
+    seeds = np.random.SeedSequence(9).generate_state(10).tolist()
+    lengths = []
+    for i, seed in enumerate(seeds):
+        env = gymnasium.make("CartPole-v1")
+        observation, _ = env.reset(seed=seed)
+        for _ in range(2 if i < 2 else 1):
+            length, done = 0, False
+            while not done:
+                action = int(p(torch.as_tensor(observation)[None]).argmax())
+                observation, _, terminated, truncated, _ = env.step(action)
+                length, done = length + 1, terminated or truncated
+            lengths.append(length)
+            observation, _ = env.reset()
+    assert result.mean_length == pytest.approx(np.mean(lengths))
+    assert result.episodes == 12
+
+
+def test_policy_normalizes_as_the_agent_does() -> None:
+    normalizer = ObservationNormalizer(3, clip=1.5)
+    normalizer.update(np.random.default_rng(0).normal(2.0, 3.0, (50, 3)))
+    p, raw = policy(normalizer), np.random.default_rng(1).normal(2.0, 9.0, (20, 3)).astype(np.float32)
+    seen = torch.as_tensor(normalizer(raw), dtype=torch.float32)
+    assert seen.abs().max() == 1.5
+    torch.testing.assert_close(p(torch.as_tensor(raw)), p.actor(seen))
+    normalizer.update(np.ones((50, 3)))  # later statistics do not reach a policy that was taken before
+    torch.testing.assert_close(p.normalize(torch.as_tensor(raw)), seen)
+
+
+def test_metaworld_success_is_the_flag_of_the_episode() -> None:
+    result = evaluate(
+        Policy(make_actor("dense", 39, 4, width=8, depth=1), None), make_suite("cw10"), "drawer-close", 2, seed=0
+    )
+    assert result.success_final is not None
+    assert result.success_once is not None
+    assert result.success_final <= result.success_once
+    assert result.mean_length == 500

@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import torch
+
+from sphere_rl import checkpoint
+from sphere_rl.errors import RunFolderError
+from sphere_rl.runs import Logs, RunFolder, write_atomic
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "run")
+    with folder:
+        folder.create({"seed": 1})
+    return folder
+
+
+def test_create_writes_config_versions_and_commit(folder: RunFolder) -> None:
+    data = json.loads(folder.config_path.read_text())
+    assert data["config"] == {"seed": 1} == folder.config()
+    assert data["versions"]["torch"] == torch.__version__
+    assert set(data) == {"config", "versions", "commit"}
+
+
+def test_a_folder_is_never_written_over(folder: RunFolder, tmp_path: Path) -> None:
+    with folder, pytest.raises(RunFolderError, match="holds a run already; continue it with: sphere resume"):
+        folder.create({})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with RunFolder(tmp_path / "other") as other, pytest.raises(RunFolderError, match=r"not empty \(holds thesis.tex\)"):
+        other.create({})
+    with pytest.raises(RunFolderError, match="not a run folder"):
+        RunFolder.existing(tmp_path / "other")
+
+
+def hold(path: Path, held: multiprocessing.synchronize.Event, release: multiprocessing.synchronize.Event) -> None:
+    with RunFolder(path):
+        held.set()
+        release.wait(60)
+
+
+def test_a_second_process_is_refused(folder: RunFolder) -> None:
+    context = multiprocessing.get_context("spawn")
+    held, release = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(folder.path, held, release))
+    process.start()
+    try:
+        assert held.wait(60)
+        with pytest.raises(RunFolderError, match="another process is using this run folder"), folder:
+            pass
+    finally:
+        release.set()
+        process.join(60)
+    with folder:
+        pass
+
+
+def test_atomic_write_keeps_the_old_file_when_it_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "status.json"
+    write_atomic(path, b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, b"new and longer")
+    assert path.read_bytes() == b"old"
+
+
+def test_logs_are_cut_to_the_lengths_of_the_checkpoint(folder: RunFolder) -> None:
+    logs = Logs(folder, {})
+    logs.append("train", {"global_step": 1})
+    lengths = logs.lengths()
+    logs.append("train", {"global_step": 2})
+    logs.append("eval", {"global_step": 2})
+    logs.close()
+    with (folder.path / "train.jsonl").open("a") as file:
+        file.write('{"global_st')  # killed in the middle of a line
+    assert folder.read("train") == [{"global_step": 1}, {"global_step": 2}]
+    logs = Logs(folder, lengths)
+    logs.append("train", {"global_step": 3})
+    logs.close()
+    assert folder.read("train") == [{"global_step": 1}, {"global_step": 3}]
+    assert folder.read("eval") == [] == folder.read("spectrum")
+
+
+def test_logs_hold_valid_json_only(folder: RunFolder) -> None:
+    logs = Logs(folder, {})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        logs.append("train", {"loss": float("nan")})
+    logs.close()
+
+
+def test_status(folder: RunFolder) -> None:
+    assert folder.status() == {}
+    folder.set_status("failed", 5, "push", "TrainingError: nan")
+    assert folder.status() == {"state": "failed", "global_step": 5, "task": "push", "error": "TrainingError: nan"}
+
+
+def test_the_last_two_checkpoints_are_kept(folder: RunFolder) -> None:
+    for step in (1, 20, 300):
+        checkpoint.save_run(folder, step, {"step": step})
+    assert [path.stem for path in checkpoint.run_checkpoints(folder)] == ["step-000000000020", "step-000000000300"]
+    assert checkpoint.latest_run(folder) == {"step": 300}
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_a_broken_checkpoint_is_passed_over(folder: RunFolder, damage: str) -> None:
+    for step in (1, 2):
+        checkpoint.save_run(folder, step, {"step": step, "weight": torch.ones(100)})
+    newest = checkpoint.run_checkpoints(folder)[-1]
+    content = bytearray(newest.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    newest.write_bytes(content[: {"cut": len(content) - 7, "flip": len(content), "empty": 0}[damage]])
+    state = checkpoint.latest_run(folder)
+    assert state is not None
+    assert state["step"] == 1
+    with pytest.raises(RunFolderError, match="broken checkpoint"):
+        checkpoint.load(newest)
+    checkpoint.run_checkpoints(folder)[0].write_bytes(b"")
+    with pytest.raises(RunFolderError, match="broken checkpoint"):
+        checkpoint.latest_run(folder)
+
+
+def test_checkpoints_are_found_by_name(folder: RunFolder) -> None:
+    with pytest.raises(RunFolderError, match="no checkpoint yet"):
+        checkpoint.find(folder, "latest")
+    checkpoint.save_run(folder, 7, {})
+    checkpoint.save(folder.checkpoints / "task-00-push.pt", {})
+    assert checkpoint.find(folder, "latest").stem == "step-000000000007"
+    assert checkpoint.find(folder, "task-00-push") == checkpoint.find(folder, "task-00-push.pt")
+    with pytest.raises(RunFolderError, match="expected latest or one of task-00-push, step-000000000007"):
+        checkpoint.find(folder, "task-01-pull")
+
+
+def test_checkpoints_cannot_carry_code(folder: RunFolder) -> None:
+    path = folder.checkpoints / "evil.pt"
+    checkpoint.save(path, {"call": print})
+    with pytest.raises(Exception, match="Weights only load failed"):
+        checkpoint.load(path)

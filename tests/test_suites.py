@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+from sphere_rl.errors import ConfigError
+from sphere_rl.suites import check_task, make_suite, suites
+from sphere_rl.suites.metaworld import ALL_TASKS, CW10, environment_id
+
+
+def trajectory(envs: VectorEnv, steps: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    observation, _ = envs.reset()
+    rows = [observation]
+    for _ in range(steps):
+        rows.append(envs.step(rng.uniform(-1, 1, (envs.num_envs, 4)).astype(np.float32))[0])
+    envs.close()
+    return np.stack(rows)
+
+
+def test_metaworld_names_every_task_of_envpool() -> None:
+    import envpool
+
+    assert sorted(map(environment_id, ALL_TASKS)) == sorted(e for e in envpool.list_all_envs() if "MetaWorld" in e)
+    assert set(CW10) < set(ALL_TASKS)
+    assert len(CW10) == 10
+
+
+def test_metaworld_is_seeded_and_does_not_depend_on_threads() -> None:
+    suite = make_suite("cw10")
+    one, two = (trajectory(suite.make("hammer", 3, 5, threads), 20) for threads in (1, 2))
+    np.testing.assert_array_equal(one, two)
+    assert not np.array_equal(one, trajectory(suite.make("hammer", 3, 6, 1), 20))
+
+
+def test_metaworld_spaces_and_goal() -> None:
+    envs = make_suite("cw10").make("push", 2, 0, 1)
+    observation, _ = envs.reset()
+    assert (envs.single_observation_space.shape, envs.single_action_space.shape) == ((39,), (4,))
+    assert observation[:, 36:].any()  # the goal is observable
+    envs.close()
+
+
+def test_metaworld_resets_in_the_step_that_ends_an_episode() -> None:
+    envs = make_suite("cw10").make("reach", 2, 0, 1)
+    assert envs.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
+    first, _ = envs.reset()
+    for _ in range(499):
+        observation, *_ = envs.step(np.ones((2, 4), np.float32))
+    last, _, _, truncated, info = envs.step(np.ones((2, 4), np.float32))
+    assert truncated.all()
+    np.testing.assert_allclose(info["final_obs"][:, :3], observation[:, :3], atol=0.01)  # where the hand had gone
+    np.testing.assert_allclose(last[:, :3], first[:, :3], atol=0.01)  # where it starts
+    assert info["final_info"]["elapsed_step"].tolist() == [500, 500]
+    assert envs.step(np.ones((2, 4), np.float32))[4]["elapsed_step"].tolist() == [1, 1]
+    envs.close()
+
+
+def test_gymnasium_environments_are_seeded_one_by_one() -> None:
+    suite = make_suite("gym")
+    one, same, other = (suite.make("Pendulum-v1", 3, seed, 1).reset()[0] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, same)
+    assert not np.array_equal(one, other)
+    assert len({tuple(row) for row in one}) == 3
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("Nope-v0", "a registered Gymnasium id"),
+        ("FrozenLake-v1", "a flat Box of observations"),
+        ("pendulum", "a registered Gymnasium id"),
+    ],
+)
+def test_gymnasium_refuses_what_it_cannot_train(task: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        make_suite("gym").make(task, 1, 0, 1)
+    assert str(error.value).startswith(f"tasks: '{task}' is not allowed")
+
+
+def test_suites_are_discovered_and_unknown_names_refused() -> None:
+    assert {"cw10", "metaworld", "gym", "h1"} <= set(suites())
+    with pytest.raises(ConfigError, match="suite: 'cw11' is not allowed; expected one of cw10, gym, h1, metaworld"):
+        make_suite("cw11")
+    with pytest.raises(ConfigError, match="tasks: 'fly' is not allowed; expected tasks of cw10: "):
+        check_task(make_suite("cw10"), "fly")
