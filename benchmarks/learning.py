@@ -7,8 +7,8 @@ Stable-Baselines3 cannot be set: actor and critic share one gradient clip, and w
 there are two pairs. As they come, each learner as its own library has it. Matched, no clip in either and our initial
 weights in both: then the two are one algorithm, and their curves must agree up to the seed.
 
-Every run keeps its training episodes' success and return of each iteration; finished runs are kept, so the command can be
-repeated. The table and the plot go to benchmarks/learning/.
+Every run keeps its training episodes' success and return of each iteration; finished runs are kept, so the command can
+be repeated. The table and the plot go to benchmarks/learning/.
 """
 
 from __future__ import annotations

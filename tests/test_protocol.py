@@ -212,9 +212,9 @@ def wait_for_progress(process: subprocess.Popen[str], path: Path) -> None:
 def test_metaworld_resumes_bitwise(tmp_path: Path) -> None:
     config = override(
         TrainConfig(),
-        {"tasks": ["reach", "drawer-close"], "num_envs": 2, "num_steps": 256, "steps_per_task": 1536, "num_epochs": 2,
-         "checkpoint_every": 512, "eval_every": 1024, "spectrum_every": 1024, "eval_episodes": 1, "final_eval_episodes": 1,
-         "method": ["sphere"], "network": {"width": 32}},
+        {"tasks": ["reach", "drawer-close"], "num_envs": 2, "num_steps": 256, "steps_per_task": 1536,
+         "num_epochs": 2, "checkpoint_every": 512, "eval_every": 1024, "spectrum_every": 1024,
+         "eval_episodes": 1, "final_eval_episodes": 1, "method": ["sphere"], "network": {"width": 32}},
     )  # fmt: skip
     whole = train(config, tmp_path / "whole")
     with RunFolder(tmp_path / "stopped") as folder:
