@@ -105,7 +105,8 @@ def geometry(snapshots: Mapping[str, Sequence[Snapshot]], caption: str) -> Figur
             axes: Any = figure.add_subplot(len(snapshots), width, place, projection="3d")
             axes.plot_wireframe(*ellipsoid(np.ones(3)), color="#999999", linewidth=0.3, alpha=0.5, rcount=12, ccount=16)
             axes.plot_surface(*ellipsoid(snapshot.semi_axes), color=COLORS[i % len(COLORS)], alpha=0.85, linewidth=0)
-            axes.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1), xticks=[], yticks=[], zticks=[], box_aspect=(1, 1, 1))
+            axes.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1), box_aspect=(1, 1, 1))
+            axes.set_axis_off()
             axes.set_title(f"{method}\n{snapshot.task}, $r_e(K)$ = {snapshot.kernel_rank:.1f}", fontsize=8)
     return _captioned(figure, caption)
 
@@ -132,6 +133,7 @@ def success_bars(rows: Sequence[Mapping[str, Any]], label: str, caption: str, yl
             _bar(axes, x + 0.4 * i - 0.2, row[protocol], 0.38, COLORS[i], HATCHES[i], protocol.upper() if not x else "")
     axes.set_xticks(range(len(rows)), [_wrap(str(row[label])) for row in rows])
     axes.set_ylabel(ylabel)
+    _scale(axes, ylabel)
     axes.grid(axis="x", visible=False)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return _captioned(figure, caption)
@@ -157,6 +159,7 @@ def line_plot(
         axes.set_yscale("log")
     mark_tasks(axes, boundaries)
     axes.set(xlabel="Environment steps", ylabel=ylabel)
+    _scale(axes, ylabel)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title="method (seeds)")
     return _captioned(figure, caption)
 
@@ -277,6 +280,7 @@ def option_sweep(
     if min(points) > 0:
         axes.set_xscale("log")
     axes.set(xlabel=option, ylabel=ylabel)
+    _scale(axes, ylabel)
     axes.legend()
     return _captioned(figure, caption)
 
@@ -328,6 +332,12 @@ def _bar(axes: Axes, x: float, found: Estimate | None, width: float, color: str,
     axes.bar(x, found.value, width, color=color, hatch=hatch, label=label, edgecolor="white")
     if found.low is not None:
         axes.errorbar(x, found.value, _errors([found]), color="black", capsize=2.5, linewidth=1)
+
+
+def _scale(axes: Axes, ylabel: str) -> None:
+    """Success is a share: the same scale in every figure."""
+    if ylabel == "Success":
+        axes.set_ylim(-0.02, 1.05)
 
 
 def _errors(found: Sequence[Estimate]) -> Float[ndarray, "2 n"]:

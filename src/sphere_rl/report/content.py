@@ -224,7 +224,7 @@ class SuiteContent:
         order += sorted(name for name in numeric if name not in order and name != "position")
         choices = {name: panels.lines(found) for name in order if (found := self.curves(lines, name))}
         caption = "Plasticity on one fixed probe batch through CRL training: mean over seeds, band: their range. "
-        return self._panel("rank", "Effective rank of the eNTK, r_e(K)", caption + self.facts(), choices,
+        return self._panel("rank", "Effective rank of the eNTK, rₑ(K)", caption + self.facts(), choices,
                            "no spectrum lines of CRL runs", panels.boundaries(self.starts, self.steps), "metric",
                            "environment steps")  # fmt: skip
 
@@ -253,13 +253,13 @@ class SuiteContent:
 
     def _proxy(self) -> Panel:
         known = self.spectra.filter(pl.col("r_e_A").is_not_null() & pl.col("r_e_K").is_not_null())
-        caption = "Every measured batch (probe and rollout): the proxy r_e(A) of the last expert layer against r_e(K)."
+        caption = "Every measured batch (probe and rollout): the proxy rₑ(A) of the last expert layer against rₑ(K)."
         if known.height >= 3 and known["r_e_A"].n_unique() > 1 and known["r_e_K"].n_unique() > 1:
             r = np.corrcoef(known["r_e_A"], known["r_e_K"])[0, 1]
             caption += f" Pearson r = {r:.3f} over {known.height} batches."
         choices = {"": panels.scatter(known)} if known.height else {}
         return self._panel("proxy", "The proxy and the kernel", f"{caption} {self.facts()}", choices,
-                           "no spectrum lines", {}, "", "r_e(A)", "r_e(K)")  # fmt: skip
+                           "no spectrum lines", {}, "", "rₑ(A)", "rₑ(K)")  # fmt: skip
 
     def _rho(self) -> Panel:
         points = self.rho_points()

@@ -43,7 +43,7 @@
       painted.marker = { ...trace.marker, color: own };
       if (trace.type === "scatter") painted.line = { ...trace.line, color: own };
       if (trace.error_y) painted.error_y = { ...trace.error_y, color: trace.type === "bar" ? css("--ink") : own };
-      if (trace.type === "bar") painted.marker.pattern = { ...trace.marker.pattern, fgcolor: css("--card") };
+      if (trace.type === "bar") painted.marker.pattern = { ...trace.marker.pattern, bgcolor: own, fgcolor: css("--card") };
     }
     return painted;
   }
@@ -206,9 +206,8 @@
   // ---- the page
 
   const drawn = Object.keys(data.panels).filter((id) => document.getElementById(id));
-  drawn.forEach(draw);
   for (const select of document.querySelectorAll("select[data-panel]")) select.addEventListener("change", () => draw(select.dataset.panel));
-  const views = [...document.querySelectorAll(".geometry")].map((root) => new View(root));
+  const views = [];
   const redraw = () => { drawn.forEach(draw); views.forEach((view) => view.draw()); };
 
   document.getElementById("theme").addEventListener("click", () => {
@@ -226,5 +225,17 @@
     live.addEventListener("click", () => live.setAttribute("aria-pressed", String(live.getAttribute("aria-pressed") !== "true")));
     setInterval(() => { if (live.getAttribute("aria-pressed") === "true") location.reload(); }, 1000 * data.refresh);
   }
-  document.documentElement.dataset.ready = "true";
+  // one figure at a time, so that the page can be read and scrolled while it fills
+  const jobs = drawn.map((id) => () => draw(id));
+  document.querySelectorAll(".geometry").forEach((root) => jobs.push(() => views.push(new View(root))));
+  const work = () => {
+    const job = jobs.shift();
+    if (job) {
+      job();
+      setTimeout(work);
+    } else {
+      document.documentElement.dataset.ready = "true";
+    }
+  };
+  work();
 })();

@@ -35,7 +35,7 @@ NUMBERS = {
 FIGURES = {
     "geometry": "Figure 1, geometry",
     "architectures": "Figure 2, architectures",
-    "rank": "Figure 3, r_e(K)",
+    "rank": "Figure 3, rₑ(K)",
     "success": "Figures 4 and 5, success",
     "features": "Figure 6, features",
     "proxy": "Figure 7, proxy",

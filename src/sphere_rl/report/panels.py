@@ -100,7 +100,7 @@ def spectra(snapshots: Mapping[str, Sequence[Snapshot]]) -> dict[str, list[dict[
             positive = [float(value) if value > 0 else None for value in values]
             trace = {
                 "type": "scatter", "mode": "lines", "palette": i,
-                "name": f"{method} (r_e = {snapshot.kernel_rank:.1f})",
+                "name": f"{method} (rₑ = {snapshot.kernel_rank:.1f})",
                 "x": list(range(1, len(values) + 1)), "y": positive,
                 "line": {"dash": DASHES[i % len(DASHES)], "width": 2.2},
                 "hovertemplate": f"{method} · λ<sub>%{{x}}</sub>/tr K = %{{y:.3g}}<extra></extra>",
@@ -148,7 +148,7 @@ def scatter(table: pl.DataFrame) -> list[dict[str, Any]]:
             "y": group["r_e_K"].to_list(), "palette": i,
             "marker": {"size": 6, "opacity": 0.7, "symbol": SYMBOLS[i % len(SYMBOLS)]},
             "text": [f"{task}, step {step:,}" for task, step in group.select("task", "global_step").iter_rows()],
-            "hovertemplate": "%{text}<br>r_e(A) %{x:.2f} · r_e(K) %{y:.2f}<extra></extra>",
+            "hovertemplate": "%{text}<br>rₑ(A) %{x:.2f} · rₑ(K) %{y:.2f}<extra></extra>",
         }
         for i, (key, group) in enumerate(table.group_by("method", maintain_order=True))
     ]  # fmt: skip
