@@ -182,6 +182,13 @@ def list_all(words: list[str]) -> None:
         print_table(topic, catalogue.TOPICS[topic]())
 
 
+def diagnose(words: list[str]) -> None:
+    """Measure the plasticity of a run's checkpoints."""
+    from sphere_rl.diagnose import command
+
+    command(words)
+
+
 def sweep(words: list[str]) -> int | None:
     """Train a grid of runs on this machine or a Ray cluster."""
     from sphere_rl.sweep import command
@@ -217,6 +224,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "train": train,
     "resume": resume,
     "evaluate": evaluate,
+    "diagnose": diagnose,
     "sweep": sweep,
     "report": report,
     "play": play,
