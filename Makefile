@@ -18,6 +18,9 @@ lint: $(VENV)/.installed-test  ## style and types
 bench: $(VENV)/.installed-bench  ## speed, as ratios measured side by side
 	$(BIN)/python benchmarks/all.py
 
+docs: $(VENV)/.installed-docs  ## this documentation as a site in site/
+	$(BIN)/mkdocs build --strict
+
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable .
@@ -29,6 +32,10 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 $(VENV)/.installed-bench: $(VENV)/.installed-test
 	$(BIN)/pip install --quiet --editable '.[test,bench]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
 	touch $@
 
 clean:
