@@ -134,6 +134,10 @@ class Run:
             envs = collector.envs
         new = self.agent is None
         agent = self.agent = self.agent or Agent(self.config, Spaces.of(envs), self._seed("agent"))
+        if agent.spaces != Spaces.of(envs):
+            raise TrainingError(
+                f"task {self.task} has {Spaces.of(envs)}, but the agent of this sequence {agent.spaces}"
+            )
         if new and state is not None and state["agent"] is not None:
             agent.load_state_dict(state["agent"])
         if self.progress.iteration == 0:
