@@ -203,7 +203,7 @@ def print_columns(title: str, head: str, columns: Mapping[str, Mapping[str, Any]
 
     console, names = Console(), list(columns)
     rows = list(dict.fromkeys(name for cells in columns.values() for name in cells))
-    space = (console.width if console.is_terminal else 400) - max(map(len, rows))
+    space = (console.width if console.is_terminal else 400) - max(map(len, (head, *rows))) - 5  # 5: borders
     fit = max(1, space // (3 + max(len(str(text)) for name in names for text in (name, *columns[name].values()))))
     for start in range(0, len(names), fit):
         shown = names[start : start + fit]
