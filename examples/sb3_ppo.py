@@ -92,9 +92,8 @@ class RankLogger(BaseCallback):
 def train(rho: float, steps: int) -> list[float]:
     """r_e(A) at the end of each rollout."""
     logger = RankLogger()
-    model = PPO(
-        SpherePolicy, "Pendulum-v1", policy_kwargs={"rho": rho}, n_steps=1024, batch_size=128, seed=0, device="cpu"
-    )
+    options: dict[str, Any] = {"n_steps": 1024, "batch_size": 128, "n_epochs": 5, "seed": 0, "device": "cpu"}
+    model = PPO(SpherePolicy, "Pendulum-v1", policy_kwargs={"rho": rho}, **options)
     model.learn(steps, callback=logger)
     return logger.ranks
 
