@@ -28,7 +28,8 @@ class Tracker:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config, self._suite = config, make_suite(config.suite)
-        self._every = config.spectrum_every or max(1, config.steps_per_task // PER_TASK)
+        steps = config.iterations_per_task * config.steps_per_iteration  # so that the last one is at the task's end
+        self._every = config.spectrum_every or max(1, steps // PER_TASK)
         self._probes: dict[tuple[str, ...], Float[np.ndarray, "N D"]] = {}
         self._before: dict[str, Tensor] | None = None
 
