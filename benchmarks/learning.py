@@ -173,12 +173,13 @@ def row_of(step: int, episodes: list[Any]) -> dict[str, float]:
 def read_curves(given: argparse.Namespace) -> dict[str, dict[int, list[dict[str, float]]]]:
     """Rows by learner and seed."""
     curves: dict[str, dict[int, list[dict[str, float]]]] = {learner: {} for learner in LEARNERS}
-    for learner, seed in product(LEARNERS, given.seeds):
-        if learner.startswith("stable"):
-            lines = peer_log(given.out, given.task, learner, seed).read_text().splitlines()
-            curves[learner][seed] = [json.loads(line) for line in lines]
-        else:
-            curves[learner][seed] = own_folder(given.out, given.task, learner, seed).read("train")
+    for learner, by_seed in curves.items():
+        for seed in given.seeds:
+            if learner.startswith("stable"):
+                lines = peer_log(given.out, given.task, learner, seed).read_text().splitlines()
+                by_seed[seed] = [json.loads(line) for line in lines]
+            else:
+                by_seed[seed] = own_folder(given.out, given.task, learner, seed).read("train")
     return curves
 
 

@@ -18,7 +18,7 @@ TINY: dict[str, Any] = {
     "num_epochs": 2,
     "steps_per_task": 512,
     "eval_every": 256,
-    "eval_episodes": 2,
+    "eval_episodes": 1,
     "final_eval_episodes": 2,
     "checkpoint_every": 128,
     "spectrum_every": 256,

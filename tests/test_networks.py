@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.distributions import Categorical, Independent, Normal, kl_divergence
 from sphere_rl.errors import ConfigError
 from sphere_rl.networks import KINDS, CategoricalHead, GaussianHead, NetworkOptions, make_actor
 
-SMALL = {"width": 8, "depth": 2, "num_experts": 4}
+SMALL: dict[str, Any] = {"width": 8, "depth": 2, "num_experts": 4}
 
 
 def count(module: torch.nn.Module) -> int:
@@ -110,7 +111,7 @@ def test_trace_gives_features_of_every_hidden_layer() -> None:
 )
 def test_impossible_sizes_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        NetworkOptions(**{**SMALL, **options})  # type: ignore[arg-type]
+        NetworkOptions(**{**SMALL, **options})
     assert str(error.value) == message
 
 

@@ -122,9 +122,7 @@ def test_variants_against_literal_sums():
     blocks = [features[:, e] * gates[:, e, None] for e in range(3)]
     assert float(per_expert_penalty(features, gates)) == pytest.approx(sum(map(literal, blocks)), rel=1e-12)
     assert float(layers_penalty(blocks)) == pytest.approx(sum(map(literal, blocks)), rel=1e-12)
-    assert float(layers_penalty([gates, blocks[0]])) == pytest.approx(
-        literal(gates) + literal(blocks[0]), rel=1e-12
-    )
+    assert float(layers_penalty([gates, blocks[0]])) == pytest.approx(literal(gates) + literal(blocks[0]), rel=1e-12)
     gram = gates.T @ gates / len(gates)
     by_hand = (np.linalg.norm(gram, "fro") ** 2 - np.trace(gram) ** 2 / 3) / 3
     assert float(gate_penalty(gates)) == pytest.approx(by_hand, rel=1e-12)
@@ -134,9 +132,7 @@ def test_joint_penalty_holds_the_cross_expert_terms():
     """Joint = per-expert Grams + 2·Σ_{e<f}‖Φ_eᵀΦ_f/N‖² + the spread of the experts' traces."""
     features, gates = routed()
     blocks = [features[:, e] * gates[:, e, None] for e in range(3)]
-    cross = sum(
-        2 * np.linalg.norm(blocks[e].T @ blocks[f] / 6, "fro") ** 2 for e in range(3) for f in range(e + 1, 3)
-    )
+    cross = sum(2 * np.linalg.norm(blocks[e].T @ blocks[f] / 6, "fro") ** 2 for e in range(3) for f in range(e + 1, 3))
     traces = np.array([np.sum(b * b) / 6 for b in blocks])
     spread = np.sum(traces**2) / 4 - traces.sum() ** 2 / 12
     joint = float(sphere_penalty(weighted_features(features, gates)))

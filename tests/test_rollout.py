@@ -123,7 +123,8 @@ def test_actions_are_clipped_for_the_environment_only() -> None:
     step = envs.step
     envs.step = lambda action: (sent.append(action), step(action))[1]  # type: ignore[method-assign]
     actor, critic = networks(3, 1)
-    actor.head.log_std.data += 2.0
+    (log_std,) = actor.head.parameters()
+    log_std.data += 2.0
     rollout = Collector(envs, None, CPU).collect(actor, critic, 64, torch.Generator().manual_seed(0))
     assert rollout.action.abs().max() > 2
     np.testing.assert_array_equal(np.stack(sent), rollout.action.numpy().clip(-2, 2))

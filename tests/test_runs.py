@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_a_folder_is_never_written_over(folder: RunFolder, tmp_path: Path) -> No
         RunFolder.existing(tmp_path / "other")
 
 
-def hold(path: Path, held: multiprocessing.synchronize.Event, release: multiprocessing.synchronize.Event) -> None:
+def hold(path: Path, held: Event, release: Event) -> None:
     with RunFolder(path):
         held.set()
         release.wait(60)

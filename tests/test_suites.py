@@ -46,6 +46,7 @@ def test_metaworld_resets_in_the_step_that_ends_an_episode() -> None:
     envs = make_suite("cw10").make("reach", 2, 0, 1)
     assert envs.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP
     first, _ = envs.reset()
+    observation = first
     for _ in range(499):
         observation, *_ = envs.step(np.ones((2, 4), np.float32))
     last, _, _, truncated, info = envs.step(np.ones((2, 4), np.float32))

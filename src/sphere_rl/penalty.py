@@ -98,6 +98,4 @@ def _check_routed(features: Array, gates: Array) -> None:
     _check("gates", gates, "N E")
     if tuple(features.shape[:2]) != tuple(gates.shape):
         wanted = tuple(features.shape[:2])
-        raise ValueError(
-            f"gates: got shape {tuple(gates.shape)}, allowed: {wanted}, the axes N, E of features"
-        )
+        raise ValueError(f"gates: got shape {tuple(gates.shape)}, allowed: {wanted}, the axes N, E of features")
