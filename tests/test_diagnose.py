@@ -110,9 +110,8 @@ def test_proxy_prints_and_draws_pearson_with_its_interval(
     out = tmp_path / "new" / "proxy.svg"
     assert main(["diagnose", str(run), "--proxy", "--batches", "3", "--json", "--out", str(out)]) == 0
     rows = lines(capfd)
-    assert [(row["checkpoint"], row["batches"]) for row in rows] == [
-        ("all", 12), ("task-00-Pendulum-v1", 6), ("task-01-Pendulum-v1", 6),
-    ]  # fmt: skip
+    kinds = [(f"task-0{i}-Pendulum-v1", source, 3) for i in (0, 1) for source in ("probe", "visited")]
+    assert [(row["checkpoint"], row["states"], row["batches"]) for row in rows] == [("all", "all", 12), *kinds]
     folder = RunFolder.existing(run)
     table = proxy_table(folder, select(folder, None), 3)
     a, k = table["r_e_A"].to_numpy(), table["r_e_K"].to_numpy()

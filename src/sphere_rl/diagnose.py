@@ -332,9 +332,9 @@ def correlation(table: pl.DataFrame) -> dict[str, Any]:
 
 
 def show_proxy(folder: RunFolder, table: pl.DataFrame, as_json: bool) -> None:
-    """Print the correlation over all batches and within each checkpoint, where no change of policy can make it."""
-    groups = {"all": table} | {str(key[0]): part for key, part in table.group_by("checkpoint", maintain_order=True)}
-    rows = [{"checkpoint": name} | correlation(part) for name, part in groups.items()]
+    """Print the correlation over all batches, and within one policy on one kind of states."""
+    groups = {("all", "all"): table} | dict(table.group_by("checkpoint", "source", maintain_order=True))
+    rows = [{"checkpoint": of, "states": source} | correlation(part) for (of, source), part in groups.items()]
     if as_json:
         print("\n".join(map(json.dumps, rows)))
         return
