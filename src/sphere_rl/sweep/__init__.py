@@ -96,7 +96,8 @@ def make_engine(name: str, address: str | None, jobs: int | None, runs: Sequence
 
 def default_jobs(runs: Sequence[Any]) -> int:
     """Runs side by side that do not take more threads than there are cores."""
-    return max(1, len(os.sched_getaffinity(0)) // max((run.threads for run in runs), default=1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
+    return max(1, cores // max((run.threads for run in runs), default=1))
 
 
 def execute(engine: Any, runs: Sequence[Any], already: int) -> dict[str, int]:
