@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
-import random
 import signal
 import subprocess
 import sys
@@ -15,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from killing import resume_until_finished
 
 from sphere_rl import checkpoint, protocol
 from sphere_rl.agent import Agent
@@ -181,22 +180,9 @@ def test_a_run_killed_at_random_moments_ends_bitwise_as_one_that_was_not(tiny: T
     folder = RunFolder(tmp_path / "killed")
     with folder:
         folder.create(to_dict(config))
-    moments, kills = random.Random(0), 0
-    while folder.status().get("state") != "finished":
-        process = multiprocessing.get_context("fork").Process(target=resume_alone, args=(folder.path,))
-        process.start()
-        process.join(moments.uniform(0, 0.5) * (1 + kills / 10))
-        if process.is_alive():
-            process.kill()
-            kills += 1
-        process.join()
+    kills = resume_until_finished(folder, seconds=0.5)
     assert kills > 2
     assert_same_run(whole, folder)
-
-
-def resume_alone(path: Path) -> None:
-    with RunFolder(path) as folder:
-        protocol.resume(folder, lambda step: [])
 
 
 def wait_for_progress(process: subprocess.Popen[str], path: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from sphere_rl import checkpoint
 from sphere_rl.agent import Agent, Policy, Spaces
 from sphere_rl.config import from_dict
-from sphere_rl.errors import RunFolderError
 from sphere_rl.runs import RunFolder
 
 
@@ -29,10 +28,7 @@ def _policy(folder: RunFolder, name: str) -> Policy:
     path = checkpoint.find(folder, name)
     state: dict[str, Any] = checkpoint.load(path)
     if state["agent"] is None:  # between two tasks of protocol rl: the next agent is not made yet
-        finished = checkpoint.task_checkpoints(folder)
-        if not finished:
-            raise RunFolderError(f"{path}: holds no policy")
-        state = checkpoint.load(finished[-1])
+        state = checkpoint.load(checkpoint.task_checkpoints(folder)[state["progress"]["task_index"] - 1])
     agent = Agent(from_dict(folder.config()), Spaces(**state["spaces"]), seed=0)
     saved = state["agent"]
     for method in agent.methods:
