@@ -75,7 +75,17 @@ def test_bad_words_exit_with_2_and_one_line_and_write_nothing(
 def test_list_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     text = capsys.readouterr().out
-    for word in ("cw10", "peg-unplug-side", "stand", "topk_moe", "shared_moe", "sphere", "Luo et al. 2026", "rho 0.1"):
+    for word in (
+        "cw10",
+        "peg-unplug-side",
+        "stand",
+        "topk_moe",
+        "shared_moe",
+        "sphere",
+        "Luo et al. 2026",
+        "rho 0.1",
+        "r_e_K",
+    ):
         assert word in text
     assert main(["list", "--actors"]) == 0
     assert "cw10" not in capsys.readouterr().out

@@ -8,6 +8,7 @@ from typing import Any
 
 from sphere_rl.methods import methods
 from sphere_rl.networks import KINDS
+from sphere_rl.spectrum import SPECTRAL_METRICS
 from sphere_rl.suites import suites
 
 
@@ -51,9 +52,15 @@ def list_methods() -> list[dict[str, Any]]:
     ]
 
 
+def list_metrics() -> list[dict[str, Any]]:
+    """Columns of ``spectrum.jsonl`` with their definitions."""
+    return [{"metric": name, "what it is": definition} for name, definition in SPECTRAL_METRICS.items()]
+
+
 TOPICS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "suites": list_suites,
     "tasks": list_tasks,
     "actors": list_actors,
     "methods": list_methods,
+    "metrics": list_metrics,
 }
