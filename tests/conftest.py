@@ -28,8 +28,10 @@ TINY: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _plain_process() -> None:
+    """Undo what a run sets for the whole process: hypothesis wants its subnormal numbers."""
     torch.set_num_threads(1)
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture

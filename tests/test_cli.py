@@ -51,7 +51,7 @@ def test_quiet_prints_no_progress(tmp_path: Path, capfd: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("fly", "command: 'fly' is not allowed; expected one of train, resume,"),
+        ("fly", "command: 'fly' is not allowed; expected one of demo, train, resume,"),
         ("train --suite gym", "tasks: '' is not allowed; expected at least one task: gym has no sequence of its own"),
         ("train --gamma 2", "gamma: 2.0 is not allowed; expected 0 to 1"),
         ("resume nowhere", "nowhere: not a run folder; expected one with a config.json"),

@@ -5,18 +5,18 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import shutil
 import sys
-import zlib
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 import pytest
 import torch
 from agents import EAGER, begin, make_agent, make_config, same, train
-from killing import resume_until_finished
 
 from sphere_rl import checkpoint, protocol
 from sphere_rl.agent import Agent
-from sphere_rl.config import TrainConfig, to_dict
+from sphere_rl.config import TrainConfig
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods import methods
 from sphere_rl.networks import KINDS
@@ -102,23 +102,26 @@ def test_trains_discrete_policies_beside_sphere_and_is_seeded(name):
 
 @pytest.mark.parametrize("normalized", [False, True], ids=["raw", "normalized"])
 @pytest.mark.parametrize("name", METHODS)
-def test_killed_runs_end_bitwise_as_whole_ones(name, normalized, tmp_path):
+def test_run_resumes_bitwise(name, normalized, tmp_path):
+    """A whole run's last segment, trained again from the checkpoint before it, gives the same files."""
     config = make_config(name, normalize_observations=normalized)
-    whole, killed = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "killed")
-    with whole:
-        protocol.start(config, whole, lambda step: [])
-    with killed:
-        killed.create(to_dict(config))
-    resume_until_finished(killed, seconds=0.2, seed=zlib.crc32(name.encode()))
-    a, b = (checkpoint.load(folder.checkpoints / "step-000000000128.pt") for folder in (whole, killed))
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    with RunFolder(whole) as folder:
+        protocol.start(config, folder, lambda step: [])
+    shutil.copytree(whole, again)
+    (again / "checkpoints" / "step-000000000128.pt").unlink()
+    with RunFolder(again) as folder:
+        protocol.resume(folder, lambda step: [])
+    a, b = (checkpoint.load(path / "checkpoints" / "step-000000000128.pt") for path in (whole, again))
     assert same(a["agent"], b["agent"])
     assert name in a["agent"]["methods"]
-    assert logs(whole) == logs(killed)
+    assert logs(whole) == logs(again)
     assert len(logs(whole)["train"]) == 4
 
 
-def logs(folder: RunFolder) -> dict[str, list[dict]]:
+def logs(path: Path) -> dict[str, list[dict]]:
     """All rows but for their timing."""
+    folder = RunFolder.existing(path)
     return {
         log: [{k: v for k, v in row.items() if k != "steps_per_second"} for row in folder.read(log)]
         for log in ("train", "eval")
