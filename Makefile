@@ -13,7 +13,7 @@ test: $(VENV)/.installed-test  ## every test
 lint: $(VENV)/.installed-test  ## style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/.installed-bench  ## speed, as ratios measured side by side
 	$(BIN)/python benchmarks/all.py
