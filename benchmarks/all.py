@@ -15,6 +15,7 @@ COMMANDS = (
     "learner.py --threads 1",
     "learner.py --threads 2",
     "train.py",
+    "methods.py",
     "breakdown.py --suite cw10 --method sphere --steps 256",
     "breakdown.py --suite h1 --method sphere",
     "entk.py",

@@ -43,16 +43,16 @@ LEARNERS: dict[str, dict[str, object]] = {
 }
 
 
-def sample_batch(size: int) -> Minibatch:
+def sample_batch(size: int, observation_dim: int = OBSERVATION_DIM, action_dim: int = ACTION_DIM) -> Minibatch:
     """Draw observations that share a large common part, as a robot's do: a fresh gate routes them unevenly."""
     generator = torch.Generator().manual_seed(0)
-    common, own = torch.randn(OBSERVATION_DIM, generator=generator), torch.randn(size, 8, generator=generator)
-    mixing = torch.randn(8, OBSERVATION_DIM, generator=generator) / 8**0.5
-    action = torch.randn(size, ACTION_DIM, generator=generator)
+    common, own = torch.randn(observation_dim, generator=generator), torch.randn(size, 8, generator=generator)
+    mixing = torch.randn(8, observation_dim, generator=generator) / 8**0.5
+    action = torch.randn(size, action_dim, generator=generator)
     return Minibatch(
         observation=common + own @ mixing,
         action=action,
-        policy=torch.zeros(size, 2 * ACTION_DIM),
+        policy=torch.zeros(size, 2 * action_dim),
         log_prob=-0.5 * (action.square() + log(2 * torch.pi)).sum(1),
         advantage=torch.randn(size, generator=generator),
         value_target=torch.randn(size, generator=generator),

@@ -14,6 +14,7 @@ be repeated. The table and the plot go to benchmarks/learning/.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -89,67 +90,20 @@ def peer_log(out: Path, task: str, learner: str, seed: int) -> Path:
 def train_peer(task: str, steps: int, seed: int, log: Path, matched: bool) -> None:
     """Stable-Baselines3's PPO with the CW10 preset; one line an iteration, the file appears when it is done."""
     import torch
-    from stable_baselines3 import PPO
-    from stable_baselines3.common.vec_env import VecEnv
+    from peer import make_ppo  # only this process needs Stable-Baselines3
 
     torch.set_num_threads(1)
     config, envs = TrainConfig(), make_suite("cw10").make(task, TrainConfig().num_envs, seed, 1)
-    recorder, rows, episodes = EpisodeRecorder(envs.num_envs), [], []
+    recorder, rows, episodes, count = EpisodeRecorder(envs.num_envs), [], [], itertools.count(1)
 
-    class Adapter(VecEnv):
-        """Our vector environment as theirs: ended environments are reset in the same step in both."""
+    def watch(reward: np.ndarray, done: np.ndarray, info: dict[str, Any]) -> None:
+        episodes.extend(episode for _, episode in recorder.step(reward, done, info))
+        if (step := next(count)) % config.num_steps == 0:
+            rows.append(row_of(step * envs.num_envs, episodes))
+            episodes.clear()
 
-        def __init__(self) -> None:
-            super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
-
-        def reset(self) -> np.ndarray:
-            return envs.reset()[0].astype(np.float32)
-
-        def step_async(self, actions: np.ndarray) -> None:
-            self.actions = actions
-
-        def step_wait(self) -> Any:
-            observation, reward, terminated, truncated, info = envs.step(self.actions)
-            done = terminated | truncated
-            episodes.extend(episode for _, episode in recorder.step(reward, done, info))
-            infos: list[dict[str, Any]] = [{} for _ in done]
-            for i in np.flatnonzero(done):
-                infos[i] = {
-                    "terminal_observation": info["final_obs"][i].astype(np.float32),
-                    "TimeLimit.truncated": bool(truncated[i] and not terminated[i]),
-                }
-            if len(done) and self._count() % config.num_steps == 0:
-                rows.append(row_of(self.count * envs.num_envs, episodes))
-                episodes.clear()
-            return observation.astype(np.float32), reward, done, infos
-
-        count = 0
-
-        def _count(self) -> int:
-            self.count += 1
-            return self.count
-
-        def close(self) -> None: ...
-        def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-            return [None] * self.num_envs
-
-        def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None: ...
-        def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-            return [None] * self.num_envs
-
-        def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-            return [False] * self.num_envs
-
-    learner = PPO(
-        "MlpPolicy", Adapter(), n_steps=config.num_steps, batch_size=config.minibatch_size, n_epochs=config.num_epochs,
-        learning_rate=lambda left: config.learning_rate_end + left * (config.learning_rate - config.learning_rate_end),
-        gamma=config.gamma, gae_lambda=config.gae_lambda, clip_range=config.clip, ent_coef=0.0, vf_coef=0.5,
-        max_grad_norm=1e9 if matched else config.max_grad_norm, seed=seed, device="cpu",
-        policy_kwargs={
-            "net_arch": {"pi": [256] * 3, "vf": [256] * 3}, "activation_fn": torch.nn.ReLU, "ortho_init": False,
-            "optimizer_kwargs": {"eps": config.adam_eps},
-        },
-    )  # fmt: skip
+    clip = {"max_grad_norm": 1e9} if matched else {}
+    learner = make_ppo(config, envs, seed, watch, **clip)
     if matched:
         for layer in learner.policy.modules():
             if isinstance(layer, torch.nn.Linear):

@@ -14,11 +14,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from measure import CLOCKS, interleaved, machine, markdown
-from stable_baselines3 import PPO
-from stable_baselines3.common.vec_env import VecEnv
+from peer import make_ppo
 
 from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override, preset
@@ -34,43 +32,6 @@ LEARNERS: dict[str, dict[str, object]] = {
     "topk_moe + sphere grad": {"actor": "topk_moe", "method": ("sphere",), "sphere.mode": "grad"},
 }
 LONGEST_ROLLOUT = 256
-
-
-class Adapter(VecEnv):
-    """A Gymnasium vector environment in same-step autoreset mode, as Stable-Baselines3 takes it."""
-
-    def __init__(self, envs: Any) -> None:
-        super().__init__(envs.num_envs, envs.single_observation_space, envs.single_action_space)
-        self.envs = envs
-
-    def reset(self) -> np.ndarray:
-        return self.envs.reset()[0].astype(np.float32)
-
-    def step_async(self, actions: np.ndarray) -> None:
-        self.actions = actions
-
-    def step_wait(self) -> Any:
-        observation, reward, terminated, truncated, info = self.envs.step(self.actions)
-        done = terminated | truncated
-        infos: list[dict[str, Any]] = [{} for _ in done]
-        for i in np.flatnonzero(done):
-            infos[i] = {"terminal_observation": info["final_obs"][i].astype(np.float32)}
-            infos[i]["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
-        return observation.astype(np.float32), reward.astype(np.float32), done, infos
-
-    def close(self) -> None:
-        self.envs.close()
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        return [None] * self.num_envs
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None: ...
-
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
-        return [None] * self.num_envs
-
-    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
-        return [False] * self.num_envs
 
 
 def make_envs(config: TrainConfig, threads: int) -> Any:
@@ -92,16 +53,7 @@ def own(config: TrainConfig, threads: int) -> Callable[[], None]:
 
 def peer(config: TrainConfig, threads: int) -> Callable[[], None]:
     """One iteration of Stable-Baselines3."""
-    architecture = {"net_arch": {"pi": [256] * 3, "vf": [256] * 3}, "activation_fn": torch.nn.ReLU}
-    model = PPO(
-        "MlpPolicy",
-        Adapter(make_envs(config, threads)),
-        n_steps=config.num_steps,
-        batch_size=config.minibatch_size,
-        n_epochs=config.num_epochs,
-        policy_kwargs=architecture,
-        device="cpu",
-    )
+    model = make_ppo(config, make_envs(config, threads))
 
     def iteration() -> None:
         torch.set_num_threads(threads)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from comparing import run_difference, timeless
 from killing import resume_until_finished
 
 from sphere_rl import checkpoint, protocol
@@ -26,40 +27,6 @@ def train(config: TrainConfig, path: Path) -> RunFolder:
     with RunFolder(path) as folder:
         protocol.start(config, folder, lambda step: [])
     return folder
-
-
-def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of train.jsonl without the one column that is a measurement of time."""
-    return [{key: value for key, value in row.items() if key != "steps_per_second"} for row in rows]
-
-
-def assert_same_state(one: Any, two: Any, where: str = "") -> None:
-    """Bitwise equality of nested state."""
-    assert type(one) is type(two), where
-    if isinstance(one, dict):
-        assert one.keys() == two.keys(), where
-        for key in one:
-            assert_same_state(one[key], two[key], f"{where}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(two), where
-        for i, (a, b) in enumerate(zip(one, two, strict=True)):
-            assert_same_state(a, b, f"{where}[{i}]")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, two), where
-    else:
-        assert one == two, where
-
-
-def assert_same_run(one: RunFolder, two: RunFolder) -> None:
-    for log in ("eval", "spectrum"):
-        assert (one.path / f"{log}.jsonl").read_bytes() == (two.path / f"{log}.jsonl").read_bytes()
-    assert timeless(one.read("train")) == timeless(two.read("train"))
-    a, b = checkpoint.latest_run(one), checkpoint.latest_run(two)
-    assert a is not None
-    assert b is not None
-    del a["logs"], b["logs"]  # byte lengths: the measured times differ in length
-    assert_same_state(a, b)
-    assert one.status() == two.status()
 
 
 def test_a_run_writes_the_folder_that_others_read(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -124,7 +91,7 @@ def test_the_first_task_of_a_sequence_is_the_same_run_as_the_task_alone(tiny: Tr
 
 def test_equal_seeds_are_equal_runs_and_others_differ(tiny: TrainConfig, tmp_path: Path) -> None:
     one, two = (train(tiny, tmp_path / name) for name in ("one", "two"))
-    assert_same_run(one, two)
+    assert run_difference(one, two) is None
     other = train(override(tiny, {"seed": 1}), tmp_path / "other")
     assert timeless(other.read("train")) != timeless(one.read("train"))
 
@@ -170,7 +137,7 @@ def test_a_run_stopped_at_every_row_ends_bitwise_as_one_that_was_not(
                 protocol.resume(folder, lambda step, rows=stops + 1: [StopAt(rows)])
             stops += 1
         assert stops > 2
-    assert_same_run(whole, RunFolder(stopped))
+    assert run_difference(whole, RunFolder(stopped)) is None
 
 
 def test_a_run_killed_at_random_moments_ends_bitwise_as_one_that_was_not(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -182,7 +149,7 @@ def test_a_run_killed_at_random_moments_ends_bitwise_as_one_that_was_not(tiny: T
         folder.create(to_dict(config))
     kills = resume_until_finished(folder, seconds=0.5)
     assert kills > 2
-    assert_same_run(whole, folder)
+    assert run_difference(whole, folder) is None
 
 
 def wait_for_progress(process: subprocess.Popen[str], path: Path) -> None:
@@ -208,7 +175,7 @@ def test_metaworld_resumes_bitwise(tmp_path: Path) -> None:
             with pytest.raises(Stop):
                 protocol.resume(folder, lambda step, rows=rows: [StopAt(rows)])
         protocol.resume(folder, lambda step: [])
-    assert_same_run(whole, folder)
+    assert run_difference(whole, folder) is None
 
 
 def test_ctrl_c_leaves_a_run_that_can_be_continued(tiny: TrainConfig, tmp_path: Path) -> None:

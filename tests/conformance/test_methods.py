@@ -8,11 +8,11 @@ import re
 import shutil
 import sys
 from dataclasses import fields, is_dataclass
-from pathlib import Path
 
 import pytest
 import torch
-from agents import EAGER, begin, make_agent, make_config, same, train
+from agents import EAGER, begin, make_agent, make_config, train
+from comparing import difference, run_difference
 
 from sphere_rl import checkpoint, protocol
 from sphere_rl.agent import Agent
@@ -72,7 +72,7 @@ def test_trains_and_resumes_bitwise(name, kind, tmp_path):
     for each in (agent, resumed):
         begin(each, 1)
         train(each, 2, 3)
-    assert same(agent.state_dict(), resumed.state_dict())
+    assert difference(agent.state_dict(), resumed.state_dict()) is None
     assert [m.metrics() for m in agent.methods] == [m.metrics() for m in resumed.methods]
     after = [*agent.actor.named_parameters(), *agent.critic.named_parameters()]
     assert [(key, id(p)) for key, p in parameters] == [(key, id(p)) for key, p in after], "changed in place only"
@@ -96,8 +96,8 @@ def test_trains_discrete_policies_beside_sphere_and_is_seeded(name):
         train(agent, 2, task="CartPole-v1")
         assert all(p.isfinite().all() for p in (*agent.actor_parameters, *agent.critic_parameters))
         states.append(agent.state_dict())
-    assert same(states[0], states[1])
-    assert not same(states[0]["actor"], states[2]["actor"])
+    assert difference(states[0], states[1]) is None
+    assert difference(states[0]["actor"], states[2]["actor"])
 
 
 @pytest.mark.parametrize("normalized", [False, True], ids=["raw", "normalized"])
@@ -112,20 +112,11 @@ def test_run_resumes_bitwise(name, normalized, tmp_path):
     (again / "checkpoints" / "step-000000000128.pt").unlink()
     with RunFolder(again) as folder:
         protocol.resume(folder, lambda step: [])
-    a, b = (checkpoint.load(path / "checkpoints" / "step-000000000128.pt") for path in (whole, again))
-    assert same(a["agent"], b["agent"])
-    assert name in a["agent"]["methods"]
-    assert logs(whole) == logs(again)
-    assert len(logs(whole)["train"]) == 4
-
-
-def logs(path: Path) -> dict[str, list[dict]]:
-    """All rows but for their timing."""
-    folder = RunFolder.existing(path)
-    return {
-        log: [{k: v for k, v in row.items() if k != "steps_per_second"} for row in folder.read(log)]
-        for log in ("train", "eval")
-    }
+    assert run_difference(RunFolder(whole), RunFolder(again)) is None
+    state = checkpoint.latest_run(RunFolder(again))
+    assert state is not None
+    assert name in state["agent"]["methods"]
+    assert len(RunFolder(again).read("train")) == 4
 
 
 def test_eager_options_are_of_methods():
