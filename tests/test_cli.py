@@ -58,6 +58,19 @@ def test_quiet_prints_no_progress(tmp_path: Path, capfd: pytest.CaptureFixture[s
         ("resume", "the following arguments are required: run"),
         ("evaluate nowhere --episodes 0", "argument --episodes: '0' is not allowed; expected a whole number above 0"),
         ("list --actor", "unrecognized arguments: --actor"),
+        (
+            "train --suite gym --tasks Pendulum-v1 CartPole-v1",
+            "tasks: 'CartPole-v1' is not allowed; expected a task with 3 observations and 1 actions as Pendulum-v1 has in protocol "
+            "crl, not 4 observations and 2 discrete actions",
+        ),
+        (
+            "train --suite h1 --tasks walk sit_hard",
+            "tasks: 'sit_hard' is not allowed; expected a task with 51 observations",
+        ),
+        ("train --suite gym --tasks Nope-v0", "tasks: 'Nope-v0' is not allowed; expected a registered Gymnasium id"),
+        ("train --method load_balance --actor dense", "expected an actor or critic with a gate; dense has none"),
+        ("train --method injection reset_all", "expected injection without reset_all"),
+        ("train --method crelu --width 15", "width: 15 is not allowed; expected an even number with crelu"),
         ("train --tasks push --out /proc/run", "/proc/run: cannot be written"),
     ],
 )

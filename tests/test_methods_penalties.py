@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sphere_rl.agent import Agent
 from sphere_rl.methods._layers import hidden_layers, linear_layers
+from sphere_rl.methods.c_chain import policy, policy_change
 from sphere_rl.methods.load_balance import balance_loss, z_loss
 from sphere_rl.methods.parseval import orthogonality
 from sphere_rl.methods.spectral_reg import largest_singular_value
@@ -81,6 +82,7 @@ def test_l2_init_is_zero_at_the_start_and_a_mean_square_for_each_tensor():
     with torch.no_grad():
         agent.actor.experts.head.bias[0, 0] += 3.0  # of 3 experts × 1 action
         agent.critic.experts.head.bias.add_(2.0)
+        next(agent.actor.head.parameters()).add_(1.0)  # log σ: exploration is free
     values = [penalty().item() for penalty, _ in penalties(agent)]
     assert values == pytest.approx([0.5 * 9 / 3, 0.5 * 4])
 
@@ -98,7 +100,8 @@ def test_parseval_covers_hidden_layers_of_experts_and_gate():
     for layer in hidden_layers(agent.actor):
         for matrix in layer.weight.detach():
             small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-            expected += float((small @ small.T - 1.5 * torch.eye(len(small), dtype=matrix.dtype)).square().sum())
+            distance = (small @ small.T - 1.5 * torch.eye(len(small), dtype=matrix.dtype)).square().sum()
+            expected += (64 / len(matrix)) ** 2 * float(distance)
     assert len(hidden_layers(agent.actor)) == 4
     assert penalties(agent)[0][0]().item() == pytest.approx(0.1 * expected)
 
@@ -177,7 +180,7 @@ def test_c_chain_compares_with_the_policy_before_the_last_step():
             with torch.no_grad():
                 for p in agent.actor.parameters():
                     p.add_(0.01 * torch.randn(p.shape, generator=generator))
-    churn = float((policies[2][0] - policies[1][0]).square().sum(1).mean())  # on the first batch, by the second step
+    churn = float((policies[2][0] - policies[1][0]).square().mean())  # on the first batch, by the second step
     assert churn > 0
     assert penalty is not None
     assert penalty.item() == pytest.approx(7.0 * churn)
@@ -190,6 +193,23 @@ def test_c_chain_compares_with_the_policy_before_the_last_step():
     assert method.actor_penalty(actor_step(agent, batch(1, torch.float64))) is None, (
         "another task's states are no reference"
     )
+    assert method.metrics() == {"c_chain_coefficient": 7.0, "c_chain_churn": 0.0}, "each task has its own warm-up"
+
+
+def test_c_chain_compares_discrete_policies_by_their_divergence():
+    task = "CartPole-v1"
+    agent = make_agent(make_config("c_chain", actor="dense"), task=task)
+    agent.actor.double()
+    observation = rollout(1, task).observation.flatten(0, 1).double()
+    before = policy(agent, observation).detach()
+    with torch.no_grad():
+        agent.actor.experts.head.weight.mul_(1.5)
+    after = agent.actor(observation).softmax(-1)
+    expected = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=before), torch.distributions.Categorical(probs=after)
+    ).mean()
+    assert policy_change(agent, observation, before).item() == pytest.approx(expected.item(), rel=1e-9)
+    assert expected > 0
 
 
 def test_c_chain_gradient():

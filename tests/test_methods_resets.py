@@ -12,6 +12,7 @@ from scipy.special import erfi
 from torch import nn
 
 from sphere_rl.agent import Agent
+from sphere_rl.errors import ConfigError
 from sphere_rl.methods._layers import fresh_networks, hidden_layers, linear_layers
 from sphere_rl.methods.fire import nearest_isometry
 from sphere_rl.methods.injection import InjectedHead
@@ -148,6 +149,20 @@ def test_injection_is_the_sum_of_three_heads():
     torch.testing.assert_close(trace.output, three, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("reset", ["reset_head", "reset_all"])
+def test_injection_refuses_resets(reset):
+    with pytest.raises(ConfigError, match=f"expected injection without {reset}"):
+        make_agent(make_config(reset, "injection"))
+
+
+def test_nap_survives_a_layer_without_weights():
+    agent = trained("nap")
+    with torch.no_grad():
+        agent.critic.experts.head.weight.zero_()
+    agent.methods[0].after_minibatch(agent, batch(1))
+    assert all(p.isfinite().all() for p in agent.critic_parameters)
+
+
 def test_nap_restores_every_norm():
     agent = make_agent(make_config("nap", critic="topk_moe", learning_rate=1e-2))
     layers = [*linear_layers(agent.actor), *linear_layers(agent.critic)]
@@ -196,6 +211,20 @@ def test_spectral_norm_brings_hidden_layers_to_one_and_only_learns_with_gradient
         weight = layer.weight.detach()
         used = weight / torch.einsum("eo,eoi,ei->e", layer.u, weight, layer.v)[:, None, None]
         torch.testing.assert_close(torch.linalg.matrix_norm(used, 2), torch.ones(len(used)), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("method", ["none", "reset_all", "shrink_perturb", "fire"])
+def test_spectral_norm_holds_for_new_weights_before_any_training_pass(method):
+    """Experience is collected with weights that no training pass has seen."""
+    width = {"width": 64, "depth": 3}
+    agent = make_agent(make_config("spectral_norm", method, critic="topk_moe", network=width))
+    for task_index in range(2):
+        begin(agent, task_index)
+        for layer in (*hidden_layers(agent.actor), *hidden_layers(agent.critic)):
+            with torch.no_grad():
+                largest = torch.linalg.matrix_norm(layer.normalized_weight(), 2)
+            torch.testing.assert_close(largest, torch.ones_like(largest), rtol=0.1, atol=0)
+        train(agent, 1)
 
 
 def test_weight_decay_is_decoupled_and_follows_the_learning_rate():
@@ -279,6 +308,22 @@ def test_trac_keeps_its_reference_when_moments_are_reset():
     assert same(reference, optimizer._reference)
     agent.set_learning_rate(0.5)
     assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_trac_starts_anew_on_tensors_that_are_replaced():
+    """A replaced tensor's reference is its new value, so that the tuner does not pull it back to the old start."""
+    agent = make_agent(make_config("trac", "reset_head"))
+    begin(agent, 0)
+    train(agent, 1)
+    begin(agent, 1)
+    optimizer: Any = agent.actor_optimizer
+    head, references = agent.actor.experts.head.weight, [r.clone() for r in optimizer._reference]
+    fresh = head.detach().clone()
+    train(agent, 2)
+    for parameter, before, after in zip(agent.actor_parameters, references, optimizer._reference, strict=True):
+        expected = fresh if parameter is head else before
+        assert torch.equal(after, expected) or parameter is agent.actor.experts.head.bias
+    assert (head - fresh).abs().max() < 1e-5, "the tuner begins with tiny steps"
 
 
 def test_no_method_takes_part_in_collecting():

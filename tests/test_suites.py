@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from sphere_rl.agent import Spaces
 from sphere_rl.errors import ConfigError
 from sphere_rl.suites import check_task, make_suite, suites
 from sphere_rl.suites.metaworld import ALL_TASKS, CW10, environment_id
@@ -86,3 +87,12 @@ def test_suites_are_discovered_and_unknown_names_refused() -> None:
         make_suite("cw11")
     with pytest.raises(ConfigError, match="tasks: 'fly' is not allowed; expected tasks of cw10: "):
         check_task(make_suite("cw10"), "fly")
+
+
+def test_suites_that_promise_equal_spaces_have_them() -> None:
+    for suite in suites().values():
+        if suite.same_spaces:
+            environments = [suite.make(task, 1, 0, 1) for task in suite.all_tasks]
+            assert len({Spaces.of(envs) for envs in environments}) == 1, suite.name
+            for envs in environments:
+                envs.close()

@@ -28,6 +28,10 @@ class Spaces:
     action_dim: int
     discrete: bool
 
+    def __str__(self) -> str:
+        """For messages."""
+        return f"{self.observation_dim} observations and {self.action_dim} {'discrete ' * self.discrete}actions"
+
     @classmethod
     def of(cls, envs: VectorEnv) -> Spaces:
         """The spaces of one of these environments."""

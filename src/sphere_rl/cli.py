@@ -74,7 +74,7 @@ def train(words: list[str]) -> None:
     from sphere_rl.runs import RunFolder
 
     config, out, quiet = parse_train(words)
-    config.task_sequence  # noqa: B018  refuse before the folder is made
+    protocol.check(config)
     with RunFolder(out) as folder:
         with resumable(folder):
             protocol.start(config, folder, lambda step: make_monitors(config, folder, step, quiet))

@@ -215,6 +215,7 @@ class GroupedLinear(nn.Module):
         if spectral_norm:
             self.register_buffer("u", F.normalize(torch.randn(num_experts, out_dim, generator=generator), dim=1))
             self.register_buffer("v", F.normalize(torch.randn(num_experts, in_dim, generator=generator), dim=1))
+            self.settle_norm()
 
     def forward(self, x: Float[Tensor, "M in"], routing: Routing) -> Float[Tensor, "M out"]:
         """Rows sorted by expert as in `routing`, one output row for each."""
@@ -224,14 +225,20 @@ class GroupedLinear(nn.Module):
     def normalized_weight(self) -> Float[Tensor, "E out in"]:
         """W_e/σ_e, with one power iteration in training mode."""
         if self.training and torch.is_grad_enabled():  # not while experience is collected
-            with torch.no_grad():
-                v = torch.einsum("eoi,eo->ei", self.weight, self.u)
-                self.v.copy_(F.normalize(v, dim=1))
-                u = torch.einsum("eoi,ei->eo", self.weight, self.v)
-                self.u.copy_(F.normalize(u, dim=1))
+            self._power_iteration()
         # Clones: a later forward moves the buffers in place while this graph may still need them.
         sigma = torch.einsum("eo,eoi,ei->e", self.u.clone(), self.weight, self.v.clone())
         return self.weight / sigma[:, None, None]
+
+    def settle_norm(self, iterations: int = 15) -> None:
+        """Find σ of weights that are new: experience is collected with them before the first training pass."""
+        for _ in range(iterations if self.spectral_norm else 0):
+            self._power_iteration()
+
+    @torch.no_grad()
+    def _power_iteration(self) -> None:
+        self.v.copy_(F.normalize(torch.einsum("eoi,eo->ei", self.weight, self.u), dim=1))
+        self.u.copy_(F.normalize(torch.einsum("eoi,ei->eo", self.weight, self.v), dim=1))
 
     def extra_repr(self) -> str:
         """Sizes, as nn.Linear shows them."""

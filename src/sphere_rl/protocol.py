@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 from sphere_rl import checkpoint
 from sphere_rl.agent import Agent, Policy, Spaces
 from sphere_rl.config import TrainConfig, from_dict, to_dict
-from sphere_rl.errors import TrainingError
+from sphere_rl.errors import ConfigError, TrainingError
 from sphere_rl.evaluation import evaluate, summarize
 from sphere_rl.ppo import update
 from sphere_rl.rollout import Collector, Rollout
@@ -50,9 +50,29 @@ class Progress:
     global_step: int = 0
 
 
+def check(config: TrainConfig) -> None:
+    """Refuse what cannot be trained, before anything is written.
+
+    Raises:
+        ConfigError: a task that does not exist, a method or network size that cannot be, or a sequence for one agent
+            whose tasks differ in their spaces.
+    """
+    suite, tasks = make_suite(config.suite), list(dict.fromkeys(config.task_sequence))
+    known: dict[Spaces, str] = {}
+    for task in tasks[:1] if suite.same_spaces else tasks:
+        envs = suite.make(task, num_envs=1, seed=0, num_threads=1)
+        spaces = Spaces.of(envs)
+        envs.close()
+        if config.protocol == "crl" and known and spaces not in known:
+            same = f"{next(iter(known))} as {tasks[0]} has in protocol crl"
+            raise ConfigError("tasks", task, f"a task with {same}, not {spaces}")
+        known.setdefault(spaces, task)
+    for spaces in known:
+        Agent(config, spaces, seed=0)
+
+
 def start(config: TrainConfig, folder: RunFolder, monitors: Callable[[int], list[Monitor]]) -> None:
-    """Write a new run's configuration and train it to the end. The folder must be locked by the caller."""
-    config.task_sequence  # noqa: B018  refuse before anything is written
+    """Write a new run's configuration and train it to the end; `check` it first. The caller has locked the folder."""
     folder.create(to_dict(config))
     resume(folder, monitors)
 
@@ -134,10 +154,6 @@ class Run:
             envs = collector.envs
         new = self.agent is None
         agent = self.agent = self.agent or Agent(self.config, Spaces.of(envs), self._seed("agent"))
-        if agent.spaces != Spaces.of(envs):
-            raise TrainingError(
-                f"task {self.task} has {Spaces.of(envs)}, but the agent of this sequence {agent.spaces}"
-            )
         if new and state is not None and state["agent"] is not None:
             agent.load_state_dict(state["agent"])
         if self.progress.iteration == 0:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from sphere_rl.experts import ExpertMLP, GroupedLinear, RoutedFeatures
 from sphere_rl.networks import Actor, MoENetwork, Trace
@@ -41,6 +41,24 @@ def fresh_networks(agent: Agent) -> tuple[Actor, MoENetwork]:
     """An actor and a critic as at the start of training, with new weights from the agent's random stream."""
     seed = torch.randint(2**31, (), generator=agent.generator, device=agent.device)
     return agent.fresh_networks(torch.Generator().manual_seed(int(seed)))
+
+
+@torch.no_grad()
+def renew(agent: Agent, module: nn.Module, fresh: nn.Module, shrink: float = 0.0, perturb: float = 1.0) -> None:
+    """θ ← shrink·θ + perturb·θ_fresh for all parameters of a part of an agent, with fresh Adam state."""
+    mix(module, fresh, shrink, perturb)
+    for parameter in module.parameters():
+        agent.forget(parameter)
+    for layer in module.modules():
+        if isinstance(layer, GroupedLinear):
+            layer.settle_norm()
+
+
+@torch.no_grad()
+def mix(module: nn.Module, fresh: nn.Module, shrink: float, perturb: float) -> None:
+    """θ ← shrink·θ + perturb·θ_fresh for all parameters."""
+    for old, new in zip(module.parameters(), fresh.parameters(), strict=True):
+        old.mul_(shrink).add_(new, alpha=perturb)
 
 
 @dataclass(frozen=True)

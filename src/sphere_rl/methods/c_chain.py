@@ -1,7 +1,8 @@
 """C-CHAIN: less churn, the change of the policy on states outside the minibatch that a gradient step is for.
 
-Adds c·mean‖μ_θ(s) − μ_prev(s)‖² over a second batch s, μ_prev the policy before the last minibatch's step. After a
-warm-up c = target·mean|L_policy|/mean(churn), so that the term keeps a constant share of the loss.
+Adds c·mean (μ_θ(s) − μ_prev(s))² over a second batch s and all action dimensions, μ_prev the policy before the last
+minibatch's step; for discrete actions c·mean KL(π_prev ‖ π_θ). After a warm-up c = target·mean|L_policy|/mean(churn),
+so that the term keeps a constant share of the loss.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class CChainConfig(MethodConfig):
     """Strength of the term."""
 
     coefficient: float = 100.0
-    """c, until the warm-up is over."""
+    """c, until a task's warm-up is over."""
     target: float = 0.05
     """Share of the policy loss that the term is held at after the warm-up."""
     warmup: int = 50
@@ -37,10 +38,10 @@ class CChainConfig(MethodConfig):
 
 
 class CChain(Method):
-    """The policy alone, as in the source. Discrete policies are compared by their log-probabilities.
+    """The policy alone, as in the source.
 
     The second batch is the minibatch before the last one: within an epoch it shares no sample with the last one, whose
-    step is being judged. At the start of a task there is none yet.
+    step is being judged. Each task has its own warm-up, and no second batch in its first two minibatches.
     """
 
     summary = "penalty on the policy's change outside the minibatch"
@@ -49,12 +50,12 @@ class CChain(Method):
 
     def __init__(self, config: CChainConfig) -> None:
         super().__init__(config)
-        self._coefficient = config.coefficient
+        self._begin()
+
+    def _begin(self) -> None:
+        self._coefficient = self.config.coefficient
         self._history: list[list[float]] = []
         self._iterations = 0
-        self._forget_batches()
-
-    def _forget_batches(self) -> None:
         self._last: Tensor | None = None
         self._reference: tuple[Tensor, Tensor] | None = None
         self._sums: list[Tensor] = []
@@ -64,15 +65,15 @@ class CChain(Method):
         self._device = agent.device
 
     def on_task_start(self, agent: Agent, task_index: int) -> None:
-        """Observations of the task before are no reference for this one."""
-        self._forget_batches()
+        """Neither observations nor the scale of losses of the task before are a reference for this one."""
+        self._begin()
 
     def actor_penalty(self, step: ActorStep) -> Tensor | None:
         """c · churn of the last step; and remember what this step's churn will be measured against."""
         penalty = None
         if self._reference is not None:
             observation, previous = self._reference
-            churn = (policy(step.agent, observation) - previous).square().sum(1).mean()
+            churn = policy_change(step.agent, observation, previous)
             self._sums.append(torch.stack((step.loss.detach().abs(), churn.detach())))
             penalty = self._coefficient * churn
         if self._last is not None:
@@ -122,3 +123,11 @@ def policy(agent: Agent, observation: Float[Tensor, "N D"]) -> Float[Tensor, "N 
     """Mean actions, or the log-probabilities of discrete ones."""
     output = agent.actor(observation)
     return output.log_softmax(-1) if agent.spaces.discrete else output
+
+
+def policy_change(agent: Agent, observation: Float[Tensor, "N D"], previous: Float[Tensor, "N A"]) -> Float[Tensor, ""]:
+    """How far the policy has moved from what `policy` gave before."""
+    change = policy(agent, observation) - previous
+    if agent.spaces.discrete:  # Σ p (r − 1 − log r) with r = π_θ/p is the KL divergence, without its cancellation
+        return (previous.exp() * (change.expm1() - change)).sum(1).mean()
+    return change.square().mean()

@@ -12,12 +12,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sphere_rl.errors import ConfigError
 from sphere_rl.experts import GroupedLinear, Routing, grouped_linear
 from sphere_rl.methods import Method
 from sphere_rl.methods._layers import fresh_networks, networks
 
 if TYPE_CHECKING:
     from sphere_rl.agent import Agent
+    from sphere_rl.config import TrainConfig
 
 
 class InjectedHead(GroupedLinear):
@@ -52,6 +54,11 @@ class Injection(Method):
 
     summary = "at each change of task freeze the output layer and train a fresh one on top, output unchanged"
     citation = "Nikishin et al. 2023, Deep Reinforcement Learning with Plasticity Injection (NeurIPS)"
+
+    def check(self, config: TrainConfig, discrete: bool) -> None:
+        """What was injected is to stay."""
+        if resets := {"reset_head", "reset_all"} & set(config.method):
+            raise ConfigError("method", " ".join(config.method), f"injection without {' and '.join(resets)}")
 
     def start(self, agent: Agent) -> None:
         """Give both networks an output layer that can be injected into."""

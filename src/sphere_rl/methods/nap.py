@@ -37,7 +37,7 @@ class NaP(Method):
     def after_minibatch(self, agent: Agent, batch: Minibatch) -> None:
         """Project."""
         for weight, norm in zip(weights(agent), self._norms, strict=True):
-            weight.mul_(norm / matrix_norms(weight))
+            weight.mul_(norm / matrix_norms(weight).clamp(min=1e-12))  # all units recycled at once: zero stays
 
     def state_dict(self) -> dict[str, Any]:
         """The initial norms."""

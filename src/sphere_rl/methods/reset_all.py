@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from sphere_rl.methods import Method
-from sphere_rl.methods._layers import fresh_networks, networks
+from sphere_rl.methods._layers import fresh_networks, networks, renew
 
 if TYPE_CHECKING:
     from sphere_rl.agent import Agent
@@ -19,12 +17,8 @@ class ResetAll(Method):
     summary = "re-initialise all parameters at each change of task, with their optimiser state"
     citation = "Nikishin et al. 2022, The Primacy Bias in Deep Reinforcement Learning (ICML)"
 
-    @torch.no_grad()
     def on_task_start(self, agent: Agent, task_index: int) -> None:
         """Draw both networks anew, at every task but the first."""
-        if task_index == 0:
-            return
-        for network, fresh in zip(networks(agent).values(), fresh_networks(agent), strict=True):
-            for old, new in zip(network.parameters(), fresh.parameters(), strict=True):
-                old.copy_(new)
-                agent.forget(old)
+        if task_index > 0:
+            for network, fresh in zip(networks(agent).values(), fresh_networks(agent), strict=True):
+                renew(agent, network, fresh)

@@ -8,10 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
 from sphere_rl.methods import Method, MethodConfig, check_range
-from sphere_rl.methods._layers import fresh_networks, networks
+from sphere_rl.methods._layers import fresh_networks, mix, networks, renew
 
 if TYPE_CHECKING:
     from sphere_rl.agent import Agent
@@ -47,18 +45,11 @@ class ShrinkPerturb(Method):
     def on_task_start(self, agent: Agent, task_index: int) -> None:
         """The hard form, at every task but the first."""
         if self.config.when == "task" and task_index > 0:
-            self._mix(agent, self.config.shrink, self.config.perturb)
-            for network in networks(agent).values():
-                for parameter in network.parameters():
-                    agent.forget(parameter)
+            for network, fresh in zip(networks(agent).values(), fresh_networks(agent), strict=True):
+                renew(agent, network, fresh, self.config.shrink, self.config.perturb)
 
     def after_minibatch(self, agent: Agent, batch: Minibatch) -> None:
         """The soft form."""
         if self.config.when == "minibatch":
-            self._mix(agent, self.config.soft_shrink, self.config.soft_perturb)
-
-    @torch.no_grad()
-    def _mix(self, agent: Agent, shrink: float, perturb: float) -> None:
-        for network, fresh in zip(networks(agent).values(), fresh_networks(agent), strict=True):
-            for old, new in zip(network.parameters(), fresh.parameters(), strict=True):
-                old.mul_(shrink).add_(new, alpha=perturb)
+            for network, fresh in zip(networks(agent).values(), fresh_networks(agent), strict=True):
+                mix(network, fresh, self.config.soft_shrink, self.config.soft_perturb)

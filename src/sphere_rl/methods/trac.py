@@ -68,6 +68,7 @@ class TracAdam(torch.optim.Adam):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take Adam's step from θ, then rescale the whole way from θ_ref."""
         before = [p.clone() for p in self._parameters]
+        self._follow_replacements()
         gradients = [p.grad for p in self._parameters if p.grad is not None]  # all have one
         super().step(closure)
         scale = self._s.sum() + self._tuner.eps
@@ -76,6 +77,14 @@ class TracAdam(torch.optim.Adam):
         scale = max(float(self._s.sum()), 0.0)
         for p, b, d, ref in zip(self._parameters, before, moved, self._reference, strict=True):
             p.copy_(ref + scale * (d + (p - b)))
+
+    def _follow_replacements(self) -> None:
+        """A tensor that a method has replaced, so that Adam counts its steps from zero again, is its own new start."""
+        if self.state:
+            counts = torch.stack([self.state[p]["step"] for p in self._parameters]).tolist()
+            for p, reference, count in zip(self._parameters, self._reference, counts, strict=True):
+                if count == 0:
+                    reference.copy_(p)
 
     def _tune(self, h: float) -> None:
         from scipy.special import erfi  # takes a tenth of a second to import

@@ -31,6 +31,8 @@ class Suite(Protocol):
     """The benchmark's sequence, trained in this order when no tasks are named."""
     all_tasks: tuple[str, ...]
     """Every task that `make` accepts; empty where any name is tried."""
+    same_spaces: bool
+    """Whether all tasks have the same observation and action space; otherwise they are opened to see it."""
     preset: Mapping[str, Any]
     """What this suite sets differently from the defaults of `TrainConfig`, by field name."""
 

@@ -45,6 +45,7 @@ class Gymnasium:
     summary = "any registered Gymnasium environment id, named with --tasks"
     tasks: tuple[str, ...] = ()
     all_tasks: tuple[str, ...] = ()
+    same_spaces = False
     preset: Mapping[str, Any] = {
         "steps_per_task": 100_000,
         "num_steps": 256,

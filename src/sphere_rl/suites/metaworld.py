@@ -94,6 +94,7 @@ class MetaWorld:
     """A sequence of MetaWorld v3 tasks."""
 
     all_tasks: tuple[str, ...] = ALL_TASKS
+    same_spaces = True
 
     def __init__(self, name: str, summary: str, tasks: tuple[str, ...]) -> None:
         self.name, self.summary, self.tasks = name, summary, tasks

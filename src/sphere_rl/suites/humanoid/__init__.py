@@ -19,6 +19,7 @@ class Humanoid:
     summary = "HumanoidBench's H1 tasks stand, walk, pole, slide, run, 10M steps each"
     tasks: tuple[str, ...] = SEQUENCE
     all_tasks: tuple[str, ...] = tuple(TASKS)
+    same_spaces = False
     preset: Mapping[str, Any] = {
         "steps_per_task": 10_000_000,
         "num_envs": 128,
