@@ -60,8 +60,8 @@ def test_quiet_prints_no_progress(tmp_path: Path, capfd: pytest.CaptureFixture[s
         ("list --actor", "unrecognized arguments: --actor"),
         (
             "train --suite gym --tasks Pendulum-v1 CartPole-v1",
-            "tasks: 'CartPole-v1' is not allowed; expected a task with 3 observations and 1 actions as Pendulum-v1 has in protocol "
-            "crl, not 4 observations and 2 discrete actions",
+            "tasks: 'CartPole-v1' is not allowed; expected a task with 3 observations and 1 actions as Pendulum-v1 has "
+            "in protocol crl, not 4 observations and 2 discrete actions",
         ),
         (
             "train --suite h1 --tasks walk sit_hard",
