@@ -24,7 +24,7 @@ POINT: dict[str, Estimate | None] = {"rl": Estimate(0.8, 0.7, 0.9, 3), "crl": Es
 
 def snapshot(task_index: int, *eigenvalues: float) -> Snapshot:
     values = np.array(eigenvalues, float)
-    return Snapshot(task_index, f"task{task_index}", values, values, np.eye(4), np.zeros(4, int))
+    return Snapshot(task_index, f"task{task_index}", values, values, np.eye(4))
 
 
 def texts(figure: Any) -> str:

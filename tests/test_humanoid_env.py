@@ -187,13 +187,12 @@ def test_saved_state_continues_bitwise(task: str, actions: np.ndarray) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_random_steps_stay_finite(task: str) -> None:
-    steps = 1000 if task in SEQUENCE else 100
     env = HumanoidVectorEnv(task, 1, seed=0)
     generator = np.random.default_rng(0)
     observation, _ = env.reset()
     assert observation.shape == env.observation_space.shape
     ended = 0
-    for _ in range(steps):
+    for _ in range(1000):
         observation, reward, terminated, _, info = env.step(generator.uniform(-1, 1, (1, 19)))
         assert np.isfinite(observation).all()
         assert np.isfinite(reward).all()
@@ -202,7 +201,7 @@ def test_random_steps_stay_finite(task: str) -> None:
             assert (reward >= 0).all()
             assert (reward <= 1).all()
         ended += terminated.sum()
-    assert ended > 0 or steps < 1000
+    assert ended > 0 or task in ("crawl", "reach")
     env.close()
 
 

@@ -147,9 +147,77 @@ def test_ridges_are_where_they_should_be() -> None:
     }
 
 
-def walls(model: mujoco.MjModel) -> set[tuple[tuple[float, ...], tuple[float, ...]]]:
+def test_ridges_come_after_the_robot() -> None:
+    """The contact points of two meshes depend on which comes first; in HumanoidBench the robot's links do."""
+    model = compile_model("ridges")
+    meshes = [
+        g for g in range(model.ngeom) if model.geom_type[g] == mujoco.mjtGeom.mjGEOM_MESH and model.geom_contype[g]
+    ]
+    bodies = [model.body(model.geom_bodyid[g]).name for g in meshes]
+    assert bodies[-9:] == ["ridges"] * 9
+    assert "ridges" not in bodies[:-9]
+
+
+def test_hurdles() -> None:
+    """A hurdle every 7 m, 0.375 m high, across the track between the walls."""
+    assert walls(compile_model("hurdles")) == {((7 * n, 0, 0.1875), (0.03, 5, 0.1875)) for n in range(1, 11)} | {
+        ((35, 4.725, 1), (35.5, 0.275, 1)),
+        ((35, -4.725, 1), (35.5, 0.275, 1)),
+        ((-0.525, 0, 1), (0.05, 5, 1)),
+    }
+
+
+def test_tunnel() -> None:
+    assert walls(compile_model("tunnel")) == {
+        ((10.2, 1.35, 0.775), (8, 0.2, 0.775)),
+        ((10.2, -1.35, 0.775), (8, 0.2, 0.775)),
+        ((10.2, 0, 1.35), (8, 1.15, 0.2)),
+    }
+
+
+def test_stairs() -> None:
+    """Slabs of 0.18 m on one another, each 0.6 m shorter at both ends; a flight every 6 m."""
+    layers = ((0.09, 2.7), (0.27, 2.1), (0.45, 1.5), (0.63, 0.9), (0.81, 0.3))
+    slabs = {((x, 0, z), (half, 5, 0.09)) for x in (3.2, 9.2, 15.2, 21.2) for z, half in layers}
+    assert walls(compile_model("stairs")) == slabs | {
+        ((13.5, 5.05, 2), (15.5, 0.1, 2)),
+        ((13.5, -5.05, 2), (15.5, 0.1, 2)),
+        ((-2.1, 0, 2), (0.1, 7.25, 2)),
+    }
+
+
+def test_maze() -> None:
+    """The free cells, 1.5 m wide, by hand: from the start along +x, up, and along +x again to the end at (6, 6)."""
+    free = {(x, y) for y in (0, 3, 6) for x in (0, 1.5, 3, 4.5, 6)} | {(0, 1.5), (3, 1.5), (3, 4.5), (6, 4.5)}
+    cells = {(1.5 * i, 1.5 * j) for i in range(-1, 6) for j in range(-1, 6)}
+    assert walls(compile_model("maze")) == {((x, y, 0.6), (0.75, 0.75, 0.6)) for x, y in cells - free}
+
+
+@pytest.mark.parametrize("scene", ["chair", "loose_chair"])
+def test_chairs_collide_as_two_boxes(scene: str) -> None:
+    model = compile_model(scene)
+    parts = {wall for wall in walls(model) if wall[1] in ((0.02, 0.21, 0.2), (0.21, 0.21, 0.2375))}
+    assert parts == {((-0.48, 0, 0.65), (0.02, 0.21, 0.2)), ((-0.25, 0, 0.2375), (0.21, 0.21, 0.2375))}
     boxes = [g for g in range(model.ngeom) if model.geom_type[g] == mujoco.mjtGeom.mjGEOM_BOX]
-    return {(tuple(model.geom_pos[g].tolist()), tuple(model.geom_size[g].tolist())) for g in boxes}
+    assert sum(model.geom_contype[g] and model.geom_conaffinity[g] for g in boxes) == 2
+    assert model.nv == (25 if scene == "chair" else 31)
+
+
+@pytest.mark.parametrize(("scene", "free"), [("board", 6), ("loose_board", 12)])
+def test_board_on_a_ball(scene: str, free: int) -> None:
+    model = compile_model(scene)
+    assert walls(model) == {((0, 0, 0.34), (0.15, 0.55, 0.01))}
+    assert model.geom("ball").size[0] == 0.17
+    assert model.body("ball").pos.tolist() == [0, 0, 0.17]
+    assert model.nv == 25 + free
+
+
+def walls(model: mujoco.MjModel) -> set[tuple[tuple[float, ...], tuple[float, ...]]]:
+    """Place in the world and half-size of every box, the model in its first position."""
+    data = mujoco.MjData(model)
+    mujoco.mj_kinematics(model, data)
+    boxes = [g for g in range(model.ngeom) if model.geom_type[g] == mujoco.mjtGeom.mjGEOM_BOX]
+    return {(tuple(data.geom_xpos[g].round(6).tolist()), tuple(model.geom_size[g].round(6).tolist())) for g in boxes}
 
 
 def test_free_objects_have_their_mass() -> None:

@@ -1,16 +1,15 @@
 # pyright: reportAttributeAccessIssue=false
-"""Rewards and terminations of the H1 tasks, against hand arithmetic and against plain MuJoCo, step by step."""
+"""Rewards and terminations of the H1 tasks, against hand arithmetic; step by step: test_humanoid_oracle."""
 
 from math import inf
 
-import mujoco
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sphere_rl.suites.humanoid.env import HumanoidVectorEnv
-from sphere_rl.suites.humanoid.tasks import CHECKPOINTS, SEQUENCE, TASKS, standing_pose
+from sphere_rl.suites.humanoid.tasks import CHECKPOINTS, TASKS, standing_pose
 from sphere_rl.suites.humanoid.terms import Readings, tolerance
 
 
@@ -93,101 +92,104 @@ LOW, LEAN, PUSH = (0.0, 0.0, 1.65 - 0.20625), (0.0, 0.0, 0.425), 5.0
 STANDING, UPRIGHT, CONTROL = 0.1**0.25, 0.75, (4 + 0.75) / 5
 
 
-@pytest.mark.parametrize(
-    ("task", "given_readings", "expected"),
-    [
-        ("stand", readings(), 1.0),
-        ("stand", readings(head=LOW), STANDING),
-        ("stand", readings(torso_axis=LEAN), UPRIGHT),
-        ("stand", readings(force=PUSH), CONTROL),
-        ("stand", readings(force=-30.0), 0.8),
-        ("stand", readings(velocity=(2.0, 1.0, 9.0)), (0.1 + 0.1**0.25) / 2),
-        ("stand", readings(head=LOW, torso_axis=LEAN, force=PUSH), STANDING * UPRIGHT * CONTROL),
-        ("walk", readings(), 1 / 6),
-        ("walk", readings(velocity=(0.5, 3.0, 0.0)), 3.5 / 6),
-        ("walk", readings(velocity=(-2.0, 0.0, 0.0), force=PUSH), CONTROL / 6),
-        ("walk", readings(velocity=(1.0, 0.0, 0.0), head=LOW), STANDING),
-        ("run", readings(velocity=(1.0, 0.0, 0.0)), 2 / 6),
-        ("run", readings(velocity=(6.0, 0.0, 0.0), torso_axis=LEAN), UPRIGHT),
-        ("pole", readings(velocity=(0.25, 0.0, 0.0)), 0.5 + 0.5 * 3.5 / 6),
-        ("pole", readings(velocity=(0.5, 0.0, 0.0), head=LOW, force=PUSH), 0.5 * STANDING * CONTROL + 0.5),
-        ("pole", readings(velocity=(0.5, 0.0, 0.0), obstacle=(2.0,)), 0.1),
-        ("slide", readings(velocity=(0.5, 0.0, 0.0)), 3.5 / 6),
-        # Head 1.7 over a foot at 0.725: 0.225 below 1.2, half the margin of 0.45. Cosine 0.025: a quarter below 0.5.
-        ("slide", readings(velocity=(1.0, 0.0, 0.0), left_foot=(0.0, 0.0, 0.725)), 0.1**0.25),
-        ("slide", readings(left_foot=(0.0, 0.0, 0.725), right_foot=(0.0, 0.0, 0.95)), 0.1**0.25 * 0.1 / 6),
-        ("slide", readings(velocity=(1.0, 0.0, 0.0), torso_axis=(0.0, 0.0, 0.025), force=PUSH), 0.75 * CONTROL),
-        ("stair", readings(velocity=(0.2, 0.0, 0.0), torso_axis=(0.0, 0.0, 0.025)), 0.75 * 2 / 6),
-        ("hurdle", readings(velocity=(5.0, 0.0, 0.0), torso_axis=(0.0, 0.0, 0.325)), 0.75),
-        ("hurdle", readings(velocity=(1.0, 0.0, 0.0), obstacle=(1.0,)), 0.1 * 2 / 6),
-        # Prone: the quaternion is the wanted one. Head 0.5 m too high: 0.1^(1/4), worse than the trunk.
-        (
-            "crawl",
-            readings(
-                head=(0.0, 0.0, 1.5), imu=(0.0, 0.9, 1.0), pelvis_quat=(0.75, 0.0, 0.65, 0.0), velocity=(1.0, 0.0, 0.0)
-            ),
-            0.1 + 0.25 * 0.1**0.25 + 0.4 + 0.25,
+REWARDS = [
+    ("stand", readings(), 1.0),
+    ("stand", readings(head=LOW), STANDING),
+    ("stand", readings(torso_axis=LEAN), UPRIGHT),
+    ("stand", readings(force=PUSH), CONTROL),
+    ("stand", readings(force=-30.0), 0.8),
+    ("stand", readings(velocity=(2.0, 1.0, 9.0)), (0.1 + 0.1**0.25) / 2),
+    ("stand", readings(head=LOW, torso_axis=LEAN, force=PUSH), STANDING * UPRIGHT * CONTROL),
+    ("walk", readings(), 1 / 6),
+    ("walk", readings(velocity=(0.5, 3.0, 0.0)), 3.5 / 6),
+    ("walk", readings(velocity=(-2.0, 0.0, 0.0), force=PUSH), CONTROL / 6),
+    ("walk", readings(velocity=(1.0, 0.0, 0.0), head=LOW), STANDING),
+    ("run", readings(velocity=(1.0, 0.0, 0.0)), 2 / 6),
+    ("run", readings(velocity=(6.0, 0.0, 0.0), torso_axis=LEAN), UPRIGHT),
+    ("pole", readings(velocity=(0.25, 0.0, 0.0)), 0.5 + 0.5 * 3.5 / 6),
+    ("pole", readings(velocity=(0.5, 0.0, 0.0), head=LOW, force=PUSH), 0.5 * STANDING * CONTROL + 0.5),
+    ("pole", readings(velocity=(0.5, 0.0, 0.0), obstacle=(2.0,)), 0.1),
+    ("slide", readings(velocity=(0.5, 0.0, 0.0)), 3.5 / 6),
+    # Head 1.7 over a foot at 0.725: 0.225 below 1.2, half the margin of 0.45. Cosine 0.025: a quarter below 0.5.
+    ("slide", readings(velocity=(1.0, 0.0, 0.0), left_foot=(0.0, 0.0, 0.725)), 0.1**0.25),
+    ("slide", readings(left_foot=(0.0, 0.0, 0.725), right_foot=(0.0, 0.0, 0.95)), 0.1**0.25 * 0.1 / 6),
+    ("slide", readings(velocity=(1.0, 0.0, 0.0), torso_axis=(0.0, 0.0, 0.025), force=PUSH), 0.75 * CONTROL),
+    ("stair", readings(velocity=(0.2, 0.0, 0.0), torso_axis=(0.0, 0.0, 0.025)), 0.75 * 2 / 6),
+    ("hurdle", readings(velocity=(5.0, 0.0, 0.0), torso_axis=(0.0, 0.0, 0.325)), 0.75),
+    ("hurdle", readings(velocity=(1.0, 0.0, 0.0), obstacle=(1.0,)), 0.1 * 2 / 6),
+    # Prone: the quaternion is the wanted one. Head 0.5 m too high: 0.1^(1/4), worse than the trunk.
+    (
+        "crawl",
+        readings(
+            head=(0.0, 0.0, 1.5), imu=(0.0, 0.9, 1.0), pelvis_quat=(0.75, 0.0, 0.65, 0.0), velocity=(1.0, 0.0, 0.0)
         ),
-        ("crawl", readings(imu=(0.0, 1.1, 1.0)), 0.0),
-        (
-            "crawl",
-            readings(head=(0.0, 0.0, 0.8), imu=(0.0, 0.0, 2.0), pelvis_quat=(-0.25, 0.0, 0.65, 0.0), force=20.0),
-            0.1 * 0.8 + 0.25 * 0.1 + 0.4 / 6 + 0.25 * 0.1,
-        ),
-        ("sit_simple", readings(base=(-0.25, 0.0, 0.7), head=(0.0, 0.0, 1.7)), 1.0),
-        # 0.1 m too high, half the margin: 0.1^(1/4); 0.05 m beside the chair's middle, half the margin.
-        (
-            "sit_simple",
-            readings(base=(-0.25, 0.05, 0.82), velocity=(2.0, 2.0, 0.0)),
-            (0.5 * 0.1**0.25 + 0.5 * 0.1**0.25) * 0.1,
-        ),
-        ("sit_hard", readings(base=(0.74, 0.0, 0.7), chair=(0.5, 0.0, 0.0)), 0.5 + 0.5 * 0.1 ** (0.05**2 / 0.2**2)),
-        ("sit_simple", readings(base=(-0.25, 0.0, 0.7), imu=(0.0, 0.0, 1.1)), 0.1**0.25),
-        ("sit_simple", readings(base=(-0.25, 0.0, 0.7), torso_axis=(0.0, 0.0, 0.5)), 0.5),
-        ("balance_simple", readings(head=(0.0, 0.0, 2.02 - 0.20625)), 0.1**0.25),
-        ("balance_hard", readings(head=(0.0, 0.0, 2.1), force=PUSH), CONTROL),
-        ("reach", readings(memory=(3.0, 4.0, 0.0), speed=2.0), 5 - 1e-4 * 25 * 4),
-        ("reach", readings(memory=(0.6, 0.0, 0.0), pelvis_axis=(0.0, 0.0, 0.5)), 2.5 + 5),
-        ("reach", readings(memory=(0.0, 0.03, 0.0)), 5 + 5 + 10),
-        # Maze: at the start of stage 1 the pay is 100 and the way on is +x; 1.5 m/s of 2 scores 0.5.
-        (
-            "maze",
-            readings(memory=(1.0, 0.0), velocity=(1.5, 0.0, 0.0), imu=(2.0, 0.0, 1.3)),
-            100 + 0.2 + 0.4 * 3.5 / 6 + 0.04,
-        ),
-        (
-            "maze",
-            readings(memory=(2.0, 2.0), velocity=(0.0, 2.0, 0.0), imu=(3.0, 5.5, 1.3), obstacle=(1.0,)),
-            0.1 * (0.2 + 0.4 + 0.4 * 0.1**0.25),
-        ),
-        ("maze", readings(memory=(4.0, 3.0), imu=(6.0, 6.0, 1.3), head=LOW), 400 + 0.2 * STANDING + 0.8),
-    ],
-)
+        0.1 + 0.25 * 0.1**0.25 + 0.4 + 0.25,
+    ),
+    ("crawl", readings(imu=(0.0, 1.1, 1.0)), 0.0),
+    (
+        "crawl",
+        readings(head=(0.0, 0.0, 0.8), imu=(0.0, 0.0, 2.0), pelvis_quat=(-0.25, 0.0, 0.65, 0.0), force=20.0),
+        0.1 * 0.8 + 0.25 * 0.1 + 0.4 / 6 + 0.25 * 0.1,
+    ),
+    ("sit_simple", readings(base=(-0.25, 0.0, 0.7), head=(0.0, 0.0, 1.7)), 1.0),
+    # 0.1 m too high, half the margin: 0.1^(1/4); 0.05 m beside the chair's middle, half the margin.
+    (
+        "sit_simple",
+        readings(base=(-0.25, 0.05, 0.82), velocity=(2.0, 2.0, 0.0)),
+        (0.5 * 0.1**0.25 + 0.5 * 0.1**0.25) * 0.1,
+    ),
+    ("sit_hard", readings(base=(0.74, 0.0, 0.7), chair=(0.5, 0.0, 0.0)), 0.5 + 0.5 * 0.1 ** (0.05**2 / 0.2**2)),
+    ("sit_simple", readings(base=(-0.25, 0.0, 0.7), imu=(0.0, 0.0, 1.1)), 0.1**0.25),
+    ("sit_simple", readings(base=(-0.25, 0.0, 0.7), torso_axis=(0.0, 0.0, 0.5)), 0.5),
+    ("balance_simple", readings(head=(0.0, 0.0, 2.02 - 0.20625)), 0.1**0.25),
+    ("balance_hard", readings(head=(0.0, 0.0, 2.1), force=PUSH), CONTROL),
+    ("reach", readings(memory=(3.0, 4.0, 0.0), speed=2.0), 5 - 1e-4 * 25 * 4),
+    ("reach", readings(memory=(0.6, 0.0, 0.0), pelvis_axis=(0.0, 0.0, 0.5)), 2.5 + 5),
+    ("reach", readings(memory=(0.0, 0.03, 0.0)), 5 + 5 + 10),
+    # Maze: at the start of stage 1 the pay is 100 and the way on is +x; 1.5 m/s of 2 scores 0.5.
+    (
+        "maze",
+        readings(memory=(1.0, 0.0), velocity=(1.5, 0.0, 0.0), imu=(2.0, 0.0, 1.3)),
+        100 + 0.2 + 0.4 * 3.5 / 6 + 0.04,
+    ),
+    (
+        "maze",
+        readings(memory=(2.0, 2.0), velocity=(0.0, 2.0, 0.0), imu=(3.0, 5.5, 1.3), obstacle=(1.0,)),
+        0.1 * (0.2 + 0.4 + 0.4 * 0.1**0.25),
+    ),
+    ("maze", readings(memory=(4.0, 3.0), imu=(6.0, 6.0, 1.3), head=LOW), 400 + 0.2 * STANDING + 0.8),
+]
+
+
+@pytest.mark.parametrize(("task", "given_readings", "expected"), REWARDS)
 def test_reward_by_hand(task: str, given_readings: Readings, expected: float) -> None:
     terms = TASKS[task].reward(given_readings)
     assert terms["reward"].shape == (1,)
     assert terms["reward"][0] == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("task", "given_readings", "expected"),
-    [(task, readings(base=(0.0, 0.0, 0.2 + d)), d < 0) for task in ("stand", "walk", "run") for d in (-1e-9, 0.0)]
-    + [("pole", readings(base=(0.0, 0.0, 0.5 + d)), d < 0) for d in (-1e-9, 0.0)]
-    + [("slide", readings(torso_axis=(0.0, 0.0, 0.1 + d)), d < 0) for d in (-1e-9, 0.0)]
-    + [
-        ("slide", readings(base=(0.0, 0.0, 0.01)), False),
-        ("walk", readings(torso_axis=(0.0, 0.0, -1.0)), False),
-        ("crawl", readings(base=(0.0, 0.0, 0.01)), False),
-        ("sit_hard", readings(base=(0.0, 0.0, 0.49)), True),
-        ("maze", readings(base=(0.0, 0.0, 0.19)), True),
-        ("balance_hard", readings(ball=(2.0,), ball_board=(1.0,), ball_floor=(1.0,), floor=(1.0,)), False),
-        ("balance_hard", readings(ball=(3.0,), ball_board=(1.0,), ball_floor=(1.0,), floor=(1.0,)), True),
-        ("balance_hard", readings(ball=(2.0,), ball_board=(1.0,), ball_floor=(1.0,), floor=(2.0,)), True),
-        ("balance_simple", readings(base=(0.0, 0.0, 0.79)), True),
-    ],
-)
+LOWEST = {"stand": 0.2, "walk": 0.2, "run": 0.2, "hurdle": 0.2, "maze": 0.2, "pole": 0.5}
+LOWEST |= {"sit_simple": 0.5, "sit_hard": 0.5, "balance_simple": 0.8, "balance_hard": 0.8}
+ENDS = [(task, readings(base=(0.0, 0.0, z + d)), d < 0) for task, z in LOWEST.items() for d in (-1e-9, 0.0)]
+for name in ("slide", "stair"):
+    ENDS += [(name, readings(torso_axis=(0.0, 0.0, 0.1 + d)), d < 0) for d in (-1e-9, 0.0)]
+ENDS += [(task, readings(base=(0.0, 0.0, 0.01)), False) for task in ("slide", "stair", "crawl", "reach")]
+ENDS += [(task, readings(torso_axis=(0.0, 0.0, -1.0)), False) for task in ("walk", "pole", "crawl", "reach")]
+for name in ("balance_simple", "balance_hard"):  # the ball may touch board and floor; nothing else may touch either
+    ENDS += [
+        (name, readings(ball=(2.0,), ball_board=(1.0,), ball_floor=(1.0,), floor=(1.0,)), False),
+        (name, readings(ball=(3.0,), ball_board=(1.0,), ball_floor=(1.0,), floor=(1.0,)), True),
+        (name, readings(ball=(2.0,), ball_board=(1.0,), ball_floor=(1.0,), floor=(2.0,)), True),
+    ]
+
+
+@pytest.mark.parametrize(("task", "given_readings", "expected"), ENDS)
 def test_termination_by_hand(task: str, given_readings: Readings, expected: bool) -> None:
     assert TASKS[task].terminated(given_readings).tolist() == [expected]
+
+
+def test_every_task_has_hand_computed_cases() -> None:
+    assert {task for task, *_ in REWARDS} == {task for task, *_ in ENDS} == set(TASKS)
 
 
 def test_success_bars() -> None:
@@ -205,99 +207,6 @@ def test_maze_stages() -> None:
         far = readings(memory=(stage, 0.0), pelvis=(checkpoint[0] + 0.41, checkpoint[1], 0.9))
         assert advance(near).tolist() == [[min(stage + 1, 4), stage]]
         assert advance(far).tolist() == [[stage, stage]]
-
-
-class PlainMujoco:
-    """One robot stepped by mj_step, its reward computed in scalars from MjData's own fields."""
-
-    def __init__(self, env: HumanoidVectorEnv, qpos: np.ndarray, qvel: np.ndarray) -> None:
-        self.model, self.data = env.model, mujoco.MjData(env.model)
-        self.data.qpos[:], self.data.qvel[:] = qpos, qvel
-
-    def step(self, action: np.ndarray) -> np.ndarray:
-        low, high = self.model.actuator_ctrlrange.T
-        self.data.ctrl[:] = low + (action + 1) * (high - low) / 2
-        self.data.qacc_warmstart[:] = 0
-        mujoco.mj_step(self.model, self.data, nstep=10)
-        return np.concatenate([self.data.qpos, self.data.qvel])
-
-    def score(self, task: str) -> tuple[float, bool]:
-        data = self.data
-        head, *feet = (data.site(name).xpos[2].item() for name in ("head", "left_foot", "right_foot"))
-        up = data.body("torso_link").xmat[8].item()
-        vx, vy = self.velocity()[:2].tolist()
-        control = 0.8 + 0.2 * sum(max(0.0, 1 - (f / 10) ** 2) for f in data.actuator_force.tolist()) / 19
-        standing, leaning = fall(1.65 - head, 0.4125), line(0.9 - up, 1.9)
-        touching = False
-        for contact in data.contact:
-            bodies = {self.model.body(self.model.geom_bodyid[g]).name for g in contact.geom}
-            touching |= "poles" in bodies
-        if task == "stand":
-            reward = control * standing * leaning * (fall(abs(vx), 2) + fall(abs(vy), 2)) / 2
-        elif task == "pole":
-            reward = (control * standing * leaning / 2 + gait(vx, 0.5) / 2) * (0.1 if touching else 1.0)
-        elif task == "slide":
-            reward = control * gait(vx, 1) * line(0.5 - up, 1.9)
-            for foot in feet:
-                reward *= fall(1.2 - (head - foot), 0.45)
-            return reward, up < 0.1
-        else:
-            reward = control * standing * leaning * gait(vx, {"walk": 1, "run": 5}[task])
-        return reward, data.qpos[2].item() < (0.5 if task == "pole" else 0.2)
-
-    def velocity(self) -> np.ndarray:
-        """Momentum over mass of the last forward pass: link velocities at their centres of mass, by hand."""
-        momentum = np.zeros(3)
-        robot = np.flatnonzero(self.model.body_rootid == self.model.body("pelvis").id)
-        for body in robot:
-            # cvel: angular and linear velocity at the tree's centre of mass, in world axes
-            angular, linear = self.data.cvel[body, :3], self.data.cvel[body, 3:]
-            arm = self.data.xipos[body] - self.data.subtree_com[robot[0]]
-            momentum += self.model.body_mass[body] * (linear + np.cross(angular, arm))
-        return momentum / self.model.body_mass[robot].sum()
-
-
-def fall(short: float, margin: float) -> float:
-    return 1.0 if short <= 0 else float(np.exp(-0.5 * (short / margin * np.sqrt(2 * np.log(10))) ** 2))
-
-
-def line(short: float, margin: float) -> float:
-    return min(1.0, max(0.0, 1 - short / margin))
-
-
-def gait(speed: float, wanted: float) -> float:
-    return 1 / 6 + 5 / 6 * line(wanted - speed, wanted)
-
-
-@pytest.mark.parametrize("task", SEQUENCE)
-def test_steps_like_plain_mujoco(task: str) -> None:
-    """Bitwise equal states from equal states and actions; rewards and terminations of the last forward pass."""
-    env = HumanoidVectorEnv(task, num_envs=3, seed=5, num_threads=2)
-    generator = np.random.default_rng(1)
-    observation, _ = env.reset()
-    if task == "pole":  # put them among the poles: the third one touches
-        qpos, qvel = observation[:, :26].copy(), observation[:, 26:]
-        qpos[:, 0], qpos[:, 1] = [5.5, 6.5, 1.9], [0.0, 0.4, -0.1]
-        observation = env.place(qpos, qvel)
-    oracles = [PlainMujoco(env, row[:26], row[26:]) for row in observation]
-    ended, touched = np.zeros(3, dtype=bool), 0
-    for _ in range(60):
-        actions = generator.uniform(-1, 1, (3, 19))
-        observation, reward, terminated, _, info = env.step(actions)
-        last = np.where(terminated[:, None], info.get("final_obs", observation), observation)
-        for i in np.flatnonzero(~ended):
-            np.testing.assert_array_equal(oracles[i].step(actions[i]), last[i])
-            expected, over = oracles[i].score(task)
-            assert reward[i] == pytest.approx(expected, rel=1e-9, abs=1e-12)
-            assert terminated[i] == over
-        if task == "pole":
-            touched += int((info["collision"] == 0.1).sum())
-        ended |= terminated
-        if ended.all():
-            break
-    assert ended.any() or task in ("stand", "walk", "run")
-    assert touched > 0 or task != "pole"
-    env.close()
 
 
 def test_a_touched_pole_costs_nine_tenths() -> None:

@@ -82,9 +82,9 @@ def test_l2_init_is_zero_at_the_start_and_a_mean_square_for_each_tensor():
     with torch.no_grad():
         agent.actor.experts.head.bias[0, 0] += 3.0  # of 3 experts × 1 action
         agent.critic.experts.head.bias.add_(2.0)
-        next(agent.actor.head.parameters()).add_(1.0)  # log σ: exploration is free
+        next(agent.actor.head.parameters()).add_(1.0)  # log σ is a parameter, too
     values = [penalty().item() for penalty, _ in penalties(agent)]
-    assert values == pytest.approx([0.5 * 9 / 3, 0.5 * 4])
+    assert values == pytest.approx([0.5 * (9 / 3 + 1), 0.5 * 4])
 
 
 def test_orthogonality_by_hand():
@@ -100,8 +100,7 @@ def test_parseval_covers_hidden_layers_of_experts_and_gate():
     for layer in hidden_layers(agent.actor):
         for matrix in layer.weight.detach():
             small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-            distance = (small @ small.T - 1.5 * torch.eye(len(small), dtype=matrix.dtype)).square().sum()
-            expected += (64 / len(matrix)) ** 2 * float(distance)
+            expected += float((small @ small.T - 1.5 * torch.eye(len(small), dtype=matrix.dtype)).square().sum())
     assert len(hidden_layers(agent.actor)) == 4
     assert penalties(agent)[0][0]().item() == pytest.approx(0.1 * expected)
 
@@ -180,7 +179,7 @@ def test_c_chain_compares_with_the_policy_before_the_last_step():
             with torch.no_grad():
                 for p in agent.actor.parameters():
                     p.add_(0.01 * torch.randn(p.shape, generator=generator))
-    churn = float((policies[2][0] - policies[1][0]).square().mean())  # on the first batch, by the second step
+    churn = float((policies[2][0] - policies[1][0]).square().sum(1).mean())  # on the first batch, by the second step
     assert churn > 0
     assert penalty is not None
     assert penalty.item() == pytest.approx(7.0 * churn)

@@ -135,12 +135,17 @@ def test_every_suite_can_be_filmed(tmp_path: Path, suite: str, task: str) -> Non
     assert (frames[0] != frames[-1]).any()
 
 
-def test_no_opengl_is_said_in_one_line(tmp_path: Path) -> None:
-    """MuJoCo without any graphics: the line names the libraries that would help."""
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere windows need no display variable")
+
+
+@pytest.mark.parametrize("backend", ["disable", pytest.param("glfw", marks=ON_LINUX)])
+def test_no_opengl_is_said_in_one_line(tmp_path: Path, backend: str) -> None:
+    """MuJoCo without any graphics, or told to open a window without a display: the line names what would help."""
     code = DRAW.replace("SUITE", "'h1'").replace("TASK", "'stand'").replace("OUT", repr(str(tmp_path / "clip.gif")))
-    result = in_new_process(code, MUJOCO_GL="disable")
+    result = in_new_process(code, MUJOCO_GL=backend, DISPLAY="", WAYLAND_DISPLAY="")
     assert result.returncode == 1
-    assert "refused: MUJOCO_GL: 'disable' is not allowed; expected a working OpenGL library: install" in result.stderr
+    assert f"refused: MUJOCO_GL: {backend!r} is not allowed" in result.stderr
+    assert "expected a working OpenGL library: install" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "clip.gif").exists()
 

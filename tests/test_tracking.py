@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -12,8 +13,10 @@ import torch
 from sphere_rl import checkpoint, protocol
 from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override
+from sphere_rl.probe import probe_batch, probe_observations
 from sphere_rl.runs import RunFolder
 from sphere_rl.spectrum import SPECTRAL_METRICS, measure
+from sphere_rl.suites import make_suite
 from sphere_rl.tracking import Tracker
 
 POSITION = {"global_step", "task_index", "task", "task_step"}
@@ -108,6 +111,21 @@ def test_the_probe_batch_is_the_same_for_all_methods_and_seeds(tiny: TrainConfig
         batches.append(Tracker(config)._probe(agent, "Pendulum-v1"))
     assert batches[0].shape == (256, 3)
     assert all(torch.equal(batches[0], batch) for batch in batches)
+
+
+def test_the_probe_batch_is_drawn_from_what_the_policy_learns(tiny: TrainConfig) -> None:
+    """The suite's own tasks whatever the run trains; in gym the run's tasks, in rl the one; never of another size."""
+    cw10 = TrainConfig(tasks=("drawer-close",))
+    assert np.array_equal(probe_batch(cw10, "drawer-close"), probe_batch(TrainConfig(protocol="rl"), "push"))
+    assert len(np.unique(probe_batch(cw10, "drawer-close")[:, -3:], axis=0)) > 10  # goals of more than one task
+    other = "InvertedLightPendulum-v0"
+    gymnasium.register(other, "gymnasium.envs.classic_control.pendulum:PendulumEnv", 100, kwargs={"g": 5.0})
+    tasks = ("Pendulum-v1", "MountainCarContinuous-v0", other, "Pendulum-v1")
+    both = probe_observations(make_suite("gym"), ("Pendulum-v1", other))
+    crl, rl = (override(tiny, {"tasks": tasks, "protocol": protocol}) for protocol in ("crl", "rl"))
+    assert all(np.array_equal(probe_batch(crl, task), both) for task in ("Pendulum-v1", other))
+    assert probe_batch(crl, "MountainCarContinuous-v0").shape == (256, 2)
+    assert np.array_equal(probe_batch(rl, other), probe_observations(make_suite("gym"), (other,)))
 
 
 def test_the_probe_batch_passes_the_agents_normaliser(tiny: TrainConfig) -> None:

@@ -12,8 +12,10 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor, nn
 
 from sphere_rl.config import TrainConfig
+from sphere_rl.gradients import GradientStore
 from sphere_rl.methods import Method, methods
 from sphere_rl.networks import Actor, MoENetwork, NetworkOptions
+from sphere_rl.optimizer import ExpertAdam
 from sphere_rl.rollout import ObservationNormalizer
 from sphere_rl.seeding import derive_seed
 
@@ -53,6 +55,7 @@ class Agent:
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
         self.actor_optimizer = self._make_optimizer(self.actor_parameters)
         self.critic_optimizer = self._make_optimizer(self.critic_parameters)
+        self.actor_gradients, self.critic_gradients = GradientStore(), GradientStore()
         self.normalizer = (
             ObservationNormalizer(spaces.observation_dim, config.observation_clip)
             if config.normalize_observations
@@ -130,7 +133,7 @@ class Agent:
             optimizer = method.make_optimizer(parameters, self.config)
             if optimizer is not None:
                 return optimizer
-        return torch.optim.Adam(parameters, lr=self.config.learning_rate, eps=self.config.adam_eps, fused=True)
+        return ExpertAdam(parameters, lr=self.config.learning_rate, eps=self.config.adam_eps)
 
 
 class Policy(nn.Module):

@@ -8,6 +8,7 @@ import io
 import re
 import tomllib
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +47,14 @@ def parse_train(words: list[str]) -> tuple[TrainConfig, Path, bool]:
     if early.config:
         default = load_toml(early.config, default)
     parsed = parse(Train, Train(settings=default), words, "train")
+    check_log(parsed.settings.log)
     return parsed.settings, parsed.out or Path("runs") / default_name(parsed.settings), parsed.quiet
+
+
+def check_log(log: str) -> None:
+    """Raise `CommandLineError` where a log's package is not installed."""
+    if log == "wandb" and find_spec("wandb") is None:
+        raise CommandLineError("log: wandb is not installed; pip install 'sphere-rl[wandb]'")
 
 
 def default_name(config: TrainConfig) -> str:

@@ -105,6 +105,8 @@ class TrainConfig:
     """Threads that step environments, where the suite uses threads."""
     torch_threads: int = 1
     """Threads of PyTorch's own operations; part of what makes a run bitwise repeatable."""
+    log: Literal["tensorboard", "wandb"] = "tensorboard"
+    """Who is told every number of the logs: TensorBoard files; wandb: Weights & Biases as well (extra `wandb`)."""
     device: str = "cpu"
     """PyTorch device of networks and rollouts."""
     options: Annotated[MethodOptions, arg(name="")] = field(default_factory=MethodOptions)  # type: ignore[misc]

@@ -27,7 +27,7 @@ from sphere_rl.errors import CommandLineError, RunFolderError
 from sphere_rl.geometry import MAX_ROWS
 from sphere_rl.parsers import ArgumentParser, positive
 from sphere_rl.policies import load_policy
-from sphere_rl.probe import probe_observations
+from sphere_rl.probe import probe_batch, probe_observations
 from sphere_rl.ranks import gram_eigenvalues
 from sphere_rl.rollout import clip_action
 from sphere_rl.runs import RunFolder
@@ -145,7 +145,7 @@ def diagnose(folder: RunFolder, chosen: Chosen) -> Diagnosis:
     """Measure one checkpoint. Metrics of an update (churn, gradients) are in ``spectrum.jsonl`` alone."""
     config = from_dict(folder.config())
     policy, task = load_policy(folder.path, str(chosen.path)), config.task_sequence[chosen.task_index]
-    raw = _probe(config.suite, make_suite(config.suite).tasks or (task,))
+    raw = probe_batch(config, task)
     observations = policy.normalize(torch.as_tensor(raw))
     with torch.no_grad():
         trace = policy.actor.trace(observations)
@@ -163,11 +163,6 @@ def diagnose(folder: RunFolder, chosen: Chosen) -> Diagnosis:
         kernel_eigenvalues=torch.linalg.eigvalsh(entk(policy.actor, part).double()).flip(0).clamp(min=0).numpy(),
         feature_eigenvalues=gram_eigenvalues(trace.features[-1].weighted()).flip(0).numpy(),
     )
-
-
-@cache
-def _probe(suite: str, tasks: tuple[str, ...]) -> Float[ndarray, "N D"]:
-    return probe_observations(make_suite(suite), tasks)
 
 
 def show(folder: RunFolder, found: Sequence[Diagnosis], as_json: bool) -> None:

@@ -17,6 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sphere_rl.gradients import expert_gradient, written
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -120,7 +122,18 @@ def grouped_linear(
         return F.linear(x, weight.squeeze(0), bias.squeeze(0))
     if torch._C._are_functorch_transforms_active():
         return _composed_forward(x, weight, bias, routing.counts)
+    if not torch.is_grad_enabled():
+        return _forward(x, weight, bias, routing.counts)
     return _GroupedLinear.apply(x, weight, bias, routing)
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, counts: tuple[int, ...]) -> Tensor:
+    y = x.new_empty(len(x), weight.shape[1])
+    parts = zip(y.split(counts), x.split(counts), weight.mT.unbind(0), bias.unbind(0), strict=True)
+    for rows, x_e, w_e, b_e in parts:
+        if len(rows):
+            torch.addmm(b_e, x_e, w_e, out=rows)
+    return y
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -134,12 +147,7 @@ class _GroupedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, routing: Routing) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.routing = routing
-        y = bias.index_select(0, routing.expert)
-        counts = routing.counts
-        for rows, x_e, w_e in zip(y.split(counts), x.split(counts), weight.mT.unbind(0), strict=True):
-            if len(rows):
-                rows.addmm_(x_e, w_e)
-        return y
+        return _forward(x, weight, bias, routing.counts)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -149,10 +157,13 @@ class _GroupedLinear(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
             return *_composed_backward(grad, x, weight, counts), None
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.empty_like(weight)
-        grad_bias = grad.new_zeros(weight.shape[:2]).index_add_(0, ctx.routing.expert, grad)
-        for g_e, x_e, out in zip(grad.split(counts), x.split(counts), grad_weight.unbind(0), strict=True):
-            torch.mm(g_e.t(), x_e, out=out) if len(g_e) else out.zero_()
+        grad_weight, grad_bias = expert_gradient(weight, counts), grad.new_zeros(weight.shape[:2])
+        parts = zip(grad.split(counts), x.split(counts), grad_weight.unbind(0), grad_bias.unbind(0), strict=True)
+        for g_e, x_e, out, bias in parts:
+            if len(g_e):
+                torch.mm(g_e.t(), x_e, out=out)
+                torch.sum(g_e, 0, out=bias)
+        written(grad_weight)
         if grad_x is not None:
             for g_e, w_e, out in zip(grad.split(counts), weight.unbind(0), grad_x.split(counts), strict=True):
                 if len(g_e):

@@ -108,12 +108,14 @@ class Factors:
         size = self.samples * repeat
         kernel = torch.zeros(size, size, dtype=self.dtype)
         states = torch.arange(self.samples)
-        for block in self.blocks if blocks is None else blocks:
-            part = block.kernel(outputs)
-            if torch.equal(block.sample, states):
+        for members in _by_states(self.blocks if blocks is None else blocks):
+            part, sample = members[0].kernel(outputs), members[0].sample
+            for block in members[1:]:
+                part += block.kernel(outputs)
+            if torch.equal(sample, states):
                 kernel += part
             elif len(part):
-                index = (block.sample[:, None] * repeat + torch.arange(repeat)).flatten()
+                index = (sample[:, None] * repeat + torch.arange(repeat)).flatten()
                 kernel.index_put_((index[:, None], index[None, :]), part, accumulate=True)
         return kernel
 
@@ -124,6 +126,14 @@ class Factors:
         for block in self.blocks:
             out.index_add_(0, block.sample, block.product(shaped[block.sample]))
         return out.mT.reshape(vectors.shape)
+
+
+def _by_states(blocks: Iterable[Factor]) -> Iterable[list[Factor]]:
+    """Blocks whose rows are the same states, together: an expert's layers go into K at once."""
+    groups: dict[tuple[int, ...], list[Factor]] = {}
+    for block in blocks:
+        groups.setdefault(tuple(block.sample.tolist()), []).append(block)
+    return groups.values()
 
 
 class _Call(NamedTuple):

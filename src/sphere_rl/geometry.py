@@ -18,10 +18,9 @@ from numpy import ndarray
 from sphere_rl.checkpoint import task_checkpoints
 from sphere_rl.config import from_dict
 from sphere_rl.policies import load_policy
-from sphere_rl.probe import STATES, probe_observations
+from sphere_rl.probe import probe_batch
 from sphere_rl.runs import RunFolder
 from sphere_rl.spectrum import effective_rank, entk
-from sphere_rl.suites import make_suite
 
 MAX_ROWS = 1024
 """Rows of K at most; with many outputs fewer states are used, so that its eigenvalues take a second, not a minute."""
@@ -32,7 +31,7 @@ class Snapshot:
     """The policy at the end of one task, on the probe batch.
 
     kernel_eigenvalues: of the full eNTK, descending. feature_eigenvalues: of A = ΦᵀΦ/N, descending.
-    features: Φ, the routing-weighted last hidden features; state_task: the task that each state comes from.
+    features: Φ, the routing-weighted last hidden features.
     """
 
     task_index: int
@@ -40,7 +39,6 @@ class Snapshot:
     kernel_eigenvalues: Float[ndarray, "n"]
     feature_eigenvalues: Float[ndarray, "k"]
     features: Float[ndarray, "N m"]
-    state_task: Int[ndarray, "N"]
 
     @property
     def kernel_rank(self) -> float:
@@ -70,8 +68,8 @@ def snapshots(run_dir: Path | str) -> list[Snapshot]:
 def _snapshot(path: Path, _: int) -> Snapshot:
     run_dir = path.parent.parent
     config = from_dict(RunFolder.existing(run_dir).config())
-    policy = load_policy(run_dir, path.stem)
-    states, state_task = _probe(config.suite, make_suite(config.suite).tasks or config.task_sequence)
+    policy, index = load_policy(run_dir, path.stem), int(path.stem.split("-")[1])
+    states = probe_batch(config, config.task_sequence[index])
     with torch.no_grad():
         rows = policy.actor(policy.normalize(torch.as_tensor(states[:1]))).shape[1]
     count = min(len(states), MAX_ROWS // rows)
@@ -81,22 +79,13 @@ def _snapshot(path: Path, _: int) -> Snapshot:
     with torch.no_grad():
         features = policy.actor.trace(policy.normalize(torch.as_tensor(states))).features[-1].weighted()
     sigma = torch.linalg.svdvals(features.double())
-    index = int(path.stem.split("-")[1])
     return Snapshot(
         task_index=index,
         task=config.task_sequence[index],
         kernel_eigenvalues=kernel.numpy(),
         feature_eigenvalues=(sigma.square() / len(states)).numpy(),
         features=features.numpy(),
-        state_task=state_task,
     )
-
-
-@cache
-def _probe(suite: str, tasks: tuple[str, ...]) -> tuple[Float[ndarray, "N D"], Int[ndarray, "N"]]:
-    """The probe batch of a sequence and, for each state, the place of its task."""
-    shares = [len(part) for part in np.array_split(np.arange(STATES), len(tasks))]
-    return probe_observations(make_suite(suite), tasks), np.repeat(np.arange(len(tasks)), shares)
 
 
 def dominant_direction(features: Float[ndarray, "N m"], shown: int = 5) -> Int[ndarray, "N"]:

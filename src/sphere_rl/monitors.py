@@ -1,15 +1,21 @@
-"""Those who watch a run: a live display in a terminal, plain lines elsewhere, TensorBoard."""
+"""Those who watch a run: a live display in a terminal, plain lines elsewhere, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib
+import os
 import sys
+from collections.abc import Iterator
 from time import monotonic
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from sphere_rl.config import TrainConfig
+from sphere_rl.arguments import check_log
+from sphere_rl.config import TrainConfig, to_dict
+from sphere_rl.errors import CommandLineError
 from sphere_rl.protocol import Monitor
 from sphere_rl.runs import RunFolder
 
@@ -17,13 +23,30 @@ SKIPPED = {"global_step", "task_index", "task", "task_step", "phase", "batch"}
 
 
 def make_monitors(config: TrainConfig, folder: RunFolder, global_step: int, quiet: bool) -> list[Monitor]:
-    """TensorBoard always; a display unless quiet: bars on a terminal, lines elsewhere."""
+    """TensorBoard always, W&B if asked for; a display unless quiet: bars on a terminal, lines elsewhere.
+
+    Raises:
+        CommandLineError: W&B is asked for and cannot be used.
+    """
+    check_log(config.log)
     monitors: list[Monitor] = [TensorBoard(folder, global_step)]
+    if config.log == "wandb":
+        monitors.append(WandB(config, folder, quiet))
     if not quiet:
         console = Console(file=sys.stderr, highlight=False)
         display = Bars if console.is_terminal else Lines
         monitors.append(display(config, console, global_step))
     return monitors
+
+
+def scalars(log: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Names and values of a row's numbers, grouped by log; retention has a curve for each task."""
+    prefix = {"eval": f"eval_{row.get('phase')}", "spectrum": f"spectrum_{row.get('batch')}"}.get(log, log)
+    if row.get("phase") == "retention":
+        prefix = f"{prefix}/{row['task_index']:02d}_{row['task']}"
+    for name, value in row.items():
+        if name not in SKIPPED and isinstance(value, int | float):
+            yield f"{prefix}/{name}", value
 
 
 class TensorBoard:
@@ -35,17 +58,41 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder.path / "tb"), purge_step=global_step + 1)
 
     def row(self, log: str, row: dict[str, Any]) -> None:
-        """Write every number of the row; retention has a curve for each task."""
-        prefix = {"eval": f"eval_{row.get('phase')}", "spectrum": f"spectrum_{row.get('batch')}"}.get(log, log)
-        if row.get("phase") == "retention":
-            prefix = f"{prefix}/{row['task_index']:02d}_{row['task']}"
-        for name, value in row.items():
-            if name not in SKIPPED and isinstance(value, int | float):
-                self._writer.add_scalar(f"{prefix}/{name}", value, row["global_step"])
+        """Write every number of the row."""
+        for name, value in scalars(log, row):
+            self._writer.add_scalar(name, value, row["global_step"])
 
     def close(self) -> None:
         """Write what is left."""
         self._writer.close()
+
+
+class WandB:
+    """The same scalars in Weights & Biases, one run a folder, by environment step; files in ``wandb/`` of the folder.
+
+    ``WANDB_MODE=offline`` keeps them there, for ``wandb sync``. The other variables of W&B hold, too: project, entity.
+    """
+
+    def __init__(self, config: TrainConfig, folder: RunFolder, quiet: bool) -> None:
+        wandb: Any = importlib.import_module("wandb")
+        place = folder.path.resolve()
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "sphere-rl"), name=place.name, dir=str(place), resume="allow",
+                id=hashlib.sha256(str(place).encode()).hexdigest()[:16], group=place.parent.name,
+                config=to_dict(config), settings=wandb.Settings(silent=quiet, console="off"),
+            )  # fmt: skip
+        except wandb.Error as error:
+            raise CommandLineError(f"log: wandb cannot start ({error}); offline: WANDB_MODE=offline") from None
+        self._run.define_metric("*", step_metric="global_step")
+
+    def row(self, log: str, row: dict[str, Any]) -> None:
+        """Send every number of the row."""
+        self._run.log({"global_step": row["global_step"], **dict(scalars(log, row))})
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._run.finish()
 
 
 class Lines:

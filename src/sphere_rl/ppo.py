@@ -14,6 +14,7 @@ from torch import Tensor
 from sphere_rl.agent import Agent
 from sphere_rl.config import TrainConfig
 from sphere_rl.errors import TrainingError
+from sphere_rl.gradients import scale_, total_norm
 from sphere_rl.methods import ActorStep
 from sphere_rl.rollout import Rollout, gae
 
@@ -119,9 +120,7 @@ def actor_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Tens
     penalties = [method.actor_penalty(step) for method in agent.methods]
     total = sum((p for p in penalties if p is not None), start=step.loss)
     rules = [method for method in agent.methods if method.uses_actor_gradients]
-    gradients = list(
-        torch.autograd.grad(total, agent.actor_parameters, retain_graph=bool(rules), materialize_grads=True)
-    )
+    gradients = agent.actor_gradients.differentiate(total, agent.actor_parameters, retain_graph=bool(rules))
     for method in rules:
         gradients = method.actor_gradients(step, gradients)
     norm = apply_gradients(agent.actor_optimizer, agent.actor_parameters, gradients, config.max_grad_norm)
@@ -137,7 +136,7 @@ def critic_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Ten
     loss = value_loss(trace.output.squeeze(-1), batch.value_target)
     penalties = [method.critic_penalty(agent, batch, trace) for method in agent.methods]
     total = sum((p for p in penalties if p is not None), start=config.value_coefficient * loss)
-    gradients = list(torch.autograd.grad(total, agent.critic_parameters, materialize_grads=True))
+    gradients = agent.critic_gradients.differentiate(total, agent.critic_parameters)
     norm = apply_gradients(agent.critic_optimizer, agent.critic_parameters, gradients, config.max_grad_norm)
     return [loss.detach(), norm]
 
@@ -146,9 +145,11 @@ def apply_gradients(
     optimizer: torch.optim.Optimizer, parameters: list[Tensor], gradients: list[Tensor], max_norm: float
 ) -> Tensor:
     """Clip by global norm, step, and return the norm before clipping."""
+    gradients = [g.contiguous() for g in gradients]  # fused Adam reads memory in the parameter's order
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient.contiguous()  # fused Adam reads memory in the parameter's order, whatever the strides
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)
+        parameter.grad = gradient
+    norm = total_norm(gradients)
+    scale_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     optimizer.step()
     return norm
 

@@ -3,16 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
 from sphere_rl.seeding import derive_seed
-from sphere_rl.suites import Suite
+from sphere_rl.suites import Suite, make_suite
+
+if TYPE_CHECKING:
+    from sphere_rl.config import TrainConfig
 
 STATES = 256
 ENVS, STEPS = 2, 100
+
+
+def probe_batch(config: TrainConfig, task: str) -> Float[ndarray, "N D"]:
+    """Raw states that the policy a run has on ``task`` is measured on: while it trains, by reports and diagnoses.
+
+    They are drawn from the suite's own sequence, whatever tasks the run trains. Where the suite has none (``gym``),
+    from the tasks that the policy learns, those with observations of its size: all of a crl run's, this one in rl.
+    """
+    suite = make_suite(config.suite)
+    if suite.tasks:
+        return _batch(config.suite, tuple(dict.fromkeys(suite.tasks)))
+    learned = dict.fromkeys(config.task_sequence if config.protocol == "crl" else (task,))
+    size = _observation_size(config.suite, task)
+    return _batch(config.suite, tuple(one for one in learned if _observation_size(config.suite, one) == size))
+
+
+@cache
+def _batch(suite: str, tasks: tuple[str, ...]) -> Float[ndarray, "N D"]:
+    return probe_observations(make_suite(suite), tasks)
+
+
+@cache
+def _observation_size(suite: str, task: str) -> int:
+    envs = make_suite(suite).make(task, 1, 0, 1)
+    envs.close()
+    shape = envs.single_observation_space.shape
+    assert shape is not None
+    return int(np.prod(shape))
 
 
 def probe_observations(suite: Suite, tasks: Sequence[str], count: int = STATES, seed: int = 0) -> Float[ndarray, "N D"]:

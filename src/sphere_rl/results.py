@@ -22,7 +22,7 @@ KEY = ("suite", "protocol", "actor", "method", "seed")
 """Columns that name an experiment: one seed of one method. Protocol rl may spread its tasks over several folders."""
 IDENTITY = {"suite", "protocol", "actor", "method", "seed", "tasks"}
 """Fields of a configuration that name a run; runs that differ in others carry the difference in their label."""
-INCIDENTAL = {"device", "env_threads", "torch_threads", "checkpoint_every", "eval_every", "spectrum_every"}
+INCIDENTAL = {"log", "device", "env_threads", "torch_threads", "checkpoint_every", "eval_every", "spectrum_every"}
 """Fields that change how a run is watched or computed, not what is trained."""
 EVAL = {
     "global_step": pl.Int64, "task_index": pl.Int64, "task": pl.String, "task_step": pl.Int64, "phase": pl.String,

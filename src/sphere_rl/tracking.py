@@ -8,17 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sphere_rl.agent import Agent, Policy
 from sphere_rl.config import TrainConfig
-from sphere_rl.probe import STATES, probe_observations
+from sphere_rl.probe import STATES, probe_batch
 from sphere_rl.rollout import Rollout
 from sphere_rl.spectrum import measure
-from sphere_rl.suites import make_suite
 
 PER_TASK = 20
 
@@ -27,10 +25,9 @@ class Tracker:
     """Measures an agent where ``spectrum_every`` says, with the changes of that iteration's update."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config, self._suite = config, make_suite(config.suite)
+        self.config = config
         steps = config.iterations_per_task * config.steps_per_iteration  # so that the last one is at the task's end
         self._every = config.spectrum_every or max(1, steps // PER_TASK)
-        self._probes: dict[tuple[str, ...], Float[np.ndarray, "N D"]] = {}
         self._before: dict[str, Tensor] | None = None
 
     def begin_iteration(self, agent: Agent, task_step: int) -> None:
@@ -51,11 +48,7 @@ class Tracker:
         self._before = None
 
     def _probe(self, agent: Agent, task: str) -> Float[Tensor, "N D"]:
-        """States of all tasks of the suite's sequence, or of the present task where a suite has none."""
-        tasks = self._suite.tasks or (task,)
-        if tasks not in self._probes:
-            self._probes[tasks] = probe_observations(self._suite, tasks)
-        raw = torch.as_tensor(self._probes[tasks], device=agent.device)
+        raw = torch.as_tensor(probe_batch(self.config, task), device=agent.device)
         return Policy(agent.actor, agent.normalizer).normalize(raw)
 
 

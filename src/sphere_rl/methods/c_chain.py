@@ -1,8 +1,8 @@
 """C-CHAIN: less churn, the change of the policy on states outside the minibatch that a gradient step is for.
 
-Adds c·mean (μ_θ(s) − μ_prev(s))² over a second batch s and all action dimensions, μ_prev the policy before the last
-minibatch's step; for discrete actions c·mean KL(π_prev ‖ π_θ). After a warm-up c = target·mean|L_policy|/mean(churn),
-so that the term keeps a constant share of the loss.
+Adds c·mean‖μ_θ(s) − μ_prev(s)‖² over a second batch s, μ_prev the policy before the last minibatch's step; for discrete
+actions c·mean KL(π_prev ‖ π_θ). After a warm-up c = target·mean|L_policy|/mean(churn), so that the term keeps a
+constant share of the loss.
 """
 
 from __future__ import annotations
@@ -130,4 +130,4 @@ def policy_change(agent: Agent, observation: Float[Tensor, "N D"], previous: Flo
     change = policy(agent, observation) - previous
     if agent.spaces.discrete:  # Σ p (r − 1 − log r) with r = π_θ/p is the KL divergence, without its cancellation
         return (previous.exp() * (change.expm1() - change)).sum(1).mean()
-    return change.square().mean()
+    return change.square().sum(1).mean()

@@ -1,6 +1,6 @@
 """Regenerative regularisation: the loss pulls parameters to their initial values.
 
-Adds λ Σ_p ‖p − p₀‖²/numel(p) over all weights and biases of the network to its loss.
+Adds λ Σ_p ‖p − p₀‖²/numel(p) over all parameters of the network to its loss.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
-from sphere_rl.methods._layers import linear_layers, networks
-from sphere_rl.networks import MoENetwork, Trace
+from sphere_rl.methods._layers import networks
+from sphere_rl.networks import Trace
 
 if TYPE_CHECKING:
     from sphere_rl.agent import Agent
@@ -32,10 +32,7 @@ class L2InitConfig(MethodConfig):
 
 
 class L2Init(Method):
-    """p₀ are the parameters that training began with, for the whole task sequence.
-
-    log σ is left out, as in Chung et al.'s runs: pulling it back would add exploration noise.
-    """
+    """p₀ are the parameters that training began with, for the whole task sequence."""
 
     summary = "L2 penalty on the distance to the initial parameters"
     citation = "Kumar et al. 2023, Maintaining Plasticity in Continual Learning via Regenerative Regularization"
@@ -44,7 +41,7 @@ class L2Init(Method):
     def start(self, agent: Agent) -> None:
         """Keep a copy of the initial parameters."""
         self._initial = {
-            name: [p.detach().clone() for p in weights_and_biases(network)] for name, network in networks(agent).items()
+            name: [p.detach().clone() for p in network.parameters()] for name, network in networks(agent).items()
         }
 
     def actor_penalty(self, step: ActorStep) -> Tensor:
@@ -56,7 +53,7 @@ class L2Init(Method):
         return self._penalty(agent, "critic")
 
     def _penalty(self, agent: Agent, name: str) -> Tensor:
-        pairs = zip(weights_and_biases(networks(agent)[name]), self._initial[name], strict=True)
+        pairs = zip(networks(agent)[name].parameters(), self._initial[name], strict=True)
         return self.config.strength * torch.stack([(p - p0).square().mean() for p, p0 in pairs]).sum()
 
     def state_dict(self) -> dict[str, Any]:
@@ -68,8 +65,3 @@ class L2Init(Method):
         for name, initial in self._initial.items():
             for mine, theirs in zip(initial, state[name], strict=True):
                 mine.copy_(theirs)
-
-
-def weights_and_biases(network: MoENetwork) -> list[Tensor]:
-    """Every layer's, the gate's included."""
-    return [p for layer in linear_layers(network) for p in (layer.weight, layer.bias)]

@@ -1,7 +1,6 @@
 """Parseval regularisation: hidden weights stay near a multiple of an orthogonal matrix.
 
-Adds λ Σ_W (64/units)² ‖W Wᵀ − s I‖_F² over hidden layers to the loss, W with its smaller side as rows, for each expert
-alone. The factor is the source's: λ is for layers of 64 units and falls with their number.
+Adds λ Σ_W ‖W Wᵀ − s I‖_F² over hidden layers to the loss, W with its smaller side as rows, for each expert alone.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class ParsevalConfig(MethodConfig):
     """Strength and target of the penalty."""
 
     strength: float = 1e-3
-    """λ, for layers of 64 units; wider ones get (64/units)² of it."""
+    """λ."""
     scale: float = 2.0
     """s: the squared length that rows are held at."""
 
@@ -51,10 +50,7 @@ class Parseval(Method):
         return self._penalty(agent.critic)
 
     def _penalty(self, network: MoENetwork) -> Tensor:
-        terms = [
-            (64 / layer.weight.shape[1]) ** 2 * orthogonality(layer.weight, self.config.scale)
-            for layer in hidden_layers(network)
-        ]
+        terms = [orthogonality(layer.weight, self.config.scale) for layer in hidden_layers(network)]
         return self.config.strength * torch.stack(terms).sum()
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts import RoutedFeatures
+from sphere_rl.gradients import GradientStore, add_scaled_, total_norm
 from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
 from sphere_rl.networks import Trace
 from sphere_rl.penalty import gate_penalty, sphere_penalty
@@ -82,6 +83,7 @@ class Sphere(Method):
         self.config: SphereConfig = config
         self._metrics: dict[str, float | Tensor] = {}
         self._schedule = Schedule(config)
+        self._gradients = GradientStore()
 
     def on_task_start(self, agent: Agent, task_index: int) -> None:
         """The schedule starts again."""
@@ -111,13 +113,14 @@ class Sphere(Method):
     def actor_gradients(self, step: ActorStep, gradients: list[Tensor]) -> list[Tensor]:
         """Mode grad: g ← g + ρ·‖g‖ / (‖g_penalty‖ + 1e-8) · g_penalty."""
         penalty = self.penalty(step.trace)
-        own = list(torch.autograd.grad(penalty, step.parameters, materialize_grads=True))
+        own = self._gradients.differentiate(penalty, step.parameters)
         if self.config.pcgrad:
             own = project_conflict(own, gradients)
-        scale = self._schedule.factor * self.config.rho * global_norm(gradients) / (global_norm(own) + EPSILON)
+        scale = self._schedule.factor * self.config.rho * total_norm(gradients) / (total_norm(own) + EPSILON)
         self._metrics = {"sphere_penalty": penalty.detach(), "sphere_strength": scale}
         # In place: both lists are this minibatch's own, and copies of the whole network cost a millisecond.
-        return [g.addcmul_(s, scale) for g, s in zip(gradients, own, strict=True)]
+        add_scaled_(gradients, own, scale)
+        return gradients
 
     def penalty(self, trace: Trace) -> Tensor:
         """The penalty of one forward pass in the configured variant."""
@@ -209,13 +212,8 @@ def backpropagated_signals(trace: Trace, layer: RoutedFeatures) -> Tensor:
     return torch.cat(rows)
 
 
-def global_norm(tensors: list[Tensor]) -> Tensor:
-    """‖·‖₂ of all tensors as one vector."""
-    return torch.nn.utils.get_total_norm(tensors, foreach=True)
-
-
 def project_conflict(own: list[Tensor], other: list[Tensor]) -> list[Tensor]:
     """PCGrad (Yu et al. 2020): where ⟨own, other⟩ < 0, remove own's component along other."""
     dot = torch.stack([(a * b).sum() for a, b in zip(own, other, strict=True)]).sum()
-    share = dot.clamp(max=0) / (global_norm(other).square() + EPSILON)
+    share = dot.clamp(max=0) / (total_norm(other).square() + EPSILON)
     return [a - share * b for a, b in zip(own, other, strict=True)]

@@ -18,8 +18,11 @@ from sphere_rl.errors import ConfigError
 REMEDY = "a working OpenGL library: install libegl1 (MUJOCO_GL=egl) or libosmesa6 (MUJOCO_GL=osmesa)"
 
 
-def _context(width: int, height: int) -> Any:
-    """MuJoCo's own choice, but EGL on a Linux machine without a display: MuJoCo would open a window there."""
+def _graphics(model: mujoco.MjModel, width: int, height: int) -> tuple[Any, Any]:
+    """An OpenGL context and MuJoCo's resources in it.
+
+    The context is MuJoCo's own choice, but EGL on a Linux machine without a display: MuJoCo would open a window there.
+    """
     headless = sys.platform == "linux" and "DISPLAY" not in os.environ and not os.environ.get("MUJOCO_GL")
     try:
         if headless:
@@ -28,9 +31,10 @@ def _context(width: int, height: int) -> Any:
             from mujoco import GLContext
         context = GLContext(width, height)
         context.make_current()
-    except Exception as error:  # each backend fails in its own way
+        resources = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
+    except Exception as error:  # each backend fails in its own way, some with a context that is none
         raise ConfigError("MUJOCO_GL", os.environ.get("MUJOCO_GL", ""), f"{REMEDY} ({error})") from error
-    return context
+    return context, resources
 
 
 class Camera:
@@ -38,10 +42,9 @@ class Camera:
 
     def __init__(self, model: mujoco.MjModel, width: int, height: int) -> None:
         self._model, self._width, self._height = model, width, height
-        self._context = _context(width, height)
+        self._context, self._resources = _graphics(model, width, height)
         self._data = mujoco.MjData(model)
         self._scene = mujoco.MjvScene(model, maxgeom=model.ngeom + 100)
-        self._resources = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._resources)
         self._view = mujoco.MjvCamera()
         self._view.type = mujoco.mjtCamera.mjCAMERA_FIXED

@@ -73,14 +73,18 @@ def poles(spec: mujoco.MjSpec) -> None:
 
 
 def ridges(spec: mujoco.MjSpec) -> None:
-    """Nine slopes up and down, 1.75 m high and 10 m long, between walls."""
+    """Nine slopes up and down, 1.75 m high and 10 m long, between walls.
+
+    They are a body of their own, after the robot's: which of two meshes comes first decides their contact points.
+    """
     import mujoco
 
     profile = ((0.3, 0.0), (5.3, 1.75), (10.3, 0.0))
     spec.add_mesh(name="ridge", uservert=[c for x, z in profile for y in (5.0, -5.0) for c in (x, y, z)])
+    slopes = spec.worldbody.add_body(name="ridges")
     for shift in range(0, 90, 10):
         mesh = mujoco.mjtGeom.mjGEOM_MESH
-        spec.worldbody.add_geom(type=mesh, meshname="ridge", pos=[shift, 0.0, 0.0], rgba=WOOD)
+        slopes.add_geom(type=mesh, meshname="ridge", pos=[shift, 0.0, 0.0], rgba=WOOD)
     for y in (5.15, -5.15):
         _box(spec.worldbody, (48.85, y, 4.0), (53.0, 0.15, 4.0), GLASS)
     _box(spec.worldbody, (-4.0, 0.0, 4.0), (0.15, 5.15, 4.0), GLASS)
