@@ -1,6 +1,6 @@
 """Does PPO learn on the native H1? A dense actor with the h1 preset on one task, beside two policies that do not learn.
 
-    python benchmarks/h1_learning.py --task stand --steps 1200000 --out runs/h1-stand
+    python benchmarks/h1_learning.py --task stand --steps 1500000 --out runs/h1-stand
 
 A run that was stopped goes on where it was. The training episodes' mean return goes to benchmarks/learning/ as a table
 and a plot, an episode of the trained policy to docs/media/ as a gif.
@@ -31,7 +31,7 @@ IDLE = {
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--task", default="stand")
-    options.add_argument("--steps", type=int, default=1_200_000)
+    options.add_argument("--steps", type=int, default=1_500_000)
     options.add_argument("--out", type=Path, default=Path("runs/h1-stand"))
     given = options.parse_args()
     folder = RunFolder(given.out)
