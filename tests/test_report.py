@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +204,113 @@ def test_unfinished_and_failed_runs_are_shown(runs: Path, tmp_path: Path) -> Non
     assert "<code>sphere sweep --x</code>" in html
     assert 'data-number="crl" class="none"><b>–</b><small>missing</small>' in html
     assert data_of(tmp_path / "p" / "index.html")["panels"]["rank-gym"]["missing"] == "no spectrum lines of CRL runs"
+
+
+def test_differences_are_paired_by_seed_and_task(runs: Path, suite: content.SuiteContent, written: Path) -> None:
+    (row,) = suite.differences
+    assert (row["label"], row["reference"]) == ("sphere", "none")
+    gains = [np.subtract(final_return(runs, f"crl-sphere-{s}"), final_return(runs, f"crl-none-{s}")) for s in (0, 1)]
+    assert row["crl"].value == pytest.approx(np.mean(gains))
+    ends = sorted(gain.mean() for gain in gains)  # of two seeds, the interval's ends are the two seeds alone
+    assert (row["crl"].low, row["crl"].high) == pytest.approx(tuple(ends))
+    assert row["gap"].value == pytest.approx(suite.rows[1]["gap"].value - suite.rows[0]["gap"].value)
+    table = pl.read_csv(written.parent / "tables" / "differences.csv")
+    assert table.filter(pl.col("number") == "crl")["value"].to_list() == [pytest.approx(np.mean(gains))]
+    shown = re.search(r'data-difference="crl"><b>(.*?)</b><small>(.*?)</small>', written.read_text())
+    assert shown
+    assert [float(word.replace("−", "-")) for word in (shown[1], *shown[2].split(" to "))] == [
+        pytest.approx(value, abs=0.006 if abs(np.mean(gains)) < 100 else 0.6) for value in (np.mean(gains), *ends)
+    ]
+
+
+def test_tracked_rank_is_that_of_the_report(tmp_path: Path) -> None:
+    """Training, the report and a diagnosis measure on one and the same probe batch, also where a suite has no tasks."""
+    words = [*TRAIN, "--protocol", "crl", "--tasks", *TASKS, "--spectrum-every", "256", "--out", str(tmp_path / "run")]
+    assert cli.main(["train", *words]) == 0
+    tracked = [row for row in RunFolder(tmp_path / "run").read("spectrum") if row["batch"] == "probe"]
+    taken = snapshots(tmp_path / "run")
+    assert [s.kernel_rank for s in taken] == pytest.approx([row["r_e_K"] for row in tracked], rel=1e-4)
+
+
+def test_sequences_are_not_mixed(runs: Path, tmp_path: Path) -> None:
+    """A CRL run on other tasks is a part of its own, RL runs belong to each sequence that has their task."""
+    root = tmp_path / "r"
+    for name in ("crl-none-0", "rl-none-0"):
+        shutil.copytree(runs / name, root / name)
+    other = ["--protocol", "crl", "--tasks", "MountainCarContinuous-v0", "--method", "none"]
+    assert cli.main(["train", *TRAIN, *other, "--out", str(root / "other")]) == 0
+    parts = load_results(root).by_sequence()
+    assert {name: sorted(part.runs["run"]) for name, part in parts.items()} == {
+        "gym": ["crl-none-0", "rl-none-0"],
+        "gym-2": ["other"],
+    }
+    html = page.write_page(root, tmp_path / "p").read_text()  # with policies of two observation sizes
+    assert '<h2 class="part">gym: MountainCarContinuous-v0</h2>' in html
+    found = data_of(tmp_path / "p" / "index.html")["geometry"]
+    assert {name: [one["task"] for one in views["none"]] for name, views in found.items()} == {
+        "gym": list(TASKS),
+        "gym-2": ["MountainCarContinuous-v0"],
+    }
+    assert (tmp_path / "p" / "figures" / "gym-2-geometry.png").is_file()
+
+
+def test_sequence_that_fails_where_observations_change_is_shown_as_far_as_it_came(tmp_path: Path) -> None:
+    tasks = ["--tasks", "Pendulum-v1", "MountainCarContinuous-v0", "--spectrum-every", "256"]
+    assert cli.main(["train", *TRAIN, *tasks, "--method", "none", "--out", str(tmp_path / "r" / "run")]) == 3
+    html = page.write_page(tmp_path / "r", tmp_path / "p").read_text()
+    assert "TrainingError: task MountainCarContinuous-v0 has" in html
+    views = data_of(tmp_path / "p" / "index.html")["geometry"]["gym"]
+    assert [one["task"] for one in views["none"]] == ["Pendulum-v1"]
+
+
+def test_broken_policy_is_missing_with_a_reason(runs: Path, tmp_path: Path) -> None:
+    for name in ("crl-none-0", "crl-sphere-0"):
+        shutil.copytree(runs / name, tmp_path / "r" / name)
+    broken = tmp_path / "r" / "crl-sphere-0" / "checkpoints" / f"task-00-{TASKS[0]}.pt"
+    broken.write_bytes(broken.read_bytes()[:-100])
+    html = page.write_page(tmp_path / "r", tmp_path / "p").read_text()
+    assert re.search(r'<p class="missing">Missing: sphere \(.*task-00-Pendulum-v1\.pt', html)
+    assert list(data_of(tmp_path / "p" / "index.html")["geometry"]["gym"]) == ["none"]
+
+
+def test_watch_follows_a_run_that_goes_on(tmp_path: Path) -> None:
+    """A run in another process; the page is made anew while it trains, and without the live button at its end."""
+    out, run = tmp_path / "p", tmp_path / "r" / "run"
+    words = [*TRAIN, "--tasks", "Pendulum-v1", "--steps-per-task", "200000", "--out", str(run)]
+    code = "import sys; from sphere_rl.cli import main; sys.exit(main())"
+    training = subprocess.Popen([sys.executable, "-c", code, "train", *words], stdout=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: len(RunFolder(run).read("eval")) > 1)
+        line = [sys.executable, "-c", code, "report", str(run.parent), "--out", str(out), "--watch", "1"]
+        watching = subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+        wait_until(lambda: (out / "index.html").is_file())
+        first = shown_steps(out)
+        wait_until(lambda: shown_steps(out)[-1] > first[-1])
+        assert shown_steps(out)[: len(first)] == first
+        assert 'id="live"' in (out / "index.html").read_text()
+        training.send_signal(signal.SIGINT)
+        assert training.wait(60) == 130
+        printed, _ = watching.communicate(timeout=120)
+    finally:
+        training.kill()
+        training.wait()
+    assert watching.returncode == 0
+    assert len(printed.splitlines()) >= 3
+    assert 'id="live"' not in (out / "index.html").read_text()
+    assert shown_steps(out) == [row["global_step"] for row in RunFolder(run).read("eval")]
+
+
+def shown_steps(out: Path) -> list[int]:
+    """Where the page's learning curve has points."""
+    (choice,) = data_of(out / "index.html")["panels"]["learning-gym"]["choices"].values()
+    return choice[1]["x"]
+
+
+def wait_until(true: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def test_watch_ends_with_the_runs(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

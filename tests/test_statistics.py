@@ -122,6 +122,48 @@ def test_paired_difference_uses_common_seeds_only() -> None:
     assert astuple(found) == approximately(0.15, 0.15, 0.15, 2)
 
 
+def test_differences_of_two_methods_by_hand() -> None:
+    """Ours gains 0.1 in every RL score; in CRL seed 0 gains 0.1 and 0.3, seed 1 gains 0.0 and 0.4; one seed more."""
+    theirs = evals()
+    change = {("rl", 0, 0): 0.1, ("rl", 0, 1): 0.1, ("rl", 1, 0): 0.1, ("rl", 1, 1): 0.1, ("crl", 0, 0): 0.1,
+              ("crl", 0, 1): 0.3, ("crl", 1, 1): 0.4}  # fmt: skip
+    ours = pl.DataFrame([
+        row | {"success_final": row["success_final"] + change.get((row["protocol"], row["seed"], row["task_index"]), 0)}
+        for row in theirs.iter_rows(named=True) if row["phase"] == "final"
+    ] + rows("crl", "final", 7, (1.0, 1.0)))  # fmt: skip
+    found = statistics.differences(ours, theirs, TASKS)
+    assert found["rl"] is not None
+    assert astuple(found["rl"]) == approximately(0.1, 0.1, 0.1, 2)
+    assert found["crl"] is not None
+    # whole seeds are drawn: both first, both second, or mixed
+    assert astuple(found["crl"]) == approximately((0.1 + 0.3 + 0.0 + 0.4) / 4, 0.2, 0.2, 2)
+    assert found["crl_iqm"] is not None
+    assert found["crl_iqm"].value == pytest.approx((0.1 + 0.3) / 2)
+    assert found["gap"] is not None
+    assert found["gap"].value == pytest.approx(0.1 - 0.2)
+    (before,), (after,) = (
+        statistics.headline(lines.filter(pl.col("seed") < 2), {"s": TASKS}) for lines in (theirs, ours)
+    )
+    assert found["gap"].value == pytest.approx(after["gap"].value - before["gap"].value)
+    assert found["retention"] is None
+
+
+def test_stratified_interval_is_that_of_a_loop() -> None:
+    """SciPy's multi-sample bootstrap against drawing the seeds of each task one by one."""
+    scores, rng = np.random.default_rng(0).random((8, 3)), np.random.default_rng(5)
+    draws = [np.mean([rng.choice(scores[:, task], 8).mean() for task in range(3)]) for _ in range(4000)]
+    found = statistics.estimate(scores, "rl")
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(draws, [0.025, 0.975])), abs=0.015)
+
+
+def test_returns_have_no_forward_transfer() -> None:
+    lines = evals().with_columns(mean_return=-1000 * pl.col("success_final"))
+    (row,) = statistics.headline(lines, {"s": TASKS}, "mean_return")
+    assert row["crl"].value == pytest.approx(-550)
+    assert row["forward_transfer"] is None
+
+
 def test_area_under_curve_by_hand() -> None:
     """Held at 0.2 to step 20, trapezoid to 0.6 at 60, held to 100: (0.2·20 + 0.4·40 + 0.6·40) / 100."""
     assert statistics.area_under_curve([60, 20], [0.6, 0.2], 100) == pytest.approx(0.44)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from sphere_rl import cli
 from sphere_rl.errors import CommandLineError, ConfigError
 from sphere_rl.runs import RunFolder
 from sphere_rl.sweep import command, default_jobs, parse
@@ -195,20 +197,29 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("kill", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(
+    ("kill", "code", "all_at_once"),
+    [(signal.SIGINT, 130, False), (signal.SIGKILL, -9, False), (signal.SIGKILL, -9, True)],
+    ids=["interrupt", "kill", "kill the run, too"],
+)
 def test_killed_sweep_is_finished_by_the_same_command(
-    tmp_path: Path, whole: Path, kill: signal.Signals, code: int
+    tmp_path: Path, whole: Path, kill: signal.Signals, code: int, all_at_once: bool
 ) -> None:
-    """Ctrl-C stops the run politely, SIGKILL takes it along; what the second sweep finishes is bitwise the whole."""
+    """Ctrl-C stops the run politely, SIGKILL takes it along; what the second sweep finishes is bitwise the whole.
+
+    All at once, as when a machine goes down, not even the run's status can say that it was stopped.
+    """
     folder = tmp_path / "cut" / "gym-crl-topk_moe-none-seed0"
     first = sweep_process(folder.parent, *LONG)
     wait_until(lambda: (folder / "train.jsonl").is_file() and len(RunFolder(folder).read("train")) > 2)
     children = children_of(first.pid)
     assert len(children) == 1
+    for pid in children if all_at_once else []:
+        os.kill(pid, kill)
     os.kill(first.pid, kill)
     assert first.wait(60) == code
     wait_until(lambda: not Path(f"/proc/{children[0]}").exists(), 30)
-    assert RunFolder(folder).status()["state"] == "interrupted"
+    assert RunFolder(folder).status()["state"] == ("running" if all_at_once else "interrupted")
     assert command([*GYM, "--methods", "none", *LONG, "--out", str(folder.parent)]) == 0
     assert (folder / "eval.jsonl").read_bytes() == whole.read_bytes()
     assert last_row(folder / "train.jsonl")["global_step"] == 2048
@@ -232,3 +243,43 @@ def test_ray_gives_the_same_evaluations(tmp_path: Path) -> None:
     for name in ("gym-crl-topk_moe-none-seed0", "gym-crl-topk_moe-sphere-seed0"):
         ours, theirs = (tmp_path / engine / name / "eval.jsonl" for engine in ("local", "ray"))
         assert ours.read_bytes() == theirs.read_bytes() != b""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ray_goes_on_after_a_lost_worker(tmp_path: Path, whole: Path) -> None:
+    """The worker of a run is killed; Ray starts the run again, from its checkpoint, and it ends as the whole one."""
+    pytest.importorskip("ray", reason="ray is not installed")
+    folder = tmp_path / "out" / whole.parent.name
+    sweep = sweep_process(folder.parent, *LONG, "--engine", "ray", "--jobs", "1")
+    try:
+        wait_until(lambda: (folder / "train.jsonl").is_file() and len(RunFolder(folder).read("train")) > 2)
+        (run,) = processes_of(folder)
+        worker = int(Path(f"/proc/{run}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: run not in processes_of(folder), 60)
+        assert sweep.wait(200) == 0
+    finally:
+        sweep.kill()
+        sweep.wait()
+    assert (folder / "eval.jsonl").read_bytes() == whole.read_bytes()
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Processes that train this run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().split(b"\0")
+            if str(folder).encode() in words and b"sphere_rl.cli" in words:
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_report_follows_the_sweep(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """One command from nothing to the page."""
+    words = ["sweep", *GYM, "--methods", "none", "sphere", "--out", str(tmp_path / "s"), "--report"]
+    assert cli.main(words) == 0
+    assert (tmp_path / "s" / "page" / "index.html").is_file()
+    assert (tmp_path / "s" / "page" / "figures" / "gym-rank.png").is_file()
+    assert "2 of 2 runs finished.\n" in capfd.readouterr().out

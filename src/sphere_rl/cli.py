@@ -195,7 +195,7 @@ def sweep(words: list[str]) -> int | None:
     """Train a grid of runs on this machine or a Ray cluster."""
     from sphere_rl.sweep import command
 
-    return command(words)
+    return command(words, report)
 
 
 def report(words: list[str]) -> int | None:

@@ -71,8 +71,11 @@ def save(figure: Figure, path: Path | str) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     metadata: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
     with matplotlib.rc_context(STYLE):
+        figure.draw_without_rendering()  # lays out once for all formats
+        figure.set_layout_engine("none")
+        box = figure.get_tightbbox().padded(0.1)
         for kind in FORMATS:
-            figure.savefig(stem.with_suffix(f".{kind}"), dpi=200, bbox_inches="tight", metadata=metadata.get(kind))
+            figure.savefig(stem.with_suffix(f".{kind}"), dpi=200, bbox_inches=box, metadata=metadata.get(kind))
     return [stem.with_suffix(f".{kind}") for kind in FORMATS]
 
 
@@ -95,6 +98,8 @@ def geometry(snapshots: Mapping[str, Sequence[Snapshot]], caption: str) -> Figur
 
     Semi-axes are λ₁, λ₂, λ₃ of the eNTK on the probe batch, divided by λ₁.
     """
+    from matplotlib.colors import LightSource
+
     width = max((len(row) for row in snapshots.values()), default=0)
     if not width:
         return missing("No policies at the ends of tasks yet", caption)
@@ -104,16 +109,21 @@ def geometry(snapshots: Mapping[str, Sequence[Snapshot]], caption: str) -> Figur
             place = i * width + snapshot.task_index + 1
             axes: Any = figure.add_subplot(len(snapshots), width, place, projection="3d")
             axes.plot_wireframe(*ellipsoid(np.ones(3)), color="#999999", linewidth=0.3, alpha=0.5, rcount=12, ccount=16)
-            axes.plot_surface(*ellipsoid(snapshot.semi_axes), color=COLORS[i % len(COLORS)], alpha=0.85, linewidth=0)
-            axes.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1), box_aspect=(1, 1, 1))
+            axes.plot_surface(
+                *ellipsoid(snapshot.semi_axes), color=COLORS[i % len(COLORS)], linewidth=0, rasterized=True,
+                antialiased=False, lightsource=LightSource(azdeg=225, altdeg=50),
+            )  # fmt: skip
+            axes.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
+            axes.set_box_aspect((1, 1, 1), zoom=1.35)
             axes.set_axis_off()
             axes.set_title(f"{method}\n{snapshot.task}, $r_e(K)$ = {snapshot.kernel_rank:.1f}", fontsize=8)
     return _captioned(figure, caption)
 
 
-def ellipsoid(semi_axes: Float[ndarray, "3"], points: int = 32) -> tuple[ndarray, ndarray, ndarray]:
+def ellipsoid(semi_axes: Float[ndarray, "3"], points: int = 21) -> tuple[ndarray, ndarray, ndarray]:
     """Surface of an ellipsoid, longest axis first: x, y and z on a grid."""
-    azimuth, height = np.meshgrid(np.linspace(0, 2 * np.pi, points), np.linspace(0, np.pi, points))
+    # from the south pole up: so the faces' normals point outwards, towards the light
+    azimuth, height = np.meshgrid(np.linspace(0, 2 * np.pi, points), np.linspace(np.pi, 0, points))
     sphere = np.cos(azimuth) * np.sin(height), np.sin(azimuth) * np.sin(height), np.cos(height)
     return tuple(axis * side for axis, side in zip(semi_axes, sphere, strict=True))  # type: ignore[return-value]
 

@@ -19,14 +19,17 @@ from sphere_rl.checkpoint import task_checkpoints
 from sphere_rl.config import from_dict
 from sphere_rl.policies import load_policy
 from sphere_rl.probe import probe_batch
+from sphere_rl.ranks import gram_eigenvalues
 from sphere_rl.runs import RunFolder
 from sphere_rl.spectrum import effective_rank, entk
 
+ITERATIONS = 500
+"""Of t-SNE, half of them with exaggerated attraction: a few hundred states have settled by then."""
 MAX_ROWS = 1024
 """Rows of K at most; with many outputs fewer states are used, so that its eigenvalues take a second, not a minute."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Snapshot:
     """The policy at the end of one task, on the probe batch.
 
@@ -78,12 +81,11 @@ def _snapshot(path: Path, _: int) -> Snapshot:
     kernel = torch.linalg.eigvalsh(entk(policy.actor, observation).double()).flip(0).clamp(min=0)
     with torch.no_grad():
         features = policy.actor.trace(policy.normalize(torch.as_tensor(states))).features[-1].weighted()
-    sigma = torch.linalg.svdvals(features.double())
     return Snapshot(
         task_index=index,
         task=config.task_sequence[index],
         kernel_eigenvalues=kernel.numpy(),
-        feature_eigenvalues=(sigma.square() / len(states)).numpy(),
+        feature_eigenvalues=gram_eigenvalues(features).flip(0).numpy(),
         features=features.numpy(),
     )
 
@@ -93,8 +95,17 @@ def dominant_direction(features: Float[ndarray, "N m"], shown: int = 5) -> Int[n
 
     φ_n = Σ_i (σ_i u_ni) v_i: the index of the largest |σ_i u_ni|, capped. All 0 where Φ has collapsed to a line.
     """
-    u, sigma, _ = np.linalg.svd(np.asarray(features, np.float64), full_matrices=False)
-    return np.minimum(np.abs(u * sigma).argmax(axis=1), shown - 1)
+    return np.minimum(np.abs(coordinates(features)).argmax(axis=1), shown - 1)
+
+
+def coordinates(features: Float[ndarray, "N m"]) -> Float[ndarray, "N N"]:
+    """σ_i u_ni: features along their singular directions, the longest first, by the Gram matrix ΦΦᵀ.
+
+    Distances between states are those of Φ, in N columns instead of thousands.
+    """
+    phi = torch.as_tensor(features, dtype=torch.float64)
+    squares, u = torch.linalg.eigh(phi @ phi.T)
+    return (u * squares.clamp(min=0).sqrt()).flip(1).numpy()
 
 
 def embed(features: Float[ndarray, "N m"], seed: int = 0) -> Float[ndarray, "N 2"]:
@@ -103,9 +114,19 @@ def embed(features: Float[ndarray, "N m"], seed: int = 0) -> Float[ndarray, "N 2
     Raises ImportError without scikit-learn. Features that are all equal stay one point.
     """
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     if np.ptp(features, axis=0).max() == 0:
         return np.zeros((len(features), 2))
+    states = coordinates(features - features.mean(axis=0))
+    start = 1e-4 * states[:, :2] / states[:, 0].std()
     perplexity = min(30.0, (len(features) - 1) / 3)
-    # Exact: for a few hundred states it is the faster method, and it does not spin on threads that others need.
-    return TSNE(perplexity=perplexity, init="pca", random_state=seed, method="exact").fit_transform(features)
+    with threadpool_limits(1):  # for a few hundred states more threads only spin
+        model = TSNE(perplexity=perplexity, init=start.astype(np.float32), random_state=seed, max_iter=ITERATIONS)
+        return model.fit_transform(states.astype(np.float32))
+
+
+@cache
+def embedding(snapshot: Snapshot) -> tuple[Float[ndarray, "N 2"], Int[ndarray, "N"]]:
+    """A snapshot's features embedded, and each state's dominant direction; kept in memory as the snapshot is."""
+    return embed(snapshot.features), dominant_direction(snapshot.features)

@@ -60,6 +60,32 @@ class Results:
             names.extend(task for task in row["tasks"] if task not in names)
         return {suite: tuple(names) for suite, names in found.items()}
 
+    def by_sequence(self) -> dict[str, Results]:
+        """Results of each suite apart, and of each task sequence where CRL runs of a suite differ in theirs.
+
+        RL runs belong to every sequence that has their tasks; those of no sequence are a part of their own. The first
+        part of a suite has the suite's name, the others ``NAME-2`` and so on.
+        """
+        parts = {}
+        for suite in self.tasks:
+            runs = self.runs.filter(pl.col("suite") == suite).select("run", "protocol", "tasks").rows()
+            crl = dict.fromkeys(tuple(tasks) for _, protocol, tasks in runs if protocol == "crl")
+            members = [
+                [
+                    run
+                    for run, protocol, tasks in runs
+                    if tuple(tasks) == one or (protocol == "rl" and {*tasks} <= {*one})
+                ]
+                for one in sorted(crl, key=len, reverse=True)
+            ]
+            known = {run for names in members for run in names}
+            if rest := [run for run, _, _ in runs if run not in known]:
+                members.append(rest)
+            for i, names in enumerate(members):
+                tables = (table.filter(pl.col("run").is_in(names)) for table in (self.runs, self.evals, self.spectra))
+                parts[f"{suite}-{i + 1}" if i else suite] = Results(self.root, *tables)
+        return parts
+
 
 def run_folders(root: Path | str) -> list[Path]:
     """Every run folder at or below ``root``, by name."""

@@ -19,6 +19,8 @@ from numpy import ndarray
 CONFIDENCE = 0.95
 RESAMPLES = 2000
 GROUP = ("suite", "actor", "method")
+SHARES = ("success_final", "success_once")
+"""Scores between 0 and 1; forward transfer has no meaning for others."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,13 @@ def paired_difference(
     ours: pl.DataFrame, theirs: pl.DataFrame, protocol: str, statistic: Statistic = mean, *, seed: int = 0
 ) -> Estimate | None:
     """Statistic of ours − theirs, entry by entry over the (seed, task) that both have: columns seed, place, score."""
+    return estimate(matrix(paired_scores(ours, theirs)), protocol, statistic, seed=seed)
+
+
+def paired_scores(ours: pl.DataFrame, theirs: pl.DataFrame) -> pl.DataFrame:
+    """Return ours − theirs for every (seed, task) that both have: columns seed, place, score."""
     both = ours.join(theirs, on=["seed", "place"], suffix="_theirs")
-    difference = both.select("seed", "place", score=pl.col("score") - pl.col("score_theirs"))
-    return estimate(matrix(difference), protocol, statistic, seed=seed)
+    return both.select("seed", "place", score=pl.col("score") - pl.col("score_theirs"))
 
 
 def gap(rl: Float[ndarray, "S T"], crl: Float[ndarray, "R T"], *, seed: int = 0) -> Estimate | None:
@@ -212,7 +218,8 @@ def _summary(evals: pl.DataFrame, tasks: Sequence[str], column: str) -> dict[str
     kept = retention_scores(by_protocol["crl"], tasks, column)
     lost = forgetting_scores(scores["crl"], kept)
     trained = evals.filter(pl.col("phase") == "final")["task_step"].to_list()
-    transfer = forward_transfer_scores(evals, tasks, max(trained, default=1), column)
+    steps = max(trained, default=1)
+    transfer = forward_transfer_scores(evals if column in SHARES else evals.clear(), tasks, steps, column)
     return {
         "rl": estimate(rl, "rl"),
         "crl": estimate(crl, "crl"),
@@ -221,6 +228,28 @@ def _summary(evals: pl.DataFrame, tasks: Sequence[str], column: str) -> dict[str
         "retention": estimate(matrix(kept, places), "crl"),
         "forgetting": estimate(matrix(lost, places), "crl"),
         "forward_transfer": estimate(matrix(transfer, places), "crl"),
+    }
+
+
+def differences(
+    ours: pl.DataFrame, theirs: pl.DataFrame, tasks: Sequence[str], column: str = "success_final"
+) -> dict[str, Estimate | None]:
+    """What one method gains over another, paired by seed and task: evaluations of each → ours − theirs of each number.
+
+    ``gap``: the difference of the two RL − CRL gaps, from the paired differences in rl and in crl.
+    """
+    paired: dict[str, Float[ndarray, "S T"]] = {}
+    for name, protocol, scores in (
+        ("rl", "rl", final_scores), ("crl", "crl", final_scores), ("retention", "crl", retention_scores),
+    ):  # fmt: skip
+        both = [scores(evals.filter(pl.col("protocol") == protocol), tasks, column) for evals in (ours, theirs)]
+        paired[name] = matrix(paired_scores(*both), range(len(tasks)))
+    return {
+        "rl": estimate(paired["rl"], "rl"),
+        "crl": estimate(paired["crl"], "crl"),
+        "crl_iqm": estimate(paired["crl"], "crl", iqm),
+        "gap": gap(paired["rl"], paired["crl"]),
+        "retention": estimate(paired["retention"], "crl"),
     }
 
 

@@ -16,7 +16,9 @@ def command(words: list[str]) -> int | None:
     options.add_argument("--watch", type=positive, metavar="SECONDS", help="make it anew whenever the runs moved on")
     given = options.parse_args(words)
     from sphere_rl.report.page import write_page
+    from sphere_rl.runtime import tune_process
 
+    tune_process(1)  # the matrices are small: more threads only spin, and take cores from runs that go on
     if given.watch is None:
         print(write_page(given.runs, given.out))
         return 0

@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 
 from sphere_rl import figures, geometry, statistics
+from sphere_rl.errors import ConfigError, RunFolderError
 from sphere_rl.geometry import Snapshot
 from sphere_rl.report import panels
 from sphere_rl.report.panels import Panel
@@ -24,35 +25,42 @@ if TYPE_CHECKING:
 DIRECTIONS = ("1st", "2nd", "3rd", "4th", "5th or later")
 NOT_METRICS = {"run", "suite", "protocol", "actor", "method", "seed", "global_step", "task_index", "task", "task_step"}
 FIRST_METRICS = ("r_e_K", "r_e_A")
-ABLATION = "sphere"
+BARS = {"barmode": "group", "xaxis": {"showgrid": False}}
+PLAIN, ABLATION = "none", "sphere"
 
 
 @dataclass(frozen=True)
 class SuiteContent:
-    """One suite of a report; ``results`` may hold others."""
+    """One suite, or one task sequence of it: a part of `Results.by_sequence` and its name."""
 
     name: str
     results: Results
 
-    @cached_property
+    @property
     def runs(self) -> pl.DataFrame:
-        """The suite's runs."""
-        return self.results.runs.filter(pl.col("suite") == self.name)
+        """One row a run folder."""
+        return self.results.runs
 
     @cached_property
     def evals(self) -> pl.DataFrame:
-        """The suite's evaluations, ``label`` added, and ``position``: where in the sequence's steps each was made."""
+        """Evaluations, ``label`` added, and ``position``: where in the sequence's steps each was made."""
         return self._placed(self.results.evals)
 
     @cached_property
     def spectra(self) -> pl.DataFrame:
-        """The suite's spectrum lines, with ``label`` and ``position`` as above."""
+        """Spectrum lines, with ``label`` and ``position`` as above."""
         return self._placed(self.results.spectra)
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Tasks in training order."""
-        return self.results.tasks[self.name]
+        (tasks,) = self.results.tasks.values()
+        return tasks
+
+    @property
+    def suite(self) -> str:
+        """The suite's name."""
+        return self.runs["suite"][0]
 
     @property
     def steps(self) -> int:
@@ -72,13 +80,13 @@ class SuiteContent:
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
         """Headline numbers, a row a (actor, method), those of plain PPO first; ``label`` added."""
-        found = statistics.headline(self.evals, {self.name: self.tasks}, self.score)
+        found = statistics.headline(self.evals, self.results.tasks, self.score)
         known = {(row["actor"], row["method"]) for row in found}
         empty = dict.fromkeys(("rl", "crl", "crl_iqm", "gap", "retention", "forgetting", "forward_transfer"))
         for actor, method in self.runs.select("actor", "method").unique(maintain_order=True).iter_rows():
             if (actor, method) not in known:
-                found.append({"suite": self.name, "actor": actor, "method": method} | empty)
-        found.sort(key=lambda row: (row["actor"], row["method"].split()[0] != "none", row["method"]))
+                found.append({"suite": self.suite, "actor": actor, "method": method} | empty)
+        found.sort(key=lambda row: (row["actor"], row["method"].split()[0] != PLAIN, row["method"]))
         return [row | {"label": self._label(row["actor"], row["method"])} for row in found]
 
     @cached_property
@@ -87,15 +95,45 @@ class SuiteContent:
         return [row["label"] for row in self.rows]
 
     @cached_property
+    def differences(self) -> list[dict[str, Any]]:
+        """What each method gains over plain PPO under the same actor and settings, paired by seed and task."""
+        found = []
+        for row in self.rows:
+            settings = set(row["method"].split()[1:])
+            plain = [
+                other for other in self.rows
+                if other["actor"] == row["actor"] and other["method"].split()[0] == PLAIN
+                and set(other["method"].split()[1:]) <= settings
+            ]  # fmt: skip
+            if plain and row["method"].split()[0] != PLAIN:
+                ours, theirs = (self.evals.filter(pl.col("label") == one["label"]) for one in (row, plain[0]))
+                names = {"label": row["label"], "actor": row["actor"], "method": row["method"]}
+                numbers = statistics.differences(ours, theirs, self.tasks, self.score)
+                found.append(names | {"reference": plain[0]["label"]} | numbers)
+        return found
+
+    @property
     def snapshots(self) -> dict[str, list[Snapshot]]:
         """For each label the policies at the ends of the tasks, of the CRL run of its lowest seed."""
-        found: dict[str, list[Snapshot]] = {}
+        return {label: taken for label, taken in self._geometry.items() if isinstance(taken, list)}
+
+    @property
+    def absent(self) -> dict[str, str]:
+        """For each label without snapshots the reason."""
+        return {label: why for label, why in self._geometry.items() if isinstance(why, str)}
+
+    @cached_property
+    def _geometry(self) -> dict[str, list[Snapshot] | str]:
+        found: dict[str, list[Snapshot] | str] = dict.fromkeys(self.labels, "no CRL policy at the end of a task yet")
         crl = self.runs.filter(pl.col("protocol") == "crl").sort("seed", maintain_order=True)
         for row in crl.iter_rows(named=True):
             label = self._label(row["actor"], row["method"])
-            if label not in found and (taken := geometry.snapshots(self.results.folder(row["run"]).path)):
-                found[label] = taken
-        return {label: found[label] for label in self.labels if label in found}
+            if isinstance(found[label], str):
+                try:
+                    found[label] = geometry.snapshots(self.results.folder(row["run"]).path) or found[label]
+                except (RunFolderError, ConfigError) as error:  # a broken checkpoint, a task that is not known here
+                    found[label] = str(error)
+        return found
 
     @cached_property
     def loads(self) -> dict[str, tuple[list[int], np.ndarray]]:
@@ -124,22 +162,20 @@ class SuiteContent:
         """t-SNE of every snapshot's features, with each state's dominant direction; empty without scikit-learn."""
         if not find_spec("sklearn"):
             return {}
-        return {
-            label: [(s.task, geometry.embed(s.features), geometry.dominant_direction(s.features)) for s in row]
-            for label, row in self.snapshots.items()
-        }
+        return {label: [(s.task, *geometry.embedding(s)) for s in row] for label, row in self.snapshots.items()}
 
     def facts(self) -> str:
         """Seeds and steps, for captions."""
         seeds = ", ".join(map(str, sorted(self.runs["seed"].unique())))
         tasks = f"{len(self.tasks)} task{'s' if len(self.tasks) > 1 else ''}"
-        return f"{self.name}: {tasks} × {self.steps:,} steps, seed{'s' if ',' in seeds else ''} {seeds}."
+        return f"{self.suite}: {tasks} × {self.steps:,} steps, seed{'s' if ',' in seeds else ''} {seeds}."
 
     def curves(self, table: pl.DataFrame, column: str) -> list[figures.Curve]:
         """A curve for each label, in the headline's order; an index means the same colour in every figure."""
         found = {curve.label: curve for curve in figures.curves(table, "position", column, ["label"])}
         return [found.get(label, figures.Curve(label, (), (), (), (), 0)) for label in self.labels] if found else []
 
+    @cached_property
     def panels(self) -> list[Panel]:
         """All figures of the page but the 3-D view."""
         makers: Sequence[Callable[[], Panel]] = (
@@ -150,7 +186,7 @@ class SuiteContent:
 
     def drawings(self) -> dict[str, Figure]:
         """Figures for papers by file name, without the suite's name."""
-        by_title = {panel.figure: panel.caption for panel in self.panels()}
+        by_title = {panel.figure: panel.caption for panel in self.panels}
         measured = [curve for curve in self.curves(self.crl_probe, "r_e_K") if curve.x]
         learned = [curve for curve in self.curves(self._learned("crl"), self.score) if curve.x]
         score, plain = self.score_name, self._plain_rows()
@@ -179,7 +215,7 @@ class SuiteContent:
 
     def ablation(self) -> list[list[str]]:
         """Rows of the ablation table: plain PPO and every variant of SPHERE alone."""
-        chosen = [row for row in self.rows if row["method"].split()[0] in ("none", ABLATION)]
+        chosen = [row for row in self.rows if row["method"].split()[0] in (PLAIN, ABLATION)]
         return [[row["label"], *(str(row[name] or "–") for name in ("rl", "crl"))] for row in chosen]
 
     def rho_points(self) -> dict[float, dict[str, Estimate | None]]:
@@ -190,11 +226,13 @@ class SuiteContent:
 
     def _success(self) -> Panel:
         caption = f"Mean {self.score_name.lower()} at the end of training on each task, with 95 % bootstrap intervals "
-        caption += f"(none with one seed); a bar needs a seed that has finished all tasks. {self.facts()}"
+        absent = [f"{name.upper()} of {row['label']}" for row in self.rows for name in ("rl", "crl") if not row[name]]
+        caption += "(none with one seed); a bar needs a seed that has finished all tasks. "
+        caption += (f"Missing: {', '.join(absent)}. " if absent else "") + self.facts()
         known = any(row[protocol] for row in self.rows for protocol in ("rl", "crl"))
         choices = {"": panels.bars(self.rows, self.labels)} if known else {}
         return self._panel("success", f"{self.score_name} of RL and CRL by method", caption, choices,
-                           "no seed has finished all tasks yet", {"barmode": "group"}, y=self.score_name)  # fmt: skip
+                           "no seed has finished all tasks yet", BARS, y=self.score_name)  # fmt: skip
 
     def _architectures(self) -> Panel:
         rows = self._plain_rows()
@@ -202,7 +240,7 @@ class SuiteContent:
         choices = {"": panels.bars(rows, [row["actor"] for row in rows])} if known else {}
         caption = f"Plain PPO by architecture, as above. {self.facts()}"
         return self._panel("architectures", "RL and CRL by architecture", caption, choices,
-                           "runs of plain PPO with more than one architecture", {"barmode": "group"},
+                           "runs of plain PPO with more than one architecture", BARS,
                            y=self.score_name)  # fmt: skip
 
     def _learning(self) -> Panel:
@@ -247,7 +285,7 @@ class SuiteContent:
         )
         caption += "singular direction of Φ that a state's features are longest along. Lowest CRL seed. " + self.facts()
         reason = "no CRL policy at the end of a task yet" if find_spec("sklearn") else "scikit-learn is not installed"
-        layout = {"xaxis": {"showticklabels": False}, "yaxis": {"showticklabels": False}}
+        layout: dict[str, Any] = {axis: {"visible": False} for axis in ("xaxis", "yaxis")}
         return self._panel("features", "Weighted features", caption, panels.embeddings(self.embeddings, DIRECTIONS),
                            reason, layout, "snapshot")  # fmt: skip
 
@@ -280,13 +318,12 @@ class SuiteContent:
                      "" if choices else reason)  # fmt: skip
 
     def _plain_rows(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["method"] == "none"]
+        return [row for row in self.rows if row["method"] == PLAIN]
 
     def _learned(self, protocol: str) -> pl.DataFrame:
         return self.evals.filter((pl.col("protocol") == protocol) & pl.col("phase").is_in(["train", "final"]))
 
     def _placed(self, table: pl.DataFrame) -> pl.DataFrame:
-        table = table.filter(pl.col("suite") == self.name)
         place = pl.col("task").replace_strict({task: i for i, task in enumerate(self.tasks)}, return_dtype=pl.Int64)
         place = pl.when(pl.col("protocol") == "crl").then(pl.col("task_index")).otherwise(place)
         label = pl.struct("actor", "method").map_elements(

@@ -18,15 +18,17 @@
     return result;
   }
 
-  function layoutOf(panel) {
+  function layoutOf(panel, choice) {
     const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), linecolor: css("--line"), automargin: true };
     const font = getComputedStyle(document.body).fontFamily;
     const base = {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { family: font, color: css("--ink"), size: 13 },
-      margin: { l: 52, r: 12, t: 18, b: 44 }, xaxis: axis, yaxis: axis, hoverlabel: { font: { family: font }, namelength: -1 },
-      legend: { orientation: "h", y: narrow.matches ? -0.3 : -0.2, yanchor: "top", x: 0 }, bargap: 0.3, bargroupgap: 0.06,
+      margin: { l: 52, r: 12, t: 18, b: 76 }, xaxis: axis, yaxis: axis, hoverlabel: { font: { family: font }, namelength: -1 },
+      legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0 }, bargap: 0.3, bargroupgap: 0.06,
     };
     const layout = merge(base, panel.layout);
+    if (panel.choose === "metric") layout.yaxis = merge(layout.yaxis, { title: { text: choice } });
+    for (const name of ["xaxis", "yaxis"]) layout[name] = merge(layout[name], { title: { font: { size: 13, color: css("--soft") }, standoff: 8 } });
     for (const shape of layout.shapes || []) shape.line.color = css("--soft");
     if (layout.annotations) {
       layout.annotations = layout.annotations.map((note) => ({ ...note, font: { size: narrow.matches ? 8 : 10, color: css("--soft") } }));
@@ -54,7 +56,7 @@
     if (!box) return;
     const select = document.getElementById(`choose-${id}`);
     const choice = select ? select.value : Object.keys(panel.choices)[0];
-    Plotly.react(box, panel.choices[choice].map(paint), layoutOf(panel), config);
+    Plotly.react(box, panel.choices[choice].map(paint), layoutOf(panel, choice), config);
   }
 
   // ---- the unit sphere and its image under K
@@ -165,7 +167,7 @@
       for (const side of this.sides) {
         const found = this.snapshot(side);
         side.reading.innerHTML = found
-          ? `r<sub>e</sub>(K) = <b>${found.rank.toFixed(1)}</b> · λ₂/λ₁ = ${found.semi_axes[1].toFixed(3)} · λ₃/λ₁ = ${found.semi_axes[2].toFixed(3)}<br>λ₁ = ${found.largest.toPrecision(3)} · the three hold ${(100 * found.share).toFixed(0)} % of tr K`
+          ? `r<sub>e</sub>(K) = <b>${found.rank.toFixed(1)}</b> · λ₂/λ₁ = ${found.semi_axes[1].toFixed(3)} · λ₃/λ₁ = ${found.semi_axes[2].toFixed(3)}<br>λ₁ = ${found.largest.toLocaleString("en", { maximumSignificantDigits: 3 })} · the three hold ${(100 * found.share).toFixed(0)} % of tr K`
           : "missing: this run has not finished the task";
       }
     }

@@ -15,7 +15,7 @@ import polars as pl
 
 from sphere_rl import figures
 from sphere_rl.geometry import Snapshot
-from sphere_rl.report.content import SuiteContent
+from sphere_rl.report.content import ABLATION, PLAIN, SuiteContent
 from sphere_rl.results import Results, load_results
 from sphere_rl.runs import write_atomic
 from sphere_rl.statistics import Estimate
@@ -30,7 +30,8 @@ NUMBERS = {
     "forward_transfer": "Forward transfer",
 }
 """Columns of the headline table."""
-
+DIFFERENCES = ("rl", "crl", "crl_iqm", "gap", "retention")
+"""Columns of the table of differences to plain PPO."""
 
 FIGURES = {
     "geometry": "Figure 1, geometry",
@@ -51,14 +52,16 @@ FIGURES = {
 def write_page(runs: Path, out: Path, refresh: int | None = None) -> Path:
     """Write ``index.html``, ``figures/`` and ``tables/`` below ``out``; returns the page's path.
 
-    The page is one file without links to the network. With ``refresh`` it reloads itself after that many seconds.
+    The page is one file without links to the network. With ``refresh`` it reloads itself after that many seconds, and
+    figures that are there already are left for the call without it.
     """
     results = load_results(runs)
-    suites = [SuiteContent(name, results) for name in results.tasks]
+    suites = [SuiteContent(name, part) for name, part in results.by_sequence().items()]
     out.mkdir(parents=True, exist_ok=True)
-    for suite in suites:
-        for name, figure in suite.drawings().items():
-            figures.save(figure, out / "figures" / f"{suite.name}-{name}")
+    if refresh is None or not (out / "figures").is_dir():  # while runs go on, the page alone is made anew
+        for suite in suites:
+            for name, figure in suite.drawings().items():
+                figures.save(figure, out / "figures" / f"{suite.name}-{name}")
     _write_tables(suites, results, out / "tables")
     page = out / "index.html"
     write_atomic(page, render(suites, results, refresh).encode())
@@ -91,6 +94,8 @@ def render(suites: Sequence[SuiteContent], results: Results, refresh: int | None
         configs=_configs(results),
         commits=sorted(set(results.runs["commit"].drop_nulls())),
         numbers=NUMBERS,
+        differences=DIFFERENCES,
+        paper={name: title.partition(",")[0] for name, title in FIGURES.items() if title.startswith("Figure")},
         refresh=refresh,
     )
 
@@ -99,38 +104,51 @@ def _view(suite: SuiteContent) -> dict[str, Any]:
     """What the template shows of a suite."""
     return {
         "name": suite.name,
+        "suite": suite.suite,
         "facts": suite.facts(),
         "score": suite.score_name,
         "tasks": suite.tasks,
         "rows": [row | {"cells": {name: _cell(row[name]) for name in NUMBERS}} for row in suite.rows],
         "cards": _cards(suite),
-        "panels": [asdict(panel) for panel in suite.panels()],
+        "differences": [
+            row | {"cells": {name: _cell(row[name], signed=True) for name in DIFFERENCES}} for row in suite.differences
+        ],
+        "panels": [asdict(panel) for panel in suite.panels],
         "ablation": suite.ablation(),
         "geometry": {label: [_ellipsoid(s) for s in row] for label, row in suite.snapshots.items()},
         "geometry_caption": suite.geometry_caption(),
+        "absent": suite.absent,
         "figures": FIGURES,
     }
 
 
 def _cards(suite: SuiteContent) -> list[dict[str, str]]:
-    """The numbers at the top: the best-known comparison, plain PPO and SPHERE under the same actor, both in CRL."""
-    plain = next((row for row in suite.rows if row["method"] == "none"), None)
-    ours = next((row for row in suite.rows if row["method"].split()[0] == "sphere"), None)
-    cards = []
-    for name, title in (("crl", f"CRL {suite.score_name.lower()}"), ("gap", "RL − CRL gap")):
-        for row, who in ((plain, "plain PPO"), (ours, "SPHERE")):
-            found = row[name] if row else None
-            cards.append({"title": title, "who": row["label"] if row else who} | _cell(found))
-    return cards
+    """The numbers at the top: plain PPO and SPHERE under the same actor in CRL, their difference, their gaps to RL."""
+    plain = next((row for row in suite.rows if row["method"].split()[0] == PLAIN), {})
+    sphere = [row for row in suite.rows if row["method"].split()[0] == ABLATION]
+    ours = next((row for row in sphere if row["actor"] == plain.get("actor")), sphere[0] if sphere else {})
+    gained = next((row for row in suite.differences if row["label"] == ours.get("label")), {})
+    score = suite.score_name
+    names = plain.get("label", "plain PPO"), ours.get("label", "SPHERE")
+    pair = f"{names[1]} − {names[0]}"
+    return [
+        {"title": f"CRL {score.lower()}", "who": names[0]} | _cell(plain.get("crl")),
+        {"title": f"CRL {score.lower()}", "who": names[1]} | _cell(ours.get("crl")),
+        {"title": "Difference in CRL", "who": pair} | _cell(gained.get("crl"), signed=True),
+        {"title": "Difference of the RL − CRL gap", "who": pair} | _cell(gained.get("gap"), signed=True),
+    ]
 
 
-def _cell(found: Estimate | None) -> dict[str, str]:
-    """An estimate as text: value, interval, seeds."""
+def _cell(found: Estimate | None, signed: bool = False) -> dict[str, str]:
+    """An estimate as text: value, interval, seeds; differences with their sign."""
     if found is None:
         return {"value": "–", "interval": "missing", "seeds": ""}
-    digits = 2 if abs(found.value) < 100 else 0
-    between = "one seed" if found.low is None else f"{found.low:.{digits}f} to {found.high:.{digits}f}"
-    return {"value": f"{found.value:.{digits}f}", "interval": between, "seeds": str(found.seeds)}
+    form = f"{'+' if signed else ''}.{2 if abs(found.value) < 100 else 0}f"
+    value, *bounds = (
+        "" if number is None else format(number, form).replace("-", "−")
+        for number in (found.value, found.low, found.high)
+    )
+    return {"value": value, "interval": " to ".join(bounds) if bounds[0] else "one seed", "seeds": str(found.seeds)}
 
 
 def _ellipsoid(snapshot: Snapshot) -> dict[str, Any]:
@@ -187,14 +205,17 @@ def _sweep(results: Results) -> dict[str, Any]:
 def _write_tables(suites: Sequence[SuiteContent], results: Results, out: Path) -> None:
     """The tables behind the figures, as CSV."""
     out.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {"suite": suite.name, "actor": row["actor"], "method": row["method"], "number": name}
-        | {key: getattr(row[name], key, None) for key in ("value", "low", "high", "seeds")}
-        for suite in suites
-        for row in suite.rows
-        for name in NUMBERS
-    ]
-    pl.DataFrame(rows, infer_schema_length=None).write_csv(out / "headline.csv")
+    for file, wanted in (("headline", NUMBERS), ("differences", DIFFERENCES)):
+        rows = [
+            {"part": suite.name, "actor": row["actor"], "method": row["method"], "number": name}
+            | {key: getattr(row[name], key, None) for key in ("value", "low", "high", "seeds")}
+            for suite in suites
+            for row in (suite.rows if file == "headline" else suite.differences)
+            for name in wanted
+        ]
+        columns = dict.fromkeys(("part", "actor", "method", "number"), pl.String)
+        columns |= dict.fromkeys(("value", "low", "high"), pl.Float64) | {"seeds": pl.Int64}
+        pl.DataFrame(rows, schema=columns).write_csv(out / f"{file}.csv")
     results.evals.write_csv(out / "evaluations.csv")
     flat = [name for name, kind in results.spectra.schema.items() if not kind.is_nested()]
     results.spectra.select(flat).write_csv(out / "spectrum.csv")

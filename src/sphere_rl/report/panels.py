@@ -171,6 +171,6 @@ def _error_bars(found: Sequence[Estimate | None]) -> dict[str, Any]:
     known = [f if f is not None and f.low is not None and f.high is not None else None for f in found]
     return {
         "type": "data", "symmetric": False, "thickness": 1.4,
-        "array": [f.high - f.value if f and f.high is not None else 0 for f in known],
-        "arrayminus": [f.value - f.low if f and f.low is not None else 0 for f in known],
+        "array": [f.high - f.value if f and f.high is not None else None for f in known],
+        "arrayminus": [f.value - f.low if f and f.low is not None else None for f in known],
     }  # fmt: skip

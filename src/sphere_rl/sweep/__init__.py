@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ SINGULAR = {"--protocol", "--actor", "--method", "--seed", "--suites"}
 """Flags of ``sphere train`` that a sweep has as axes."""
 
 
-def command(words: list[str]) -> int | None:
-    """Train a grid of runs on this machine or a Ray cluster."""
+def command(words: list[str], report: Callable[[list[str]], object] | None = None) -> int | None:
+    """Train a grid of runs on this machine or a Ray cluster; ``report`` is called with words of ``sphere report``."""
     from sphere_rl.sweep.plan import Grid, load_grid, plan, record, state
 
     given, rest = parse(words)
@@ -38,8 +38,11 @@ def command(words: list[str]) -> int | None:
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already", flush=True)
     codes = execute(engine, waiting, len(runs) - len(waiting))
     failed = [run for run in waiting if codes[run.name]]
+    if given.report and report:  # failures do not hide what the others have found
+        report([str(given.out), "--out", str(given.out / "page")])
     if not failed:
-        print(f"{len(runs)} of {len(runs)} runs finished. Look at them with: sphere report {given.out}")
+        hint = "" if given.report else f" Look at them with: sphere report {given.out}"
+        print(f"{len(runs)} of {len(runs)} runs finished.{hint}")
         return 0
     from sphere_rl.sweep.cost import reason
 
@@ -53,7 +56,8 @@ def parse(words: list[str]) -> tuple[Any, list[str]]:
     """The sweep's own flags, and the words that are for ``sphere train``."""
     options = ArgumentParser(
         prog="sphere sweep",
-        description=f"{command.__doc__} Any other flag of `sphere train` is passed to every run.",
+        description="Train a grid of runs on this machine or a Ray cluster. "
+        "Any other flag of `sphere train` is passed to every run.",
         allow_abbrev=False,
     )
     options.add_argument("--config", type=Path, help="TOML file with axes, [grid] and [train]; flags win")
@@ -71,6 +75,7 @@ def parse(words: list[str]) -> tuple[Any, list[str]]:
     options.add_argument("--engine", choices=("local", "ray"), default="local")
     options.add_argument("--jobs", type=positive, help="runs side by side (as many as there are cores for)")
     options.add_argument("--address", help="address of a Ray cluster; without one, a Ray of this machine")
+    options.add_argument("--report", action="store_true", help="make the report afterwards, in OUT/page")
     options.add_argument("--dry-run", action="store_true", help="print the runs, their steps and their hours")
     given, rest = options.parse_known_args(words)
     for word in rest:
