@@ -110,8 +110,8 @@ def geometry(snapshots: Mapping[str, Sequence[Snapshot]], caption: str) -> Figur
             axes: Any = figure.add_subplot(len(snapshots), width, place, projection="3d")
             axes.plot_wireframe(*ellipsoid(np.ones(3)), color="#999999", linewidth=0.3, alpha=0.5, rcount=12, ccount=16)
             axes.plot_surface(
-                *ellipsoid(snapshot.semi_axes), color=COLORS[i % len(COLORS)], linewidth=0, rasterized=True,
-                antialiased=False, lightsource=LightSource(azdeg=225, altdeg=50),
+                *ellipsoid(snapshot.semi_axes), color=COLORS[i % len(COLORS)], linewidth=0, antialiased=False,
+                lightsource=LightSource(azdeg=225, altdeg=50),
             )  # fmt: skip
             axes.set(xlim=(-1, 1), ylim=(-1, 1), zlim=(-1, 1))
             axes.set_box_aspect((1, 1, 1), zoom=1.35)
@@ -193,7 +193,9 @@ def routing(loads: Mapping[str, tuple[Sequence[int | float], Float[ndarray, "T E
     for i, (label, (steps, load)) in enumerate(loads.items()):
         axes = figure.add_subplot(len(loads), 1, i + 1)
         edges = np.append(0, steps)
-        mesh = axes.pcolormesh(edges, np.arange(load.shape[1] + 1), load.T, cmap="cividis", vmin=0, vmax=1)
+        mesh = axes.pcolormesh(
+            edges, np.arange(load.shape[1] + 1), load.T, cmap="cividis", vmin=0, vmax=1, rasterized=True
+        )
         axes.set(title=label, ylabel="Expert", yticks=np.arange(load.shape[1]) + 0.5)
         axes.set_yticklabels(map(str, range(load.shape[1])), fontsize=6)
         axes.grid(visible=False)
@@ -261,7 +263,16 @@ def proxy_scatter(table: pl.DataFrame, caption: str) -> Figure:
     axes = figure.add_subplot()
     groups = table.group_by("method", maintain_order=True)
     for (method, group), color, marker in zip(groups, cycle(COLORS), cycle(MARKERS), strict=False):
-        axes.scatter(group["r_e_A"], group["r_e_K"], s=9, color=color, marker=marker, alpha=0.7, label=str(method[0]))
+        axes.scatter(
+            group["r_e_A"],
+            group["r_e_K"],
+            s=9,
+            color=color,
+            marker=marker,
+            alpha=0.7,
+            label=str(method[0]),
+            rasterized=True,
+        )
     axes.set(xlabel="$r_e(A)$, last expert layer", ylabel="$r_e(K)$")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     if table["r_e_A"].n_unique() > 1 and table["r_e_K"].n_unique() > 1:
