@@ -18,6 +18,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from gymnasium.envs.classic_control.pendulum import PendulumEnv
 
 from sphere_rl import cli, report
 from sphere_rl.config import from_dict
@@ -254,11 +255,21 @@ def test_sequences_are_not_mixed(runs: Path, tmp_path: Path) -> None:
     assert (tmp_path / "p" / "figures" / "gym-2-geometry.png").is_file()
 
 
-def test_sequence_that_fails_where_observations_change_is_shown_as_far_as_it_came(tmp_path: Path) -> None:
-    tasks = ["--tasks", "Pendulum-v1", "MountainCarContinuous-v0", "--spectrum-every", "256"]
+class Ruined(PendulumEnv):
+    """An environment whose rewards are not numbers."""
+
+    def step(self, u):
+        return *super().step(u)[:1], float("nan"), False, False, {}
+
+
+gymnasium.register("RuinedPendulum-v0", Ruined, max_episode_steps=100, disable_env_checker=True)
+
+
+def test_sequence_that_fails_in_its_second_task_is_shown_as_far_as_it_came(tmp_path: Path) -> None:
+    tasks = ["--tasks", "Pendulum-v1", "RuinedPendulum-v0", "--spectrum-every", "256"]
     assert cli.main(["train", *TRAIN, *tasks, "--method", "none", "--out", str(tmp_path / "r" / "run")]) == 3
     html = page.write_page(tmp_path / "r", tmp_path / "p").read_text()
-    assert "TrainingError: task MountainCarContinuous-v0 has" in html
+    assert "TrainingError: task RuinedPendulum-v0, iteration 1" in html
     views = data_of(tmp_path / "p" / "index.html")["geometry"]["gym"]
     assert [one["task"] for one in views["none"]] == ["Pendulum-v1"]
 

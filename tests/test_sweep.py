@@ -156,16 +156,16 @@ def test_grid_runs_skips_and_refuses(tmp_path: Path, capfd: pytest.CaptureFixtur
 
 
 def test_failures_are_listed_and_the_rest_finishes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Tasks whose observations differ in size cannot share an agent; run alone, each of them can be trained."""
-    words = ["--suite", "gym", "--tasks", "Pendulum-v1", "MountainCarContinuous-v0", *TRAIN, "--methods", "none"]
+    """A rate at which the first step leaves nothing finite, beside a usual one."""
+    words = [*GYM, "--methods", "none", "--grid", "learning_rate", "1e38", "3e-4"]
     assert command([*words, "--protocols", "crl", "--out", str(tmp_path), "--jobs", "2"]) == 3
     printed = capfd.readouterr().out
-    assert "1 of 1 runs failed" in printed
-    assert "none-seed0: TrainingError: task MountainCarContinuous-v0 has Spaces(observation_dim=2," in printed
-    (run,) = plan(Grid(suites=("gym",), tasks=("Pendulum-v1", "MountainCarContinuous-v0"), train=tuple(TRAIN),
-                       methods=("none",)), tmp_path)  # fmt: skip
-    assert state(run) == "failed"
-    assert "TrainingError" in reason(run, run.log)
+    assert "1 of 2 runs failed" in printed
+    axis = ("learning_rate", ("1e38", "3e-4"))
+    bad, good = plan(grid(protocols=("crl",), methods=("none",), options=(axis,)), tmp_path)
+    assert f"{bad.name}: TrainingError: task Pendulum-v1, iteration 1: minibatch" in printed
+    assert (state(bad), state(good)) == ("failed", "finished")
+    assert "TrainingError" in reason(bad, bad.log)
 
 
 def sweep_process(out: Path, *words: str) -> subprocess.Popen[bytes]:
