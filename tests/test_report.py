@@ -262,7 +262,9 @@ class Ruined(PendulumEnv):
         return *super().step(u)[:1], float("nan"), False, False, {}
 
 
-gymnasium.register("RuinedPendulum-v0", Ruined, max_episode_steps=100, disable_env_checker=True)
+gymnasium.register(
+    "RuinedPendulum-v0", lambda **options: Ruined(**options), max_episode_steps=100, disable_env_checker=True
+)
 
 
 def test_sequence_that_fails_in_its_second_task_is_shown_as_far_as_it_came(tmp_path: Path) -> None:
