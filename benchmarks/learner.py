@@ -23,10 +23,13 @@ from torch import Tensor, nn
 
 from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override
-from sphere_rl.ppo import Minibatch, actor_step, critic_step
+from sphere_rl.lanes import two_lanes
+from sphere_rl.ppo import Minibatch, minibatch_step
 from sphere_rl.runtime import tune_process
 
 OBSERVATION_DIM, ACTION_DIM, WIDTH, EXPERTS, TOP_K = 51, 19, 256, 10, 2
+INNER = 8
+"""Minibatches of each learner at a time."""
 TARGETS = (
     "targets: reference/topk_moe at least 1.8 at 64 and 2.5 at 256; SPHERE at most +10 % (fixed, loss), +60 % (grad)"
 )
@@ -59,14 +62,15 @@ def sample_batch(size: int, observation_dim: int = OBSERVATION_DIM, action_dim: 
     )
 
 
-def learner(batch: Minibatch, changes: dict[str, object]) -> tuple[Agent, Callable[[], None]]:
-    """Make an agent of this package and its step on one minibatch."""
+def learner(batch: Minibatch, changes: dict[str, object], threads: int = 1) -> tuple[Agent, Callable[[], None]]:
+    """Make an agent of this package and its step on `INNER` minibatches."""
     config = override(TrainConfig(), changes)
     agent = Agent(config, Spaces(OBSERVATION_DIM, ACTION_DIM, discrete=False), seed=0)
 
     def step() -> None:
-        actor_step(agent, batch, config)
-        critic_step(agent, batch, config)
+        with two_lanes(threads):
+            for _ in range(INNER):
+                minibatch_step(agent, batch, config)
 
     return agent, step
 
@@ -101,7 +105,7 @@ class DenseExperts(nn.Module):
 
 
 def reference(batch: Minibatch, actor: DenseExperts) -> Callable[[], None]:
-    """The same minibatch in plain PyTorch."""
+    """The same minibatches in plain PyTorch."""
     critic = mlp(1)
     optimizers = [torch.optim.Adam(m.parameters(), lr=3e-4, eps=1e-5) for m in (actor, critic)]
 
@@ -111,7 +115,7 @@ def reference(batch: Minibatch, actor: DenseExperts) -> Callable[[], None]:
         nn.utils.clip_grad_norm_(module.parameters(), 0.5)
         optimizer.step()
 
-    def step() -> None:
+    def minibatch() -> None:
         policy = torch.distributions.Normal(actor(batch.observation), actor.log_std.exp(), validate_args=False)
         ratio = (policy.log_prob(batch.action).sum(1) - batch.log_prob).exp()
         advantage = (batch.advantage - batch.advantage.mean()) / (batch.advantage.std() + 1e-8)
@@ -119,6 +123,10 @@ def reference(batch: Minibatch, actor: DenseExperts) -> Callable[[], None]:
         descend(loss, actor, optimizers[0])
         value = critic(batch.observation).squeeze(1)
         descend(0.5 * (value - batch.value_target).square().mean(), critic, optimizers[1])
+
+    def step() -> None:
+        for _ in range(INNER):
+            minibatch()
 
     return step
 
@@ -136,28 +144,28 @@ class Still(gymnasium.Env):
         return np.zeros(OBSERVATION_DIM, np.float32), 0.0, False, False, {}
 
 
-def stable_baselines(size: int, inner: int) -> Callable[[], None]:
-    """``inner`` minibatches of Stable-Baselines3's PPO."""
+def stable_baselines(size: int) -> Callable[[], None]:
+    """As many minibatches of Stable-Baselines3's PPO."""
     from stable_baselines3 import PPO
 
     architecture = {"net_arch": {"pi": [WIDTH] * 3, "vf": [WIDTH] * 3}, "activation_fn": nn.ReLU}
     model = PPO(
         "MlpPolicy",
         Still(),
-        n_steps=size * inner,
+        n_steps=size * INNER,
         batch_size=size,
         n_epochs=1,
         policy_kwargs=architecture,
         device="cpu",
     )
-    model.learn(size * inner)
+    model.learn(size * INNER)
     return model.train
 
 
-def measure(size: int, repeats: int, clock: str) -> str:
+def measure(size: int, threads: int, repeats: int, clock: str) -> str:
     """One table."""
-    batch, inner = sample_batch(size), 4
-    agents = {name: learner(batch, changes) for name, changes in LEARNERS.items()}
+    batch = sample_batch(size)
+    agents = {name: learner(batch, changes, threads) for name, changes in LEARNERS.items()}
     for agent, _ in agents.values():
         agent.set_learning_rate(0.0)  # the routing stays that of a fresh gate
     moe = agents["topk_moe"][0]
@@ -165,9 +173,8 @@ def measure(size: int, repeats: int, clock: str) -> str:
     assert moe.actor.gate is not None
     dense = DenseExperts(moe.actor.experts, moe.actor.gate)
     steps = {"reference": reference(batch, dense)} | {name: step for name, (_, step) in agents.items()}
-    times = interleaved(steps, repeats, inner, clock)
-    sb3 = stable_baselines(size, inner)
-    times["sb3 dense"] = interleaved({"sb3": sb3}, repeats, 1, clock)["sb3"] / inner
+    steps["sb3 dense"] = stable_baselines(size)
+    times = {name: ms / INNER for name, ms in interleaved(steps, repeats, 1, clock).items()}
     base = times["topk_moe"]
     rows = [
         (name, f"{ms:.2f}", f"{times['reference'] / ms:.2f}×", f"{100 * (ms / base - 1):+.0f} %")
@@ -190,7 +197,7 @@ def main() -> None:
     tune_process(arguments.threads)
     print(f"{machine()}\n{TARGETS}\n")
     for size in arguments.batch:
-        print(measure(size, arguments.repeats, arguments.clock))
+        print(measure(size, arguments.threads, arguments.repeats, arguments.clock))
 
 
 if __name__ == "__main__":

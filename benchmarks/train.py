@@ -65,6 +65,7 @@ def peer(config: TrainConfig, threads: int) -> Callable[[], None]:
 def measure(suite: str, threads: int, repeats: int, clock: str) -> str:
     config = preset(make_suite(suite))
     config = replace(config, num_steps=min(config.num_steps, LONGEST_ROLLOUT))
+    config = replace(config, torch_threads=threads)
     iterations = {name: own(override(config, changes), threads) for name, changes in LEARNERS.items()}
     iterations["sb3 dense"] = peer(config, threads)
     times = interleaved(iterations, repeats, 1, clock, warmup=1)

@@ -15,8 +15,8 @@ SOURCE = Path(sphere_rl.__file__).parent
 MODULES = sorted(p.relative_to(SOURCE).with_suffix("").as_posix() for p in SOURCE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "gradients", "parsers", "penalty", "runtime", "seeding", "tables"},
-    {"experts", "optimizer", "runs", "ranks", "statistics"},
+    {"errors", "gradients", "lanes", "parsers", "penalty", "runtime", "seeding", "tables"},
+    {"chain", "experts", "optimizer", "runs", "ranks", "statistics"},
     {"networks"},
     {"factors", "metrics", "ntk", "results", "rollout", "spectrum", "suites"},
     {"methods", "probe"},

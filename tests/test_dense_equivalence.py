@@ -41,7 +41,7 @@ class DenseExperts(nn.Module):
             z = torch.einsum("eoi,nei->neo", p[f"hidden.{i}.weight"], h) + p[f"hidden.{i}.bias"]
             h = F.relu(z)
             selected = h[routing.sample, routing.expert]
-            features.append(DenseFeatures(selected, selected, routing, h))
+            features.append(DenseFeatures(selected, routing, h))
         y = torch.einsum("eoi,nei->neo", p["head.weight"], h) + p["head.bias"]
         return ExpertOutput((routing.weights[:, :, None] * y).sum(1), tuple(features))
 

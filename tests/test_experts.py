@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from watching import linear_outputs
 
 from sphere_rl.experts import (
     ExpertMLP,
@@ -135,6 +136,27 @@ def test_gradcheck_once_and_twice():
     torch.testing.assert_close(jacobian, direct)
 
 
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_all_layers_at_once_differentiate_like_one_after_the_other(layerwise: bool):
+    """Output and every layer's features together, once and twice, by autograd and by torch.func."""
+    module, (x, logits) = mlp(), batch(4)
+    module.layerwise = layerwise
+    routing = top_k_routing(logits.detach(), 2)
+    names = [name for name, _ in module.named_parameters()]
+
+    def run(x, *parameters):
+        result = torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x, routing))
+        first, second = (f.weighted() for f in result.features)
+        return result.out.sin().sum() + first.cos().sum() + (second**3).sum()
+
+    inputs = (x.requires_grad_(), *(p.detach().requires_grad_() for p in module.parameters()))
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs)
+    direct = torch.autograd.grad(run(*inputs), inputs)
+    for one, other in zip(torch.func.grad(run, argnums=tuple(range(len(inputs))))(*inputs), direct, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_the_penalty_refuses_a_second_derivative_rather_than_giving_a_wrong_one():
     x, logits = batch()
     features = mlp()(x, top_k_routing(logits, 2)).features[-1]
@@ -146,11 +168,13 @@ def test_signals_at_the_last_hidden_layer_are_differentiable():
     """∂out/∂z by autograd equals head weights times gate where the unit is on; its gradient reaches the gate."""
     x, logits = batch()
     module, routing = mlp(), top_k_routing(logits, 2)
-    result = module(x, routing)
-    last = result.features[-1]
-    (signal,) = torch.autograd.grad(result.out[:, 0].sum(), last.preactivation, create_graph=True)
+    module.layerwise = True
+    with linear_outputs(module) as before:
+        result = module(x, routing)
+    z = before[-1]
+    (signal,) = torch.autograd.grad(result.out[:, 0].sum(), z, create_graph=True)
     weight = dict(module.named_parameters())["head.weight"][routing.expert, 0]
-    want = routing.gate[:, None] * weight * (last.preactivation > 0)
+    want = routing.gate[:, None] * weight * (z > 0)
     torch.testing.assert_close(signal, want)
     (got,) = torch.autograd.grad(signal.square().sum(), logits, retain_graph=True)
     torch.testing.assert_close(got, torch.autograd.grad(want.square().sum(), logits)[0])
@@ -179,7 +203,7 @@ def test_penalty_however_many_samples_an_expert_sees(counts: tuple[int, ...]):
     expert, sample = gates.t().nonzero(as_tuple=True)
     routing = Routing(gates, sample, gates[sample, expert], counts)
     values = torch.randn(len(sample), 3, dtype=torch.float64, generator=generator, requires_grad=True)
-    features = RoutedFeatures(values, values, routing)
+    features = RoutedFeatures(values, routing)
     got, want = features.sphere_penalty(), oracle_penalty(features.weighted())
     torch.testing.assert_close(got, want)
     for g, w in zip(
@@ -208,16 +232,18 @@ def test_experts_without_samples_get_zero_gradient_and_no_computation():
 def test_layer_norm_and_crelu():
     x, logits = batch()
     routing = top_k_routing(logits, 2)
-    norm = mlp(layer_norm=True)(x, routing).features[0]
-    torch.testing.assert_close(norm.preactivation.mean(1), torch.zeros(18, dtype=torch.float64), atol=1e-9, rtol=0)
-    torch.testing.assert_close(
-        norm.preactivation.var(1, correction=0), torch.ones(18, dtype=torch.float64), rtol=1e-3, atol=0
-    )
+    module = mlp(layer_norm=True)
+    with linear_outputs(module) as before:
+        norm = module(x, routing).features[0]
+    z = before[0]
+    normal = (z - z.mean(1, keepdim=True)) / (z.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(norm.values, normal.relu())
     module = mlp(crelu=True)
-    crelu = module(x, routing).features[0]
+    with linear_outputs(module) as before:
+        crelu = module(x, routing).features[0]
     assert crelu.values.shape == (18, 8)
-    assert crelu.preactivation.shape == (18, 4)
-    torch.testing.assert_close(crelu.values, torch.cat((crelu.preactivation, -crelu.preactivation), 1).relu())
+    assert before[0].shape == (18, 4)
+    torch.testing.assert_close(crelu.values, torch.cat((before[0], -before[0]), 1).relu())
     with pytest.raises(ValueError, match=r"hidden = \(7,\): expected even widths with crelu"):
         ExpertMLP(D, (7,), A, E, generator=torch.Generator(), crelu=True)
 

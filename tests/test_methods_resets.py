@@ -11,6 +11,7 @@ from comparing import difference
 from conformance.agents import batch, begin, changed, make_agent, make_config, rollout, snapshot, train
 from scipy.special import erfi
 from torch import nn
+from watching import linear_outputs
 
 from sphere_rl.agent import Agent
 from sphere_rl.errors import ConfigError
@@ -179,23 +180,26 @@ def test_nap_restores_every_norm():
 def test_layer_norm_is_before_every_nonlinearity(method):
     agent = make_agent(make_config(method, critic="topk_moe"))
     for network in (agent.actor, agent.critic):
-        trace = network.trace(batch(1).observation)
-        for features in trace.features + trace.gate_features:
-            z = features.preactivation.double()
-            torch.testing.assert_close(z.mean(1), torch.zeros(len(z)).double(), rtol=0, atol=1e-5)
-            torch.testing.assert_close(z.var(1, correction=0), torch.ones(len(z)).double(), rtol=0.02, atol=0)
-            assert torch.equal(features.values, features.preactivation.relu())
+        assert network.gate is not None
+        with linear_outputs(network.experts, network.gate) as before:
+            trace = network.trace(batch(1).observation)
+        for features, z in zip(trace.features + trace.gate_features, before, strict=True):
+            centred = z - z.mean(1, keepdim=True)
+            normal = centred / (z.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+            torch.testing.assert_close(features.values, normal.relu(), rtol=1e-4, atol=1e-5)
         assert not any("norm" in name for name, _ in network.named_parameters()), "no affine"
 
 
 @pytest.mark.parametrize("kind", ["dense", "wide", "topk_moe"])
 def test_crelu_never_leaves_a_unit_without_gradient(kind):
     agent = make_agent(make_config("crelu", actor=kind))
-    trace = agent.actor.trace(batch(1).observation)
-    for features in trace.features + trace.gate_features:
-        units = features.preactivation.shape[1]
+    stacks = [agent.actor.experts] if agent.actor.gate is None else [agent.actor.experts, agent.actor.gate]
+    with linear_outputs(*stacks) as before:
+        trace = agent.actor.trace(batch(1).observation)
+    for features, z in zip(trace.features + trace.gate_features, before, strict=True):
+        units = z.shape[1]
         assert features.values.shape[1] == 2 * units
-        torch.testing.assert_close(features.values[:, :units] - features.values[:, units:], features.preactivation)
+        torch.testing.assert_close(features.values[:, :units] - features.values[:, units:], z)
 
 
 def test_spectral_norm_brings_hidden_layers_to_one_and_only_learns_with_gradients():

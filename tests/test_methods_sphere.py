@@ -10,6 +10,7 @@ import torch
 from conformance.agents import actor_step, batch, begin, make_agent, make_config, only_method, rollout, train
 from test_methods_penalties import check_gradient, double_agent
 from torch import Tensor
+from watching import linear_outputs
 
 from sphere_rl.agent import Agent
 from sphere_rl.config import override
@@ -42,16 +43,19 @@ def spread(phi: Tensor) -> Tensor:
     return (a - a.trace() / len(a) * torch.eye(len(a), dtype=a.dtype)).square().sum()
 
 
-def by_hand(agent: Agent, trace: Trace, options: dict) -> float:
+def by_hand(agent: Agent, observation: Tensor, options: dict) -> float:
     """The penalty from dense features, or from signals of one backward pass for each sample and output."""
-    layers = trace.features if options["layers"] == "all" else trace.features[-1:]
+    with linear_outputs(agent.actor.experts) as before:
+        trace = agent.actor.trace(observation)
+    layers = list(zip(trace.features, before, strict=True))
+    layers = layers if options["layers"] == "all" else layers[-1:]
     total = options["gate_coefficient"] * spread(trace.gates) / trace.gates.shape[1]
-    for layer in layers:
+    for layer, z in layers:
         if options["factor"] == "gradient":
             rows = []
             for n, output in product(range(len(trace.output)), range(trace.output.shape[1])):
-                (z,) = torch.autograd.grad(trace.output[n, output], layer.preactivation, retain_graph=True)
-                rows.append(replace(layer, values=z).dense()[n].flatten())
+                (signal,) = torch.autograd.grad(trace.output[n, output], z, retain_graph=True)
+                rows.append(replace(layer, values=signal).dense()[n].flatten())
             total = total + spread(torch.stack(rows))
         elif options["grouping"] == "joint":
             total = total + spread(layer.weighted())
@@ -66,7 +70,7 @@ def test_every_variant(options):
     agent = sphere_agent(**options)
     method, data = only_method(agent), samples()
     value = method.penalty(agent.actor.trace(data.observation)).item()
-    assert value == pytest.approx(by_hand(agent, agent.actor.trace(data.observation), options), rel=1e-9)
+    assert value == pytest.approx(by_hand(agent, data.observation, options), rel=1e-9)
     check_gradient(lambda: method.penalty(agent.actor.trace(data.observation)), agent.actor_parameters, rtol=1e-5)
 
 
@@ -135,7 +139,7 @@ def test_linear_schedule_rises_to_one_in_each_task():
 def of_rank(rank: int) -> Trace:
     """A forward pass whose feature Gram has so many equal eigenvalues."""
     values = torch.eye(10)[:, :rank] if rank else torch.zeros(10, 1)
-    features = RoutedFeatures(values=values, preactivation=values, routing=single_routing(10))
+    features = RoutedFeatures(values=values, routing=single_routing(10))
     return Trace(torch.zeros(10, 1), torch.ones(10, 1), None, (features,), ())
 
 

@@ -168,7 +168,7 @@ def test_regrama_recycles_units_without_gradient():
 
 def features_of(*rows: tuple[float, ...]) -> RoutedFeatures:
     values = torch.tensor(rows)
-    return RoutedFeatures(values=values, preactivation=values, routing=single_routing(len(rows)))
+    return RoutedFeatures(values=values, routing=single_routing(len(rows)))
 
 
 def test_cbp_by_hand():
@@ -210,7 +210,7 @@ def test_correction_of_running_means():
 def test_cbp_counts_only_experts_that_see_samples():
     routing = top_k_routing(torch.tensor([[5.0, 0.0, -5.0], [4.0, 0.0, -5.0]]), 1)
     values = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    features = RoutedFeatures(values=values, preactivation=values, routing=routing)
+    features = RoutedFeatures(values=values, routing=routing)
     assert mean_by_expert(features, values).tolist() == [[2.0, 3.0], [0.0, 0.0], [0.0, 0.0]]
     agent = make_agent(make_config("cbp", network={"width": 2, "depth": 1, "num_experts": 3}))
     layer = unit_layers(agent.actor)[0]

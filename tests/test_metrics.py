@@ -24,7 +24,7 @@ def of_rank(rank: int, samples: int = 40, width: int = 30) -> torch.Tensor:
 
 def features(values: torch.Tensor) -> RoutedFeatures:
     """Activations [N, H] of a layer without experts."""
-    return RoutedFeatures(values, values, single_routing(len(values), dtype=values.dtype))
+    return RoutedFeatures(values, single_routing(len(values), dtype=values.dtype))
 
 
 @pytest.mark.parametrize("rank", [1, 7, 30])
@@ -65,7 +65,7 @@ def test_units_of_an_expert_without_states_are_dormant():
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).expand(6, 4).double()
     routing = top_k_routing(logits, 2)  # experts 0 and 1 on every state
     values = torch.ones(12, 5, dtype=torch.float64)
-    layer = RoutedFeatures(values, values, routing)
+    layer = RoutedFeatures(values, routing)
     assert m.dormant_ratio([layer]) == m.dead_ratio([layer]) == 0.5
     assert m.active_fraction([layer]) == 1.0  # routed pairs only
     assert m.expert_load(layer) == [1.0, 1.0, 0.0, 0.0]
@@ -75,7 +75,7 @@ def test_dormancy_compares_a_unit_with_its_own_expert():
     """An expert with features a thousand times smaller than another's is not dormant for that."""
     routing = dense_routing(torch.zeros(4, 2).double())
     values = torch.cat((torch.full((4, 3), 1e-3), torch.ones(4, 3))).double()
-    assert m.dormant_ratio([RoutedFeatures(values, values, routing)]) == 0.0
+    assert m.dormant_ratio([RoutedFeatures(values, routing)]) == 0.0
 
 
 def test_grama_ratio_counts_units_without_gradient():

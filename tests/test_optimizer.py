@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from sphere_rl.experts import GroupedLinear, Routing
-from sphere_rl.gradients import GradientStore
+from sphere_rl.gradients import GradientStore, active_experts
 from sphere_rl.optimizer import REST, ExpertAdam
 
 EXPERTS = 4
@@ -114,3 +114,21 @@ def test_plain_modules_train_as_with_adam() -> None:
             module(torch.ones(4, 3)).square().sum().backward()
             optimizer.step()
     assert torch.equal(own.weight, other.weight)
+
+
+def test_gradients_are_divided_by_the_scale_and_stay_known() -> None:
+    own, other, store = make_layer().float(), make_layer().float(), GradientStore()
+    optimizer = ExpertAdam(own.parameters(), lr=1e-2, eps=1e-5)
+    optimizer.grad_scale = torch.tensor(4.0)
+    counts, x = (3, 0, 1, 0), torch.randn(4, 5, generator=torch.Generator().manual_seed(2))
+    train(own, optimizer, store, [(counts, x)])
+    assert own.weight.grad is not None
+    assert active_experts(own.weight.grad) == (0, 2)
+    plain = torch.optim.Adam(other.parameters(), lr=1e-2, eps=1e-5)
+    gradients = torch.autograd.grad(other(x, routing(counts)).square().sum() / 4, list(other.parameters()))
+    for parameter, gradient in zip(other.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    plain.step()
+    for mine, theirs in zip(own.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+        torch.testing.assert_close(mine.grad, theirs.grad)

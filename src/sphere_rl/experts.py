@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sphere_rl.chain import expert_chain
 from sphere_rl.gradients import expert_gradient, written
 
 
@@ -59,6 +60,18 @@ class Routing:
                 blocks.append((expert, start, start + count))
             start += count
         return tuple(blocks)
+
+    def shares(self, lanes: int) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+        """`blocks` for this thread and, with two lanes, for another one, about equal in work."""
+        shares: tuple[list[tuple[int, int, int]], ...] = ([], [])
+        if lanes == 1:
+            return list(self.blocks), []
+        work = [0, 0]
+        for block in sorted(self.blocks, key=lambda block: block[1] - block[2]):
+            lane = work[1] < work[0]
+            shares[lane].append(block)
+            work[lane] += block[2] - block[1] + 32  # the weights, which are read for the first row
+        return shares
 
     @cached_property
     def block_rows(self) -> tuple[Int[Tensor, "_"], ...]:
@@ -219,8 +232,11 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x: Float[Tensor, "M in"], routing: Routing) -> Float[Tensor, "M out"]:
         """Rows sorted by expert as in `routing`, one output row for each."""
-        weight = self.normalized_weight() if self.spectral_norm else self.weight
-        return grouped_linear(x, weight, self.bias, routing)
+        return grouped_linear(x, *self.effective(), routing)
+
+    def effective(self) -> tuple[Float[Tensor, "E out in"], Float[Tensor, "E out"]]:
+        """Weight and bias that rows are multiplied by."""
+        return (self.normalized_weight() if self.spectral_norm else self.weight), self.bias
 
     def normalized_weight(self) -> Float[Tensor, "E out in"]:
         """W_e/σ_e, with one power iteration in training mode."""
@@ -250,12 +266,11 @@ class GroupedLinear(nn.Module):
 class RoutedFeatures:
     """Hidden features of one expert layer, for the routed (sample, expert) pairs only.
 
-    values: after the activation, one row an assignment; preactivation: what the activation was applied to.
-    The weighted features are φ(x) = [g_1 h_1 ‖ … ‖ g_E h_E] ∈ R^m, m = E·H, and A = ΦᵀΦ/N.
+    values: after the activation, one row an assignment. The weighted features are φ(x) = [g_1 h_1 ‖ … ‖ g_E h_E]
+    ∈ R^m, m = E·H, and A = ΦᵀΦ/N.
     """
 
     values: Float[Tensor, "M H"]
-    preactivation: Float[Tensor, "M Z"]
     routing: Routing
 
     def dense(self) -> Float[Tensor, "N E H"]:
@@ -363,7 +378,10 @@ class ExpertMLP(nn.Module):
 
     layer_norm: Linear → LayerNorm (no affine) → activation. crelu: the activation is [relu(z), relu(−z)] on
     half as many linear units, so `hidden` stays the width of the features. spectral_norm: hidden layers only.
+    layerwise: set it where derivatives of the output with respect to features are needed.
     """
+
+    layerwise = False
 
     def __init__(
         self,
@@ -392,15 +410,29 @@ class ExpertMLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "N in"], routing: Routing) -> ExpertOutput:
         """Rows of x through their experts; `routing` must have been made for as many rows and experts."""
-        alone = routing.num_experts == 1  # every sample once, in order: nothing to gather or add up
-        h, features = x if alone else x.index_select(0, routing.sample), []
+        hidden, rows = self._chained(x, routing) if self._chains() else self._layer_by_layer(x, routing)
+        weighted = routing.gate[:, None] * rows
+        out = weighted  # of one expert: every sample once, in order
+        if routing.num_experts > 1:
+            out = weighted.new_zeros(len(x), weighted.shape[1]).index_add(0, routing.sample, weighted)
+        return ExpertOutput(out=out, features=tuple(RoutedFeatures(h, routing) for h in hidden))
+
+    def _chains(self) -> bool:
+        """Whether all layers may run as one operation, unseen by forward hooks."""
+        plain = not (self.layerwise or self.layer_norm or self.crelu)
+        return plain and not any(layer._forward_hooks for layer in (*self.hidden, self.head))
+
+    def _chained(self, x: Tensor, routing: Routing) -> tuple[Sequence[Tensor], Tensor]:
+        weights, biases = zip(*(layer.effective() for layer in (*self.hidden, self.head)), strict=True)  # type: ignore[operator]
+        *hidden, rows = expert_chain(x, weights, biases, routing)
+        return hidden, rows
+
+    def _layer_by_layer(self, x: Tensor, routing: Routing) -> tuple[Sequence[Tensor], Tensor]:
+        h, hidden = x if routing.num_experts == 1 else x.index_select(0, routing.sample), []
         for layer in self.hidden:
             z = layer(h, routing)
             if self.layer_norm:
                 z = F.layer_norm(z, z.shape[1:])
             h = torch.cat((z.relu(), (-z).relu()), dim=1) if self.crelu else z.relu()
-            features.append(RoutedFeatures(values=h, preactivation=z, routing=routing))
-        weighted = routing.gate[:, None] * self.head(h, routing)
-        out = weighted.new_zeros(len(x), weighted.shape[1])
-        out = weighted if alone else out.index_add(0, routing.sample, weighted)
-        return ExpertOutput(out=out, features=tuple(features))
+            hidden.append(h)
+        return hidden, self.head(h, routing)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from threading import local
 
 import torch
 from jaxtyping import Float
@@ -33,10 +33,17 @@ class _Kept:
         return self.tensor._version == self.version
 
 
+class _Present(local):
+    """The store of the backward pass that this thread is in."""
+
+    store: GradientStore | None = None
+
+
+_present = _Present()
+
+
 class GradientStore:
     """The gradient tensors of one kind of backward pass; the next pass overwrites what this one returned."""
-
-    _writing: ClassVar[GradientStore | None] = None
 
     def __init__(self) -> None:
         self._kept: dict[int, _Kept] = {}
@@ -44,12 +51,12 @@ class GradientStore:
 
     def differentiate(self, loss: Tensor, parameters: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
         """∂loss/∂parameters, as `torch.autograd.grad` gives them; zero where the loss does not depend on one."""
-        GradientStore._writing = self
+        _present.store = self
         self._given.clear()
         try:
             return list(torch.autograd.grad(loss, parameters, retain_graph=retain_graph, materialize_grads=True))
         finally:
-            GradientStore._writing = None
+            _present.store = None
 
     def _tensor_for(self, weight: Tensor, active: tuple[int, ...]) -> Tensor | None:
         """A tensor that is zero but for the active experts' parts, or None where this pass already has used it."""
@@ -74,7 +81,7 @@ def expert_gradient(weight: Float[Tensor, "E *s"], counts: Sequence[int]) -> Flo
     `written` must be called after that.
     """
     active = tuple(e for e, count in enumerate(counts) if count)
-    store = GradientStore._writing
+    store = _present.store
     tensor = None if store is None else store._tensor_for(weight, active)
     if tensor is None:
         tensor = torch.empty_like(weight)
@@ -98,11 +105,11 @@ def active_experts(gradient: Tensor) -> tuple[int, ...] | None:
 
 
 def pieces(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Views of all parts that may be non-zero."""
+    """Views that hold all parts that may be non-zero; many small ones would cost more than their zeros."""
     views: list[Tensor] = []
     for gradient in gradients:
         active = active_experts(gradient)
-        if active is None or len(active) == len(gradient):
+        if active is None or 2 * len(active) > len(gradient):
             views.append(gradient)
         else:
             parts = gradient.unbind(0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sphere_rl.gradients import active_experts
+from sphere_rl.gradients import active_experts, written
+from sphere_rl.lanes import beside, lanes
 
 REST = 1000
 """Minibatches without a sample after which an expert rests. By then 0.9^1000 < 1e-45 of its first moment is left."""
@@ -25,21 +27,35 @@ class ExpertAdam(torch.optim.Adam):
     def __init__(self, parameters: Iterable[Tensor], lr: float, eps: float) -> None:
         super().__init__(parameters, lr=lr, eps=eps, fused=True)
 
+    grad_scale: Tensor | None = None
+    """Gradients are divided by it in `step`, in place, as PyTorch's fused optimisers do for their loss scaling."""
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step with the gradients that the parameters carry."""
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
+            beta2 = group["betas"][1]
             entries = [entry for p in group["params"] if p.grad is not None for entry in self._entries(p, beta2)]
             if not entries:
                 continue
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.state[parameter]["step"] += 1
-            parameters, gradients, first, second, steps = map(list, zip(*entries, strict=True))
+            counters = [self.state[parameter]["step"] for parameter in group["params"] if parameter.grad is not None]
+            torch._foreach_add_(counters, 1)  # type: ignore[reportPrivateImportUsage]
+            known = [p.grad for p in group["params"] if p.grad is not None and active_experts(p.grad) is not None]
+            first, second = _halves(entries) if lanes() > 1 else (entries, [])
+            other = beside(partial(self._fused, second, group)) if second else None
+            self._fused(first, group)
+            if other is not None:
+                other()
+            for gradient in known:
+                written(gradient)
+
+    def _fused(self, entries: list[tuple[Tensor, ...]], group: dict[str, Any]) -> None:
+        parameters, gradients, first, second, steps = map(list, zip(*entries, strict=True))
+        with torch.no_grad():  # a thread's own setting
             torch._fused_adam_(  # type: ignore[reportPrivateImportUsage]
-                parameters, gradients, first, second, [], steps, lr=group["lr"], beta1=beta1, beta2=beta2,
-                weight_decay=0.0, eps=group["eps"], amsgrad=False, maximize=False,
+                parameters, gradients, first, second, [], steps,
+                lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=0.0, eps=group["eps"],
+                amsgrad=False, maximize=False, grad_scale=self.grad_scale,
             )  # fmt: skip
 
     def _entries(self, parameter: Tensor, beta2: float) -> list[tuple[Tensor, ...]]:
@@ -79,3 +95,13 @@ class ExpertAdam(torch.optim.Adam):
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         return state
+
+
+def _halves(entries: list[tuple[Tensor, ...]]) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
+    """Two lists with about equally many numbers."""
+    halves, sizes = ([], []), [0, 0]
+    for entry in sorted(entries, key=lambda entry: -entry[0].numel()):
+        lane = sizes[1] < sizes[0]
+        halves[lane].append(entry)
+        sizes[lane] += entry[0].numel()
+    return halves

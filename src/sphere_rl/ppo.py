@@ -6,6 +6,7 @@ Actor and critic have their own Adam and their own global-norm clip; advantages 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -15,7 +16,9 @@ from sphere_rl.agent import Agent
 from sphere_rl.config import TrainConfig
 from sphere_rl.errors import TrainingError
 from sphere_rl.gradients import scale_, total_norm
+from sphere_rl.lanes import beside, two_lanes
 from sphere_rl.methods import ActorStep
+from sphere_rl.optimizer import ExpertAdam
 from sphere_rl.rollout import Rollout, gae
 
 
@@ -78,19 +81,18 @@ def update(agent: Agent, rollout: Rollout, config: TrainConfig) -> dict[str, flo
     )  # fmt: skip
     batch = flatten(rollout, advantage)
     statistics = []
-    for _ in range(config.num_epochs):
-        order = torch.randperm(len(batch), generator=agent.generator, device=agent.device)
-        for index in order.split(config.minibatch_size):
-            minibatch = batch[index]
-            actor_statistics = actor_step(agent, minibatch, config)
-            critic_statistics = critic_step(agent, minibatch, config)
-            statistics.append(torch.stack(actor_statistics + critic_statistics))
-            if config.learning_rate_schedule == "kl":
-                kl = float(actor_statistics[1])
-                rate = adapt_learning_rate(agent.learning_rate, kl, config.kl_target, config.learning_rate_bounds)
-                agent.set_learning_rate(rate)
-            for method in agent.methods:
-                method.after_minibatch(agent, minibatch)
+    with two_lanes(config.torch_threads if agent.device.type == "cpu" else 1):
+        for _ in range(config.num_epochs):
+            order = torch.randperm(len(batch), generator=agent.generator, device=agent.device)
+            for index in order.split(config.minibatch_size):
+                minibatch = batch[index]
+                statistics.append(minibatch_step(agent, minibatch, config))
+                if config.learning_rate_schedule == "kl":
+                    kl = float(statistics[-1][STATISTICS.index("kl")])
+                    rate = adapt_learning_rate(agent.learning_rate, kl, config.kl_target, config.learning_rate_bounds)
+                    agent.set_learning_rate(rate)
+                for method in agent.methods:
+                    method.after_minibatch(agent, minibatch)
     for method in agent.methods:
         method.after_iteration(agent, rollout)
     return summarize(torch.stack(statistics))
@@ -109,6 +111,12 @@ def flatten(rollout: Rollout, advantage: Float[Tensor, "T B"]) -> Minibatch:
 
 
 STATISTICS = ("policy_loss", "kl", "clip_fraction", "entropy", "actor_grad_norm", "value_loss", "critic_grad_norm")
+
+
+def minibatch_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> Float[Tensor, "S"]:
+    """One gradient step of the actor and one of the critic, side by side where there are two lanes; `STATISTICS`."""
+    critic_statistics = beside(partial(critic_step, agent, batch, config))
+    return torch.stack(actor_step(agent, batch, config) + critic_statistics())
 
 
 def actor_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Tensor]:
@@ -149,7 +157,10 @@ def apply_gradients(
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     norm = total_norm(gradients)
-    scale_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    if isinstance(optimizer, ExpertAdam) and norm.dtype == torch.float32:  # it divides as it goes, in float32 only
+        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+    else:
+        scale_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     optimizer.step()
     return norm
 

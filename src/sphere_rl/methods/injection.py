@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sphere_rl.errors import ConfigError
-from sphere_rl.experts import GroupedLinear, Routing, grouped_linear
+from sphere_rl.experts import GroupedLinear
 from sphere_rl.methods import Method
 from sphere_rl.methods._layers import fresh_networks, networks
 
@@ -34,9 +34,9 @@ class InjectedHead(GroupedLinear):
         self.register_buffer("frozen_weight", torch.zeros_like(head.weight))
         self.register_buffer("frozen_bias", torch.zeros_like(head.bias))
 
-    def forward(self, x: Float[Tensor, "M in"], routing: Routing) -> Float[Tensor, "M out"]:
-        """(h_θ − h_b)(x) + h_a(x), rows sorted by expert as in `routing`."""
-        return grouped_linear(x, self.frozen_weight + self.weight, self.frozen_bias + self.bias, routing)
+    def effective(self) -> tuple[Float[Tensor, "E out in"], Float[Tensor, "E out"]]:
+        """Of (h_θ − h_b) + h_a."""
+        return self.frozen_weight + self.weight, self.frozen_bias + self.bias
 
     @torch.no_grad()
     def inject(self, fresh: GroupedLinear) -> None:

@@ -11,7 +11,9 @@ from then on growing in every iteration that finds it there and shrinking back t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts import RoutedFeatures
 from sphere_rl.gradients import GradientStore, add_scaled_, total_norm
+from sphere_rl.lanes import beside
 from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
 from sphere_rl.networks import Trace
 from sphere_rl.penalty import gate_penalty, sphere_penalty
@@ -84,6 +87,11 @@ class Sphere(Method):
         self._metrics: dict[str, float | Tensor] = {}
         self._schedule = Schedule(config)
         self._gradients = GradientStore()
+        self._begun: Callable[[], list[Tensor]] | None = None
+
+    def start(self, agent: Agent) -> None:
+        """Signals are derivatives with respect to features."""
+        agent.actor.experts.layerwise = self.config.factor == "gradient"
 
     def on_task_start(self, agent: Agent, task_index: int) -> None:
         """The schedule starts again."""
@@ -97,6 +105,7 @@ class Sphere(Method):
         """λ · penalty in the modes fixed and loss."""
         factor = self._schedule.observe(step.trace)
         if self.config.mode == "grad":
+            self._begun = beside(partial(self._penalty_gradients, step))  # while the loss is differentiated
             return None
         penalty = self.penalty(step.trace)
         strength: float | Tensor = factor * self.config.strength
@@ -112,15 +121,20 @@ class Sphere(Method):
 
     def actor_gradients(self, step: ActorStep, gradients: list[Tensor]) -> list[Tensor]:
         """Mode grad: g ← g + ρ·‖g‖ / (‖g_penalty‖ + 1e-8) · g_penalty."""
-        penalty = self.penalty(step.trace)
-        own = self._gradients.differentiate(penalty, step.parameters)
+        begun, self._begun = self._begun, None
+        own = begun() if begun else self._penalty_gradients(step)
         if self.config.pcgrad:
             own = project_conflict(own, gradients)
         scale = self._schedule.factor * self.config.rho * total_norm(gradients) / (total_norm(own) + EPSILON)
-        self._metrics = {"sphere_penalty": penalty.detach(), "sphere_strength": scale}
+        self._metrics["sphere_strength"] = scale
         # In place: both lists are this minibatch's own, and copies of the whole network cost a millisecond.
         add_scaled_(gradients, own, scale)
         return gradients
+
+    def _penalty_gradients(self, step: ActorStep) -> list[Tensor]:
+        penalty = self.penalty(step.trace)
+        self._metrics = {"sphere_penalty": penalty.detach()}
+        return self._gradients.differentiate(penalty, step.parameters, retain_graph=True)
 
     def penalty(self, trace: Trace) -> Tensor:
         """The penalty of one forward pass in the configured variant."""
@@ -204,11 +218,14 @@ class Schedule:
 
 
 def backpropagated_signals(trace: Trace, layer: RoutedFeatures) -> Tensor:
-    """Compute δ_e = ∂f_c/∂z_e (gate included), a row for each (output, sample), experts side by side: [A·N, E·H]."""
-    rows = []
+    """Compute δ_e = ∂f_c/∂h_e ⊙ 1[h_e > 0], what reaches the units before their ReLU, gate included.
+
+    A row for each (output, sample), experts side by side: [A·N, E·H].
+    """
+    rows, on = [], layer.values > 0
     for output in trace.output.unbind(1):
-        (signal,) = torch.autograd.grad(output.sum(), layer.preactivation, create_graph=True)
-        rows.append(replace(layer, values=signal).dense().flatten(1))
+        (signal,) = torch.autograd.grad(output.sum(), layer.values, create_graph=True)
+        rows.append(replace(layer, values=signal * on).dense().flatten(1))
     return torch.cat(rows)
 
 

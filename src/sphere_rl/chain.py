@@ -1,0 +1,205 @@
+"""All layers of a grouped MLP as one differentiable operation that runs expert by expert.
+
+The loops over experts and layers are TorchScript: no Python between the products, and half of the experts can go to a
+second thread (`sphere_rl.lanes`), which PyTorch's own threads are of no use for: they split a product, and these are
+too small. Every product is the same in either thread, so results are bitwise those of one.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from inspect import unwrap
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from sphere_rl.gradients import expert_gradient, written
+from sphere_rl.lanes import lanes
+
+if TYPE_CHECKING:
+    from sphere_rl.experts import Routing
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def expert_chain(
+    x: Float[Tensor, "N in"],
+    weights: Sequence[Float[Tensor, "E _ _"]],
+    biases: Sequence[Float[Tensor, "E _"]],
+    routing: Routing,
+) -> tuple[Float[Tensor, "M _"], ...]:
+    """Output of every layer, one row an assignment: h_1 … h_L after their ReLUs, then the last layer's W h_L + b.
+
+    One of them cannot be differentiated with respect to another; compute layer by layer where that is needed.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return _composed(x, weights, biases, routing)
+    if not torch.is_grad_enabled():
+        return tuple(_outputs(x, weights, biases, routing)[1:])
+    return _ExpertChain.apply(routing, x, *weights, *biases)
+
+
+class _ExpertChain(torch.autograd.Function):
+    """`expert_chain` with its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, routing: Routing, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+        depth = len(parameters) // 2
+        outputs = _outputs(x, parameters[:depth], parameters[depth:], routing)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *parameters, *outputs)
+        ctx.routing, ctx.depth = routing, depth
+        return tuple(outputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        routing, depth = ctx.routing, ctx.depth
+        x, *saved = ctx.saved_tensors
+        weights, biases, outputs = saved[:depth], saved[depth : 2 * depth], saved[2 * depth :]
+        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+            return None, *_composed_backward(x, weights, biases, routing, grad_outputs)
+        top = max((layer for layer, grad in enumerate(grad_outputs, start=1) if grad is not None), default=0)
+        if not top:
+            return (None,) * (2 + 2 * depth)
+        none = x.new_empty(0)
+        given = [none if grad is None else grad for grad in grad_outputs[:top]]
+        grad_weights = [expert_gradient(weight, routing.counts) for weight in weights[:top]]
+        grad_biases = [torch.zeros_like(bias) for bias in biases[:top]]
+        grad_rows = torch.empty_like(outputs[0]) if ctx.needs_input_grad[1] else none
+        mine, others = routing.shares(lanes())
+        _backward_blocks(mine, others, given, depth, outputs, weights, grad_weights, grad_biases, grad_rows)
+        for gradient in grad_weights:
+            written(gradient)
+        grad_x = torch.zeros_like(x).index_add_(0, routing.sample, grad_rows) if ctx.needs_input_grad[1] else None
+        above = [None] * (depth - top)
+        return None, grad_x, *grad_weights, *above, *grad_biases, *above
+
+
+def _outputs(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], routing: Routing) -> list[Tensor]:
+    """Rows of x as they are assigned, then what each layer makes of them."""
+    rows = x if routing.num_experts == 1 else x.index_select(0, routing.sample)  # one expert: every sample, in order
+    outputs = [rows, *(x.new_empty(len(rows), bias.shape[1]) for bias in biases)]
+    mine, others = routing.shares(lanes())
+    _forward_blocks(mine, others, outputs, list(weights), list(biases))
+    return outputs
+
+
+def _scripted(function: Function) -> Function:
+    with warnings.catch_warnings():  # deprecated in favour of torch.compile, which needs a compiler on the machine
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(unwrap(function))  # without a type checker that tests wrap around it
+
+
+def _forward_some(
+    blocks: list[tuple[int, int, int]], outputs: list[Tensor], weights: list[Tensor], biases: list[Tensor]
+) -> int:
+    for expert, start, end in blocks:
+        h = outputs[0][start:end]
+        for layer in range(len(weights)):
+            out = outputs[layer + 1][start:end]
+            torch.addmm(biases[layer][expert], h, weights[layer][expert].t(), out=out)
+            if layer < len(weights) - 1:
+                out.clamp_min_(0)
+            h = out
+    return 0
+
+
+def _backward_some(
+    blocks: list[tuple[int, int, int]],
+    given: list[Tensor],
+    depth: int,
+    outputs: list[Tensor],
+    weights: list[Tensor],
+    grad_weights: list[Tensor],
+    grad_biases: list[Tensor],
+    grad_rows: Tensor,
+) -> int:
+    top = len(given)
+    for expert, start, end in blocks:
+        grad = given[top - 1][start:end]
+        for back in range(top):
+            layer = top - 1 - back
+            if back > 0 and given[layer].numel() > 0:
+                grad = grad + given[layer][start:end]
+            if layer < depth - 1:
+                grad = torch.ops.aten.threshold_backward(grad, outputs[layer + 1][start:end], 0)
+            torch.mm(grad.t(), outputs[layer][start:end], out=grad_weights[layer][expert])
+            torch.sum(grad, [0], False, out=grad_biases[layer][expert])
+            if layer > 0:
+                grad = torch.mm(grad, weights[layer][expert])
+            elif grad_rows.numel() > 0:
+                torch.mm(grad, weights[layer][expert], out=grad_rows[start:end])
+    return 0
+
+
+_forward_some, _backward_some = _scripted(_forward_some), _scripted(_backward_some)
+
+
+@_scripted
+def _forward_blocks(
+    mine: list[tuple[int, int, int]],
+    others: list[tuple[int, int, int]],
+    outputs: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+) -> None:
+    """outputs[l] = relu(outputs[l − 1] W_lᵀ + b_l), without ReLU in the last layer; ``others`` on another thread."""
+    if len(others) > 0:
+        beside = torch.jit.fork(_forward_some, others, outputs, weights, biases)
+        _forward_some(mine, outputs, weights, biases)
+        torch.jit.wait(beside)
+    else:
+        _forward_some(mine, outputs, weights, biases)
+
+
+@_scripted
+def _backward_blocks(
+    mine: list[tuple[int, int, int]],
+    others: list[tuple[int, int, int]],
+    given: list[Tensor],
+    depth: int,
+    outputs: list[Tensor],
+    weights: list[Tensor],
+    grad_weights: list[Tensor],
+    grad_biases: list[Tensor],
+    grad_rows: Tensor,
+) -> None:
+    """Fill the gradients of these blocks from those of the first layers' outputs, ``given``; empty where zero."""
+    if len(others) > 0:
+        beside = torch.jit.fork(
+            _backward_some, others, given, depth, outputs, weights, grad_weights, grad_biases, grad_rows
+        )
+        _backward_some(mine, given, depth, outputs, weights, grad_weights, grad_biases, grad_rows)
+        torch.jit.wait(beside)
+    else:
+        _backward_some(mine, given, depth, outputs, weights, grad_weights, grad_biases, grad_rows)
+
+
+def _composed(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], routing: Routing) -> tuple[Tensor, ...]:
+    """`expert_chain` in operations that differentiate any number of times."""
+    h, outputs = x[routing.sample], []
+    for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True), start=1):
+        parts = zip(h.split(routing.counts), weight, bias, strict=True)
+        h = torch.cat([F.linear(h_e, w_e, b_e) for h_e, w_e, b_e in parts])
+        h = h.relu() if layer < len(weights) else h
+        outputs.append(h)
+    return tuple(outputs)
+
+
+def _composed_backward(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], routing: Routing, grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The backward pass in such operations."""
+    outputs = _composed(x, weights, biases, routing)
+    known = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
+    inputs = [x, *weights, *biases]
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    found = torch.autograd.grad(
+        [output for output, _ in known], wanted, [grad for _, grad in known], create_graph=True, allow_unused=True
+    )
+    gradients = iter(found)
+    return [next(gradients) if tensor.requires_grad else None for tensor in inputs]
