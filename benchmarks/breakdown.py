@@ -2,6 +2,7 @@
 
 python benchmarks/breakdown.py --suite cw10 --method sphere
 
+The learner runs on one lane: on two, parts overlap. ``--threads`` are those of the environments.
 (A file called profile.py would hide the standard library's from every script in this folder.)
 """
 
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from measure import CLOCKS, machine, markdown
 
+from sphere_rl import ppo
 from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override, preset
 from sphere_rl.experts import RoutedFeatures
-from sphere_rl.ppo import update
 from sphere_rl.rollout import Collector
 from sphere_rl.runtime import tune_process
 from sphere_rl.suites import make_suite
@@ -62,7 +63,7 @@ def instrument(watch: Stopwatch, agent: Agent, collector: Collector) -> None:
     watch.wrap(agent.critic, "trace", "critic forward")
     watch.wrap(agent.actor.head, "sample", "sample actions")
     watch.wrap(torch.autograd, "grad", "backward")
-    watch.wrap(torch.nn.utils, "clip_grad_norm_", "gradient norm and clip")
+    watch.wrap(ppo, "total_norm", "gradient norm")
     watch.wrap(RoutedFeatures, "sphere_penalty", "SPHERE penalty")
     for optimizer in (agent.actor_optimizer, agent.critic_optimizer):
         watch.wrap(optimizer, "step", "Adam")
@@ -76,7 +77,7 @@ def profile(config: TrainConfig, task: str, iterations: int, clock: str) -> str:
     collector = Collector(envs, agent.normalizer, agent.device)
     watch = Stopwatch(clock)
     instrument(watch, agent, collector)
-    train = watch.timed(update, "losses, minibatches, the rest")
+    train = watch.timed(ppo.update, "losses, minibatches, the rest")
     collect = watch.timed(collector.collect, "the rest")
     start = 0.0
     for iteration in range(iterations + 1):
@@ -109,8 +110,8 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=2)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     given = parser.parse_args()
-    tune_process(given.threads)
-    changes = {"actor": given.actor, "method": tuple(given.method), "torch_threads": given.threads}
+    tune_process(1)
+    changes = {"actor": given.actor, "method": tuple(given.method), "env_threads": given.threads}
     config = override(preset(make_suite(given.suite)), changes | ({"num_steps": given.steps} if given.steps else {}))
     print(f"{machine()}\n")
     print(profile(config, given.task or config.task_sequence[0], given.iterations, given.clock))

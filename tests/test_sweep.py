@@ -20,7 +20,7 @@ from sphere_rl import cli
 from sphere_rl.errors import CommandLineError, ConfigError
 from sphere_rl.runs import RunFolder
 from sphere_rl.sweep import command, default_jobs, parse
-from sphere_rl.sweep.cost import reason, speeds, steps_left
+from sphere_rl.sweep.cost import _kind, reason, speeds, steps_left
 from sphere_rl.sweep.display import LiveTable, last_row
 from sphere_rl.sweep.plan import Grid, load_grid, plan, state
 
@@ -223,6 +223,15 @@ def test_killed_sweep_is_finished_by_the_same_command(
     assert command([*GYM, "--methods", "none", *LONG, "--out", str(folder.parent)]) == 0
     assert (folder / "eval.jsonl").read_bytes() == whole.read_bytes()
     assert last_row(folder / "train.jsonl")["global_step"] == 2048
+
+
+def test_strengths_have_the_same_speed_and_modes_have_not() -> None:
+    def kinds(*options: tuple[str, tuple[str, ...]]) -> int:
+        return len({_kind(run.config) for run in plan(grid(methods=("sphere",), options=options), Path("out"))})
+
+    assert kinds(("sphere.rho", ("0.01", "0.1", "1.0"))) == 1
+    assert kinds(("sphere.mode", ("loss", "grad"))) == 2
+    assert kinds(("num_envs", ("2", "4"))) == 2
 
 
 def test_dry_run_calibrates_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

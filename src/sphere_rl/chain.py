@@ -27,64 +27,64 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def expert_chain(
-    x: Float[Tensor, "N in"],
+    rows: Float[Tensor, "M in"],
     weights: Sequence[Float[Tensor, "E _ _"]],
     biases: Sequence[Float[Tensor, "E _"]],
     routing: Routing,
-) -> tuple[Float[Tensor, "M _"], ...]:
-    """Output of every layer, one row an assignment: h_1 … h_L after their ReLUs, then the last layer's W h_L + b.
+) -> Sequence[Float[Tensor, "M _"]]:
+    """Output of every layer for rows sorted by expert: h_1 … h_L after their ReLUs, then the last layer's W h_L + b.
 
-    One of them cannot be differentiated with respect to another; compute layer by layer where that is needed.
+    Only experts with rows are computed. One output cannot be differentiated with respect to another: compute layer by
+    layer where that is needed.
     """
     if torch._C._are_functorch_transforms_active():
-        return _composed(x, weights, biases, routing)
+        return _composed(rows, weights, biases, routing)
     if not torch.is_grad_enabled():
-        return tuple(_outputs(x, weights, biases, routing)[1:])
-    return _ExpertChain.apply(routing, x, *weights, *biases)
+        return _outputs(rows, weights, biases, routing)
+    return _ExpertChain.apply(routing, rows, *weights, *biases)
 
 
 class _ExpertChain(torch.autograd.Function):
     """`expert_chain` with its backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, routing: Routing, x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, routing: Routing, rows: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
         depth = len(parameters) // 2
-        outputs = _outputs(x, parameters[:depth], parameters[depth:], routing)
+        outputs = _outputs(rows, parameters[:depth], parameters[depth:], routing)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *parameters, *outputs)
+        ctx.save_for_backward(rows, *parameters, *outputs)
         ctx.routing, ctx.depth = routing, depth
-        return tuple(outputs[1:])
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         routing, depth = ctx.routing, ctx.depth
-        x, *saved = ctx.saved_tensors
+        rows, *saved = ctx.saved_tensors
         weights, biases, outputs = saved[:depth], saved[depth : 2 * depth], saved[2 * depth :]
-        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
-            return None, *_composed_backward(x, weights, biases, routing, grad_outputs)
         top = max((layer for layer, grad in enumerate(grad_outputs, start=1) if grad is not None), default=0)
         if not top:
             return (None,) * (2 + 2 * depth)
-        none = x.new_empty(0)
+        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+            return None, *_composed_backward(rows, weights, biases, routing, grad_outputs)
+        none = rows.new_empty(0)
         given = [none if grad is None else grad for grad in grad_outputs[:top]]
         grad_weights = [expert_gradient(weight, routing.counts) for weight in weights[:top]]
         grad_biases = [torch.zeros_like(bias) for bias in biases[:top]]
-        grad_rows = torch.empty_like(outputs[0]) if ctx.needs_input_grad[1] else none
+        grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[1] else none
         mine, others = routing.shares(lanes())
-        _backward_blocks(mine, others, given, depth, outputs, weights, grad_weights, grad_biases, grad_rows)
+        _backward_blocks(
+            mine, others, given, depth, [rows, *outputs], weights, grad_weights, grad_biases, grad_rows
+        )  # fmt: skip
         for gradient in grad_weights:
             written(gradient)
-        grad_x = torch.zeros_like(x).index_add_(0, routing.sample, grad_rows) if ctx.needs_input_grad[1] else None
         above = [None] * (depth - top)
-        return None, grad_x, *grad_weights, *above, *grad_biases, *above
+        return None, grad_rows if ctx.needs_input_grad[1] else None, *grad_weights, *above, *grad_biases, *above
 
 
-def _outputs(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], routing: Routing) -> list[Tensor]:
-    """Rows of x as they are assigned, then what each layer makes of them."""
-    rows = x if routing.num_experts == 1 else x.index_select(0, routing.sample)  # one expert: every sample, in order
-    outputs = [rows, *(x.new_empty(len(rows), bias.shape[1]) for bias in biases)]
+def _outputs(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], routing: Routing) -> list[Tensor]:
+    outputs = [rows.new_empty(len(rows), bias.shape[1]) for bias in biases]
     mine, others = routing.shares(lanes())
-    _forward_blocks(mine, others, outputs, list(weights), list(biases))
+    _forward_blocks(mine, others, [rows, *outputs], list(weights), list(biases))
     return outputs
 
 
@@ -179,27 +179,28 @@ def _backward_blocks(
         _backward_some(mine, given, depth, outputs, weights, grad_weights, grad_biases, grad_rows)
 
 
-def _composed(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], routing: Routing) -> tuple[Tensor, ...]:
+def _composed(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], routing: Routing) -> list[Tensor]:
     """`expert_chain` in operations that differentiate any number of times."""
-    h, outputs = x[routing.sample], []
+    h, outputs = rows, []
     for layer, (weight, bias) in enumerate(zip(weights, biases, strict=True), start=1):
         parts = zip(h.split(routing.counts), weight, bias, strict=True)
         h = torch.cat([F.linear(h_e, w_e, b_e) for h_e, w_e, b_e in parts])
         h = h.relu() if layer < len(weights) else h
         outputs.append(h)
-    return tuple(outputs)
+    return outputs
 
 
 def _composed_backward(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], routing: Routing, grads: Sequence[Tensor | None]
+    rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], routing: Routing, grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """The backward pass in such operations."""
-    outputs = _composed(x, weights, biases, routing)
+    outputs = _composed(rows, weights, biases, routing)
     known = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
-    inputs = [x, *weights, *biases]
+    inputs = [rows, *weights, *biases]
     wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    found = torch.autograd.grad(
-        [output for output, _ in known], wanted, [grad for _, grad in known], create_graph=True, allow_unused=True
+    found = iter(
+        torch.autograd.grad(
+            [output for output, _ in known], wanted, [grad for _, grad in known], create_graph=True, allow_unused=True
+        )
     )
-    gradients = iter(found)
-    return [next(gradients) if tensor.requires_grad else None for tensor in inputs]
+    return [next(found) if tensor.requires_grad else None for tensor in inputs]

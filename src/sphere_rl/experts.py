@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sphere_rl.chain import expert_chain
-from sphere_rl.gradients import expert_gradient, written
 
 
 @dataclass(frozen=True)
@@ -124,82 +123,6 @@ def single_routing(
     return Routing(weights=weights, sample=sample, gate=weights[:, 0], counts=(num_samples,))
 
 
-def grouped_linear(
-    x: Float[Tensor, "M in"],
-    weight: Float[Tensor, "E out in"],
-    bias: Float[Tensor, "E out"],
-    routing: Routing,
-) -> Float[Tensor, "M out"]:
-    """y_j = W_e x_j + b_e with e the expert of assignment j; only experts with assignments are computed."""
-    if routing.num_experts == 1:
-        return F.linear(x, weight.squeeze(0), bias.squeeze(0))
-    if torch._C._are_functorch_transforms_active():
-        return _composed_forward(x, weight, bias, routing.counts)
-    if not torch.is_grad_enabled():
-        return _forward(x, weight, bias, routing.counts)
-    return _GroupedLinear.apply(x, weight, bias, routing)
-
-
-def _forward(x: Tensor, weight: Tensor, bias: Tensor, counts: tuple[int, ...]) -> Tensor:
-    y = x.new_empty(len(x), weight.shape[1])
-    parts = zip(y.split(counts), x.split(counts), weight.mT.unbind(0), bias.unbind(0), strict=True)
-    for rows, x_e, w_e, b_e in parts:
-        if len(rows):
-            torch.addmm(b_e, x_e, w_e, out=rows)
-    return y
-
-
-class _GroupedLinear(torch.autograd.Function):
-    """One matrix product for each expert that has rows, written straight into its rows of the result.
-
-    Rows in one block per expert cost what the selected experts cost however skewed the counts are; padding the
-    blocks to one batched product is slower as soon as they differ, and no faster on one core when they do not.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, routing: Routing) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.routing = routing
-        return _forward(x, weight, bias, routing.counts)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grad_outputs
-        x, weight = ctx.saved_tensors
-        counts = ctx.routing.counts
-        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
-            return *_composed_backward(grad, x, weight, counts), None
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight, grad_bias = expert_gradient(weight, counts), grad.new_zeros(weight.shape[:2])
-        parts = zip(grad.split(counts), x.split(counts), grad_weight.unbind(0), grad_bias.unbind(0), strict=True)
-        for g_e, x_e, out, bias in parts:
-            if len(g_e):
-                torch.mm(g_e.t(), x_e, out=out)
-                torch.sum(g_e, 0, out=bias)
-        written(grad_weight)
-        if grad_x is not None:
-            for g_e, w_e, out in zip(grad.split(counts), weight.unbind(0), grad_x.split(counts), strict=True):
-                if len(g_e):
-                    torch.mm(g_e, w_e, out=out)
-        return grad_x, grad_weight, grad_bias, None
-
-
-def _composed_forward(x: Tensor, weight: Tensor, bias: Tensor, counts: tuple[int, ...]) -> Tensor:
-    """`_GroupedLinear.forward` in operations that differentiate any number of times."""
-    parts = zip(x.split(counts), weight, bias, strict=True)
-    return torch.cat([F.linear(x_e, w_e, b_e) for x_e, w_e, b_e in parts])
-
-
-def _composed_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, counts: tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`_GroupedLinear.backward` in operations that differentiate any number of times."""
-    grads = grad.split(counts)
-    grad_x = torch.cat([g_e @ w_e for g_e, w_e in zip(grads, weight, strict=True)])
-    grad_weight = torch.stack([g_e.t() @ x_e for g_e, x_e in zip(grads, x.split(counts), strict=True)])
-    return grad_x, grad_weight, torch.stack([g_e.sum(0) for g_e in grads])
-
-
 class GroupedLinear(nn.Module):
     """One linear layer for each of E experts; row j of the input goes through the expert of assignment j.
 
@@ -231,8 +154,9 @@ class GroupedLinear(nn.Module):
             self.settle_norm()
 
     def forward(self, x: Float[Tensor, "M in"], routing: Routing) -> Float[Tensor, "M out"]:
-        """Rows sorted by expert as in `routing`, one output row for each."""
-        return grouped_linear(x, *self.effective(), routing)
+        """y_j = W_e x_j + b_e with e the expert of assignment j: rows sorted by expert, one output row for each."""
+        weight, bias = self.effective()
+        return expert_chain(x, (weight,), (bias,), routing)[0]
 
     def effective(self) -> tuple[Float[Tensor, "E out in"], Float[Tensor, "E out"]]:
         """Weight and bias that rows are multiplied by."""
@@ -410,29 +334,29 @@ class ExpertMLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "N in"], routing: Routing) -> ExpertOutput:
         """Rows of x through their experts; `routing` must have been made for as many rows and experts."""
-        hidden, rows = self._chained(x, routing) if self._chains() else self._layer_by_layer(x, routing)
+        alone = routing.num_experts == 1  # every sample once, in order: nothing to gather or add up
+        rows = x if alone else x.index_select(0, routing.sample)
+        *hidden, rows = self._all_layers(rows, routing) if self._chains() else self._layer_by_layer(rows, routing)
         weighted = routing.gate[:, None] * rows
-        out = weighted  # of one expert: every sample once, in order
-        if routing.num_experts > 1:
-            out = weighted.new_zeros(len(x), weighted.shape[1]).index_add(0, routing.sample, weighted)
+        out = weighted.new_zeros(len(x), weighted.shape[1])
+        out = weighted if alone else out.index_add(0, routing.sample, weighted)
         return ExpertOutput(out=out, features=tuple(RoutedFeatures(h, routing) for h in hidden))
 
     def _chains(self) -> bool:
-        """Whether all layers may run as one operation, unseen by forward hooks."""
+        """Whether all layers can be one operation, unseen by forward hooks."""
         plain = not (self.layerwise or self.layer_norm or self.crelu)
         return plain and not any(layer._forward_hooks for layer in (*self.hidden, self.head))
 
-    def _chained(self, x: Tensor, routing: Routing) -> tuple[Sequence[Tensor], Tensor]:
+    def _all_layers(self, rows: Tensor, routing: Routing) -> Sequence[Tensor]:
         weights, biases = zip(*(layer.effective() for layer in (*self.hidden, self.head)), strict=True)  # type: ignore[operator]
-        *hidden, rows = expert_chain(x, weights, biases, routing)
-        return hidden, rows
+        return expert_chain(rows, weights, biases, routing)
 
-    def _layer_by_layer(self, x: Tensor, routing: Routing) -> tuple[Sequence[Tensor], Tensor]:
-        h, hidden = x if routing.num_experts == 1 else x.index_select(0, routing.sample), []
+    def _layer_by_layer(self, h: Tensor, routing: Routing) -> Sequence[Tensor]:
+        outputs = []
         for layer in self.hidden:
             z = layer(h, routing)
             if self.layer_norm:
                 z = F.layer_norm(z, z.shape[1:])
             h = torch.cat((z.relu(), (-z).relu()), dim=1) if self.crelu else z.relu()
-            hidden.append(h)
-        return hidden, self.head(h, routing)
+            outputs.append(h)
+        return *outputs, self.head(h, routing)

@@ -129,12 +129,12 @@ def actor_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Tens
     total = sum((p for p in penalties if p is not None), start=step.loss)
     rules = [method for method in agent.methods if method.uses_actor_gradients]
     gradients = agent.actor_gradients.differentiate(total, agent.actor_parameters, retain_graph=bool(rules))
-    for method in rules:
-        gradients = method.actor_gradients(step, gradients)
-    norm = apply_gradients(agent.actor_optimizer, agent.actor_parameters, gradients, config.max_grad_norm)
     with torch.no_grad():
         kl = head.kl(batch.policy, trace.output).mean()
         clipped = ((log_prob - batch.log_prob).exp() - 1).abs().gt(config.clip).float().mean()
+    for method in rules:
+        gradients = method.actor_gradients(step, gradients)
+    norm = apply_gradients(agent.actor_optimizer, agent.actor_parameters, gradients, config.max_grad_norm)
     return [loss.detach(), kl, clipped, entropy.detach(), norm]
 
 

@@ -87,7 +87,7 @@ class Sphere(Method):
         self._metrics: dict[str, float | Tensor] = {}
         self._schedule = Schedule(config)
         self._gradients = GradientStore()
-        self._begun: Callable[[], list[Tensor]] | None = None
+        self._begun: Callable[[], tuple[list[Tensor], Tensor]] | None = None
 
     def start(self, agent: Agent) -> None:
         """Signals are derivatives with respect to features."""
@@ -122,19 +122,23 @@ class Sphere(Method):
     def actor_gradients(self, step: ActorStep, gradients: list[Tensor]) -> list[Tensor]:
         """Mode grad: g ← g + ρ·‖g‖ / (‖g_penalty‖ + 1e-8) · g_penalty."""
         begun, self._begun = self._begun, None
-        own = begun() if begun else self._penalty_gradients(step)
+        norm = total_norm(gradients)
+        own, own_norm = begun() if begun else self._penalty_gradients(step)
         if self.config.pcgrad:
             own = project_conflict(own, gradients)
-        scale = self._schedule.factor * self.config.rho * total_norm(gradients) / (total_norm(own) + EPSILON)
+            own_norm = total_norm(own)
+        scale = self._schedule.factor * self.config.rho * norm / (own_norm + EPSILON)
         self._metrics["sphere_strength"] = scale
         # In place: both lists are this minibatch's own, and copies of the whole network cost a millisecond.
         add_scaled_(gradients, own, scale)
         return gradients
 
-    def _penalty_gradients(self, step: ActorStep) -> list[Tensor]:
+    def _penalty_gradients(self, step: ActorStep) -> tuple[list[Tensor], Tensor]:
+        """The penalty's gradients and their norm."""
         penalty = self.penalty(step.trace)
         self._metrics = {"sphere_penalty": penalty.detach()}
-        return self._gradients.differentiate(penalty, step.parameters, retain_graph=True)
+        gradients = self._gradients.differentiate(penalty, step.parameters, retain_graph=True)
+        return gradients, total_norm(gradients)
 
     def penalty(self, trace: Trace) -> Tensor:
         """The penalty of one forward pass in the configured variant."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from sphere_rl.config import TrainConfig
+from sphere_rl.config import TrainConfig, to_dict
 from sphere_rl.errors import TrainingError
 from sphere_rl.runs import RunFolder
 from sphere_rl.sweep.display import standing
@@ -30,7 +31,7 @@ def speeds(runs: Sequence[PlannedRun]) -> dict[str, float]:
 
     Evaluations come on top: some percent at the default rate.
     """
-    known: dict[TrainConfig, float] = {}
+    known: dict[str, float] = {}
     for run in runs:
         if (measured := _measured(run)) is not None:
             known.setdefault(_kind(run.config), measured)
@@ -76,6 +77,11 @@ def _measured(run: PlannedRun) -> float | None:
     return found[len(found) // 2] if found else None
 
 
-def _kind(config: TrainConfig) -> TrainConfig:
-    """Runs of a kind have one speed: all but seed, protocol and tasks is equal."""
-    return replace(config, seed=0, protocol="crl", tasks=())
+def _kind(config: TrainConfig) -> str:
+    """Runs of a kind have one speed: they differ in seed, protocol, tasks and strengths, that is real numbers, only."""
+    return repr(_without_numbers(to_dict(replace(config, seed=0, protocol="crl", tasks=()))))
+
+
+def _without_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    nested = {name: _without_numbers(value) for name, value in settings.items() if isinstance(value, Mapping)}
+    return nested | {name: v for name, v in settings.items() if not isinstance(v, Mapping | float)}
