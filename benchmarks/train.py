@@ -20,6 +20,7 @@ from peer import make_ppo
 
 from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override, preset
+from sphere_rl.lanes import two_lanes
 from sphere_rl.ppo import update
 from sphere_rl.rollout import Collector
 from sphere_rl.runtime import tune_process
@@ -46,7 +47,8 @@ def own(config: TrainConfig, threads: int) -> Callable[[], None]:
 
     def iteration() -> None:
         torch.set_num_threads(threads)
-        update(agent, collector.collect(agent.actor, agent.critic, config.num_steps, agent.generator), config)
+        with two_lanes(threads):
+            update(agent, collector.collect(agent.actor, agent.critic, config.num_steps, agent.generator), config)
 
     return iteration
 
@@ -65,7 +67,6 @@ def peer(config: TrainConfig, threads: int) -> Callable[[], None]:
 def measure(suite: str, threads: int, repeats: int, clock: str) -> str:
     config = preset(make_suite(suite))
     config = replace(config, num_steps=min(config.num_steps, LONGEST_ROLLOUT))
-    config = replace(config, torch_threads=threads)
     iterations = {name: own(override(config, changes), threads) for name, changes in LEARNERS.items()}
     iterations["sb3 dense"] = peer(config, threads)
     times = interleaved(iterations, repeats, 1, clock, warmup=1)

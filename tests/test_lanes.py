@@ -15,9 +15,10 @@ from sphere_rl.ppo import update
 
 
 def trained(threads: int, method: str, **options: Any) -> tuple[torch.Tensor, dict[str, float]]:
-    config = make_config(method, torch_threads=threads, **options)
+    config = make_config(method, **options)
     agent = make_agent(config)
-    statistics = update(agent, rollout(3), config)
+    with two_lanes(threads):
+        statistics = update(agent, rollout(3), config)
     return nn.utils.parameters_to_vector([*agent.actor_parameters, *agent.critic_parameters]).detach(), statistics
 
 

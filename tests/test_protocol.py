@@ -96,6 +96,15 @@ def test_equal_seeds_are_equal_runs_and_others_differ(tiny: TrainConfig, tmp_pat
     assert timeless(other.read("train")) != timeless(one.read("train"))
 
 
+@pytest.mark.parametrize("method", ["none", "sphere"])
+def test_a_second_thread_changes_nothing(method: str, tiny: TrainConfig, tmp_path: Path) -> None:
+    """Networks of the size that is used; measured kernels do differ, by rounding."""
+    sizes = {"network.width": 256, "minibatch_size": 256, "num_envs": 8, "spectrum_every": -1}
+    config = override(tiny, {"method": [method], **sizes})
+    one, two = (train(override(config, {"torch_threads": n}), tmp_path / str(n)) for n in (1, 2))
+    assert run_difference(one, two) is None
+
+
 class Stop(Exception):
     """Ends a run at a chosen row."""
 

@@ -16,7 +16,7 @@ from sphere_rl.agent import Agent
 from sphere_rl.config import TrainConfig
 from sphere_rl.errors import TrainingError
 from sphere_rl.gradients import scale_, total_norm
-from sphere_rl.lanes import beside, two_lanes
+from sphere_rl.lanes import beside
 from sphere_rl.methods import ActorStep
 from sphere_rl.optimizer import ExpertAdam
 from sphere_rl.rollout import Rollout, gae
@@ -81,18 +81,17 @@ def update(agent: Agent, rollout: Rollout, config: TrainConfig) -> dict[str, flo
     )  # fmt: skip
     batch = flatten(rollout, advantage)
     statistics = []
-    with two_lanes(config.torch_threads if agent.device.type == "cpu" else 1):
-        for _ in range(config.num_epochs):
-            order = torch.randperm(len(batch), generator=agent.generator, device=agent.device)
-            for index in order.split(config.minibatch_size):
-                minibatch = batch[index]
-                statistics.append(minibatch_step(agent, minibatch, config))
-                if config.learning_rate_schedule == "kl":
-                    kl = float(statistics[-1][STATISTICS.index("kl")])
-                    rate = adapt_learning_rate(agent.learning_rate, kl, config.kl_target, config.learning_rate_bounds)
-                    agent.set_learning_rate(rate)
-                for method in agent.methods:
-                    method.after_minibatch(agent, minibatch)
+    for _ in range(config.num_epochs):
+        order = torch.randperm(len(batch), generator=agent.generator, device=agent.device)
+        for index in order.split(config.minibatch_size):
+            minibatch = batch[index]
+            statistics.append(minibatch_step(agent, minibatch, config))
+            if config.learning_rate_schedule == "kl":
+                kl = float(statistics[-1][STATISTICS.index("kl")])
+                rate = adapt_learning_rate(agent.learning_rate, kl, config.kl_target, config.learning_rate_bounds)
+                agent.set_learning_rate(rate)
+            for method in agent.methods:
+                method.after_minibatch(agent, minibatch)
     for method in agent.methods:
         method.after_iteration(agent, rollout)
     return summarize(torch.stack(statistics))

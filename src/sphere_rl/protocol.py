@@ -20,6 +20,7 @@ from sphere_rl.agent import Agent, Policy, Spaces
 from sphere_rl.config import TrainConfig, from_dict, to_dict
 from sphere_rl.errors import ConfigError, TrainingError
 from sphere_rl.evaluation import evaluate, summarize
+from sphere_rl.lanes import two_lanes
 from sphere_rl.ppo import update
 from sphere_rl.rollout import Collector, Rollout
 from sphere_rl.runs import Logs, RunFolder
@@ -180,8 +181,9 @@ class Run:
                 agent.set_learning_rate(rate)
             try:
                 self.tracker.begin_iteration(agent, self.task_step)
-                rollout = collector.collect(agent.actor, agent.critic, config.num_steps, agent.generator)
-                statistics = update(agent, rollout, config)
+                with two_lanes(config.torch_threads if agent.device.type == "cpu" else 1):
+                    rollout = collector.collect(agent.actor, agent.critic, config.num_steps, agent.generator)
+                    statistics = update(agent, rollout, config)
             except TrainingError as error:
                 raise TrainingError(f"task {self.task}, iteration {progress.iteration + 1}: {error}") from None
             progress.iteration += 1
