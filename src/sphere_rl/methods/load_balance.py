@@ -74,7 +74,7 @@ class LoadBalance(Method):
 
     def metrics(self) -> dict[str, float | Tensor]:
         """Both losses of the last minibatch, without their weights."""
-        return self._metrics
+        return dict(sorted(self._metrics.items()))
 
 
 def balance_loss(logits: Float[Tensor, "N R"], k: int) -> Float[Tensor, ""]:
