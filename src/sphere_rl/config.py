@@ -104,7 +104,7 @@ class TrainConfig:
     env_threads: int = 1
     """Threads that step environments, where the suite uses threads."""
     torch_threads: int = 1
-    """Threads of PyTorch's own operations; part of what makes a run bitwise repeatable."""
+    """Threads that compute; with two, actor and critic and halves of the experts go on side by side."""
     log: Literal["tensorboard", "wandb"] = "tensorboard"
     """Who is told every number of the logs: TensorBoard files; wandb: Weights & Biases as well (extra `wandb`)."""
     device: str = "cpu"

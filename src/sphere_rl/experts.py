@@ -261,7 +261,7 @@ class _SpherePenalty(torch.autograd.Function):
                 gram.addmm_(block, block.t())
             else:
                 entries = (rows[:, None] * n + rows).view(-1)
-                gram.put_(entries, block @ block.t(), accumulate=True)
+                gram.view(-1).scatter_add_(0, entries, (block @ block.t()).view(-1))
             parts.append((block, entries, rows))
         gram /= n
         mean = gram.trace() / m
@@ -279,7 +279,7 @@ class _SpherePenalty(torch.autograd.Function):
         gram, n, products = ctx.gram, len(ctx.gram), []
         for block, entries, rows in ctx.parts:
             if entries is not None:
-                products.append(gram.take(entries).view(len(block), len(block)) @ block)
+                products.append(gram.view(-1).index_select(0, entries).view(len(block), len(block)) @ block)
             elif len(rows) == n:
                 products.append(gram @ block)
             else:

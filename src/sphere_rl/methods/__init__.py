@@ -6,8 +6,8 @@ in the order given.
 
 Rules that hold for every method: parameters keep their identity (they are changed in place, never replaced by new
 objects); what is replaced or reset starts with fresh Adam moments (`Agent.moments`, `Agent.forget`); randomness comes
-from ``agent.generator``; whatever the next minibatch depends on is in ``state_dict``; ``critic_penalty`` shares no state
-with the actor's hooks, and draws nothing at random, because it may run beside them on a second thread.
+from ``agent.generator``; whatever the next minibatch depends on is in ``state_dict``; ``critic_penalty`` shares no
+state with the actor's hooks, and draws nothing at random, because it may run beside them on a second thread.
 """
 
 from __future__ import annotations
