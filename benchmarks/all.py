@@ -32,7 +32,7 @@ def main() -> None:
         )
         print(result.stdout, flush=True)
         sections += [f"## `benchmarks/{command}`", result.stdout.strip()]
-    PAGE.write_text("\n\n".join(sections) + "\n")
+        PAGE.write_text("\n\n".join(sections) + "\n")
 
 
 if __name__ == "__main__":
