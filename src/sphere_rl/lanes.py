@@ -63,6 +63,6 @@ def beside(task: Callable[[], Any]) -> Callable[[], Any]:
 def _second_lane() -> ThreadPoolExecutor:
     global _pool
     if _pool is None:
-        # A thread's own setting, too.
+        # Each thread has its own setting; PyTorch's inter-op threads inherit that of the one that makes them.
         _pool = ThreadPoolExecutor(1, "second lane", initializer=lambda: torch.set_flush_denormal(True))
     return _pool

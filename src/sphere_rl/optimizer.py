@@ -24,11 +24,11 @@ class ExpertAdam(torch.optim.Adam):
     that was passed over, so that it goes on where Adam would.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], lr: float, eps: float) -> None:
-        super().__init__(parameters, lr=lr, eps=eps, fused=True)
-
     grad_scale: Tensor | None = None
     """Gradients are divided by it in `step`, in place, as PyTorch's fused optimisers do for their loss scaling."""
+
+    def __init__(self, parameters: Iterable[Tensor], lr: float, eps: float) -> None:
+        super().__init__(parameters, lr=lr, eps=eps, fused=True)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
