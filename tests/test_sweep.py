@@ -14,15 +14,19 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from comparing import run_difference
 from rich.console import Console
 
 from sphere_rl import cli
 from sphere_rl.errors import CommandLineError, ConfigError
+from sphere_rl.policies import load_policy
 from sphere_rl.runs import RunFolder
 from sphere_rl.sweep import command, default_jobs, parse
 from sphere_rl.sweep.cost import _kind, reason, speeds, steps_left
 from sphere_rl.sweep.display import LiveTable, last_row
 from sphere_rl.sweep.plan import Grid, load_grid, plan, state
+from sphere_rl.sweep.shared import share, sources
 
 TRAIN = (
     "--num-envs 2 --num-steps 64 --minibatch-size 32 --num-epochs 1 --width 8 --depth 1 --num-experts 3 --top-k 1 "
@@ -223,6 +227,38 @@ def test_killed_sweep_is_finished_by_the_same_command(
     assert command([*GYM, "--methods", "none", *LONG, "--out", str(folder.parent)]) == 0
     assert (folder / "eval.jsonl").read_bytes() == whole.read_bytes()
     assert last_row(folder / "train.jsonl")["global_step"] == 2048
+
+
+SEQUENCE = {"protocols": ("rl", "crl"), "tasks": ("Pendulum-v1", "Pendulum-v1"), "methods": ("sphere",)}
+
+
+def test_the_first_task_of_a_sequence_is_not_trained_twice(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What a sweep shares is what training would have made; `sphere resume` and the report take it for that."""
+    words = ["--suite", "gym", *TRAIN, "--protocols", "rl", "crl", "--methods", "sphere", "--spectrum-every", "128"]
+    words += ["--tasks", "Pendulum-v1", "Pendulum-v1", "--out", str(tmp_path / "both")]
+    assert command(words) == 0
+    printed = capfd.readouterr().out
+    assert "started gym-rl" not in printed
+    name = "gym-rl-Pendulum-v1-topk_moe-sphere-seed0"
+    assert f"{name} is the first task of gym-crl-topk_moe-sphere-seed0" in printed
+    alone = ["--suite", "gym", *TRAIN, "--protocols", "rl", "--methods", "sphere", "--spectrum-every", "128"]
+    assert command([*alone, "--tasks", "Pendulum-v1", "--out", str(tmp_path / "alone")]) == 0
+    assert "started gym-rl" in capfd.readouterr().out
+    shared, trained = (RunFolder(tmp_path / where / name) for where in ("both", "alone"))
+    assert len(shared.read("spectrum")) > 1
+    assert run_difference(shared, trained) is None
+    assert shared.config() == trained.config()
+    assert torch.equal(*(load_policy(folder.path)(torch.ones(2, 3)) for folder in (shared, trained)))
+    assert command(words) == 0
+    assert "2 of 2 runs are finished already" in capfd.readouterr().out
+
+
+def test_a_first_task_that_is_not_over_is_trained(tmp_path: Path) -> None:
+    alone, sequence = plan(grid(**SEQUENCE), tmp_path)
+    assert sources([alone, sequence]) == {alone.name: sequence}
+    assert sources(plan(grid(**SEQUENCE | {"methods": ("sphere", "none"), "protocols": ("rl",)}), tmp_path)) == {}
+    assert not share(alone, sequence)
+    assert not alone.folder.exists()
 
 
 def test_strengths_have_the_same_speed_and_modes_have_not() -> None:

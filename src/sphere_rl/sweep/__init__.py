@@ -36,7 +36,7 @@ def command(words: list[str], report: Callable[[list[str]], object] | None = Non
     waiting = [run for run in runs if state(run) != "finished"]
     if len(waiting) < len(runs):
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already", flush=True)
-    codes = execute(engine, waiting, len(runs) - len(waiting))
+    codes = carry_out(engine, waiting, runs)
     failed = [run for run in waiting if codes[run.name]]
     if given.report and report:  # failures do not hide what the others have found
         report([str(given.out), "--out", str(given.out / "page")])
@@ -105,6 +105,23 @@ def default_jobs(runs: Sequence[Any]) -> int:
     return max(1, cores // max((run.threads for run in runs), default=1))
 
 
+def carry_out(engine: Any, waiting: Sequence[Any], runs: Sequence[Any]) -> dict[str, int]:
+    """Train what waits, but for ``rl`` runs that are the first task of a ``crl`` run; exit code by run."""
+    from sphere_rl.sweep.plan import state
+    from sphere_rl.sweep.shared import share, sources
+
+    found = sources(runs)
+    last = [run for run in waiting if run.name in found and state(run) == "new"]
+    first = [run for run in waiting if run not in last]
+    codes = execute(engine, first, len(runs) - len(waiting)) if first else {}
+    shared = [run for run in last if share(run, found[run.name])]
+    for run in shared:
+        print(f"{run.name} is the first task of {found[run.name].name}", flush=True)
+    left = [run for run in last if run not in shared]
+    codes |= execute(engine, left, len(runs) - len(left)) if left else {}
+    return codes | {run.name: 0 for run in shared}
+
+
 def execute(engine: Any, runs: Sequence[Any], already: int) -> dict[str, int]:
     """Carry the runs out in front of the user; exit code by run."""
     from rich.console import Console
@@ -123,17 +140,18 @@ def dry_run(runs: Sequence[Any], jobs: int | None) -> int:
     """Print what would be done and what it costs."""
     from sphere_rl.sweep.cost import speeds, steps_left
     from sphere_rl.sweep.plan import state
+    from sphere_rl.sweep.shared import sources
 
-    jobs = jobs or default_jobs(runs)
+    jobs, shared = jobs or default_jobs(runs), sources(runs)
+    steps = {run.name: 0 if run.name in shared and state(run) == "new" else steps_left(run) for run in runs}
     for run in runs:
-        print(f"{run.name:<60} {state(run):<12} {steps_left(run):>14,} steps")
-    left = [run for run in runs if steps_left(run)]
+        source = f", the first task of {shared[run.name].name}" if run.name in shared and not steps[run.name] else ""
+        print(f"{run.name:<60} {state(run):<12} {steps[run.name]:>14,} steps{source}")
+    left = [run for run in runs if steps[run.name]]
     speed = speeds(left)
-    hours = [steps_left(run) / speed[run.name] / 3600 for run in left]
+    hours = [steps[run.name] / speed[run.name] / 3600 for run in left]
     rates = sorted({round(value) for value in speed.values()})
     at = f" at {rates[0]} to {rates[-1]} steps/s a run" if rates else ""
-    print(
-        f"{len(left)} of {len(runs)} runs to do, {sum(map(steps_left, runs)):,} steps{at}: {sum(hours):.2f} core-hours"
-    )
+    print(f"{len(left)} of {len(runs)} runs to do, {sum(steps.values()):,} steps{at}: {sum(hours):.2f} core-hours")
     print(f"with {jobs} side by side about {max([sum(hours) / jobs, *hours], default=0):.2f} hours, evaluations on top")
     return 0
