@@ -7,6 +7,7 @@ too small. Every product is the same in either thread, so results are bitwise th
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from inspect import unwrap
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from sphere_rl.experts import Routing
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+SCRIPTED = sys.version_info < (3, 14)
+"""Later PyTorch does not promise TorchScript; the same loops then run as plain Python, on one thread."""
 
 
 def expert_chain(
@@ -71,7 +75,7 @@ class _ExpertChain(torch.autograd.Function):
         grad_weights = [expert_gradient(weight, routing.counts) for weight in weights[:top]]
         grad_biases = [torch.zeros_like(bias) for bias in biases[:top]]
         grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[1] else none
-        mine, others = routing.shares(lanes())
+        mine, others = routing.shares(lanes() if SCRIPTED else 1)
         _backward_blocks(
             mine, others, given, depth, [rows, *outputs], weights, grad_weights, grad_biases, grad_rows
         )  # fmt: skip
@@ -83,12 +87,14 @@ class _ExpertChain(torch.autograd.Function):
 
 def _outputs(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], routing: Routing) -> list[Tensor]:
     outputs = [rows.new_empty(len(rows), bias.shape[1]) for bias in biases]
-    mine, others = routing.shares(lanes())
+    mine, others = routing.shares(lanes() if SCRIPTED else 1)
     _forward_blocks(mine, others, [rows, *outputs], list(weights), list(biases))
     return outputs
 
 
 def _scripted(function: Function) -> Function:
+    if not SCRIPTED:
+        return function
     with warnings.catch_warnings():  # deprecated in favour of torch.compile, which needs a compiler on the machine
         warnings.simplefilter("ignore", DeprecationWarning)
         return torch.jit.script(unwrap(function))  # without a type checker that tests wrap around it
