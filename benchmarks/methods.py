@@ -15,10 +15,10 @@ from collections.abc import Callable
 from learner import sample_batch
 from measure import CLOCKS, interleaved, machine, markdown
 
+from sphere_rl import ppo
 from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override
 from sphere_rl.methods import methods
-from sphere_rl.ppo import actor_step, critic_step
 from sphere_rl.runtime import tune_process
 
 OBSERVATION_DIM, ACTION_DIM = 39, 4
@@ -43,8 +43,7 @@ def minibatch_step(actor: str, size: int, method: str, changes: dict[str, object
         each.on_task_start(agent, 0)
 
     def step() -> None:
-        actor_step(agent, batch, config)
-        critic_step(agent, batch, config)
+        ppo.minibatch_step(agent, batch, config)
         for each in agent.methods:
             each.after_minibatch(agent, batch)
 

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from inspect import unwrap
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -75,20 +75,23 @@ class _ExpertChain(torch.autograd.Function):
         grad_weights = [expert_gradient(weight, routing.counts) for weight in weights[:top]]
         grad_biases = [torch.zeros_like(bias) for bias in biases[:top]]
         grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[1] else none
-        mine, others = routing.shares(lanes() if SCRIPTED else 1)
-        _backward_blocks(
-            mine, others, given, depth, [rows, *outputs], weights, grad_weights, grad_biases, grad_rows
-        )  # fmt: skip
+        mine, others = routing.shares(_lanes())
+        passed = _Backward(given, [rows, *outputs], weights, grad_weights, grad_biases, grad_rows)
+        _backward_blocks(mine, others, passed)
         for gradient in grad_weights:
             written(gradient)
         above = [None] * (depth - top)
         return None, grad_rows if ctx.needs_input_grad[1] else None, *grad_weights, *above, *grad_biases, *above
 
 
+def _lanes() -> int:
+    return lanes() if SCRIPTED else 1
+
+
 def _outputs(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], routing: Routing) -> list[Tensor]:
     outputs = [rows.new_empty(len(rows), bias.shape[1]) for bias in biases]
-    mine, others = routing.shares(lanes() if SCRIPTED else 1)
-    _forward_blocks(mine, others, [rows, *outputs], list(weights), list(biases))
+    mine, others = routing.shares(_lanes())
+    _forward_blocks(mine, others, _Forward([rows, *outputs], list(weights), list(biases)))
     return outputs
 
 
@@ -100,45 +103,53 @@ def _scripted(function: Function) -> Function:
         return torch.jit.script(unwrap(function))  # without a type checker that tests wrap around it
 
 
-def _forward_some(
-    blocks: list[tuple[int, int, int]], outputs: list[Tensor], weights: list[Tensor], biases: list[Tensor]
-) -> int:
+class _Forward(NamedTuple):
+    """What a forward pass reads and fills: outputs[0] are the rows, outputs[l] those of layer l."""
+
+    outputs: list[Tensor]
+    weights: list[Tensor]
+    biases: list[Tensor]
+
+
+class _Backward(NamedTuple):
+    """What a backward pass reads and fills; given[l]: the gradient of layer l + 1's output, empty where zero."""
+
+    given: list[Tensor]
+    outputs: list[Tensor]
+    weights: list[Tensor]
+    grad_weights: list[Tensor]
+    grad_biases: list[Tensor]
+    grad_rows: Tensor
+
+
+def _forward_some(blocks: list[tuple[int, int, int]], p: _Forward) -> int:
     for expert, start, end in blocks:
-        h = outputs[0][start:end]
-        for layer in range(len(weights)):
-            out = outputs[layer + 1][start:end]
-            torch.addmm(biases[layer][expert], h, weights[layer][expert].t(), out=out)
-            if layer < len(weights) - 1:
+        h = p.outputs[0][start:end]
+        for layer in range(len(p.weights)):
+            out = p.outputs[layer + 1][start:end]
+            torch.addmm(p.biases[layer][expert], h, p.weights[layer][expert].t(), out=out)
+            if layer < len(p.weights) - 1:
                 out.clamp_min_(0)
             h = out
     return 0
 
 
-def _backward_some(
-    blocks: list[tuple[int, int, int]],
-    given: list[Tensor],
-    depth: int,
-    outputs: list[Tensor],
-    weights: list[Tensor],
-    grad_weights: list[Tensor],
-    grad_biases: list[Tensor],
-    grad_rows: Tensor,
-) -> int:
-    top = len(given)
+def _backward_some(blocks: list[tuple[int, int, int]], p: _Backward) -> int:
+    top = len(p.given)
     for expert, start, end in blocks:
-        grad = given[top - 1][start:end]
+        grad = p.given[top - 1][start:end]
         for back in range(top):
             layer = top - 1 - back
-            if back > 0 and given[layer].numel() > 0:
-                grad = grad + given[layer][start:end]
-            if layer < depth - 1:
-                grad = torch.ops.aten.threshold_backward(grad, outputs[layer + 1][start:end], 0)
-            torch.mm(grad.t(), outputs[layer][start:end], out=grad_weights[layer][expert])
-            torch.sum(grad, [0], False, out=grad_biases[layer][expert])
+            if back > 0 and p.given[layer].numel() > 0:
+                grad = grad + p.given[layer][start:end]
+            if layer < len(p.weights) - 1:
+                grad = torch.ops.aten.threshold_backward(grad, p.outputs[layer + 1][start:end], 0)
+            torch.mm(grad.t(), p.outputs[layer][start:end], out=p.grad_weights[layer][expert])
+            torch.sum(grad, [0], False, out=p.grad_biases[layer][expert])
             if layer > 0:
-                grad = torch.mm(grad, weights[layer][expert])
-            elif grad_rows.numel() > 0:
-                torch.mm(grad, weights[layer][expert], out=grad_rows[start:end])
+                grad = torch.mm(grad, p.weights[layer][expert])
+            elif p.grad_rows.numel() > 0:
+                torch.mm(grad, p.weights[layer][expert], out=p.grad_rows[start:end])
     return 0
 
 
@@ -146,43 +157,25 @@ _forward_some, _backward_some = _scripted(_forward_some), _scripted(_backward_so
 
 
 @_scripted
-def _forward_blocks(
-    mine: list[tuple[int, int, int]],
-    others: list[tuple[int, int, int]],
-    outputs: list[Tensor],
-    weights: list[Tensor],
-    biases: list[Tensor],
-) -> None:
+def _forward_blocks(mine: list[tuple[int, int, int]], others: list[tuple[int, int, int]], p: _Forward) -> None:
     """outputs[l] = relu(outputs[l − 1] W_lᵀ + b_l), without ReLU in the last layer; ``others`` on another thread."""
     if len(others) > 0:
-        beside = torch.jit.fork(_forward_some, others, outputs, weights, biases)
-        _forward_some(mine, outputs, weights, biases)
+        beside = torch.jit.fork(_forward_some, others, p)
+        _forward_some(mine, p)
         torch.jit.wait(beside)
     else:
-        _forward_some(mine, outputs, weights, biases)
+        _forward_some(mine, p)
 
 
 @_scripted
-def _backward_blocks(
-    mine: list[tuple[int, int, int]],
-    others: list[tuple[int, int, int]],
-    given: list[Tensor],
-    depth: int,
-    outputs: list[Tensor],
-    weights: list[Tensor],
-    grad_weights: list[Tensor],
-    grad_biases: list[Tensor],
-    grad_rows: Tensor,
-) -> None:
-    """Fill the gradients of these blocks from those of the first layers' outputs, ``given``; empty where zero."""
+def _backward_blocks(mine: list[tuple[int, int, int]], others: list[tuple[int, int, int]], p: _Backward) -> None:
+    """Fill the gradients of these blocks; ``others`` on another thread."""
     if len(others) > 0:
-        beside = torch.jit.fork(
-            _backward_some, others, given, depth, outputs, weights, grad_weights, grad_biases, grad_rows
-        )
-        _backward_some(mine, given, depth, outputs, weights, grad_weights, grad_biases, grad_rows)
+        beside = torch.jit.fork(_backward_some, others, p)
+        _backward_some(mine, p)
         torch.jit.wait(beside)
     else:
-        _backward_some(mine, given, depth, outputs, weights, grad_weights, grad_biases, grad_rows)
+        _backward_some(mine, p)
 
 
 def _composed(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], routing: Routing) -> list[Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sphere_rl.chain import expert_chain
+from sphere_rl.lanes import halves
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,9 @@ class Routing:
 
     def shares(self, lanes: int) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
         """`blocks` for this thread and, with two lanes, for another one, about equal in work."""
-        shares: tuple[list[tuple[int, int, int]], ...] = ([], [])
         if lanes == 1:
             return list(self.blocks), []
-        work = [0, 0]
-        for block in sorted(self.blocks, key=lambda block: block[1] - block[2]):
-            lane = work[1] < work[0]
-            shares[lane].append(block)
-            work[lane] += block[2] - block[1] + 32  # the weights, which are read for the first row
-        return shares
+        return halves(self.blocks, lambda block: block[2] - block[1] + 32)  # 32: the weights, read for the first row
 
     @cached_property
     def block_rows(self) -> tuple[Int[Tensor, "_"], ...]:

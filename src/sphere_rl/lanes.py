@@ -9,12 +9,14 @@ results are bitwise equal.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Item = TypeVar("Item")
 
 
 class _Present(threading.local):
@@ -58,6 +60,17 @@ def beside(task: Callable[[], Any]) -> Callable[[], Any]:
     future = _present.second.submit(task)
     _present.tasks = [*(earlier for earlier in _present.tasks if not earlier.done()), future]
     return future.result
+
+
+def halves(items: Iterable[Item], work: Callable[[Item], int]) -> tuple[list[Item], list[Item]]:
+    """Two lists that are about equal in work, from the largest item to the smallest."""
+    shares: tuple[list[Item], list[Item]] = ([], [])
+    done = [0, 0]
+    for item in sorted(items, key=work, reverse=True):
+        lane = done[1] < done[0]
+        shares[lane].append(item)
+        done[lane] += work(item)
+    return shares
 
 
 def _second_lane() -> ThreadPoolExecutor:

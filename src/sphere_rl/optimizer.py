@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sphere_rl.gradients import active_experts, written
-from sphere_rl.lanes import beside, lanes
+from sphere_rl.lanes import beside, halves, lanes
 
 REST = 1000
 """Minibatches without a sample after which an expert rests. By then 0.9^1000 < 1e-45 of its first moment is left."""
@@ -41,7 +41,7 @@ class ExpertAdam(torch.optim.Adam):
             counters = [self.state[parameter]["step"] for parameter in group["params"] if parameter.grad is not None]
             torch._foreach_add_(counters, 1)  # type: ignore[reportPrivateImportUsage]
             known = [p.grad for p in group["params"] if p.grad is not None and active_experts(p.grad) is not None]
-            first, second = _halves(entries) if lanes() > 1 else (entries, [])
+            first, second = halves(entries, lambda entry: entry[0].numel()) if lanes() > 1 else (entries, [])
             other = beside(partial(self._fused, second, group)) if second else None
             self._fused(first, group)
             if other is not None:
@@ -95,13 +95,3 @@ class ExpertAdam(torch.optim.Adam):
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         return state
-
-
-def _halves(entries: list[tuple[Tensor, ...]]) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
-    """Two lists with about equally many numbers."""
-    halves, sizes = ([], []), [0, 0]
-    for entry in sorted(entries, key=lambda entry: -entry[0].numel()):
-        lane = sizes[1] < sizes[0]
-        halves[lane].append(entry)
-        sizes[lane] += entry[0].numel()
-    return halves

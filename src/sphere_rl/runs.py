@@ -60,8 +60,8 @@ class RunFolder:
         """``config.json``."""
         return self.path / "config.json"
 
-    def create(self, config: Mapping[str, Any]) -> None:
-        """Write ``config.json``; the folder must not hold anything yet.
+    def create(self, config: Mapping[str, Any], origin: Mapping[str, Any] | None = None) -> None:
+        """Write ``config.json``; the folder must not hold anything yet. ``origin``: other versions and commit.
 
         Raises:
             RunFolderError: the folder has a run or other files in it.
@@ -72,7 +72,8 @@ class RunFolder:
         if others:
             raise RunFolderError(f"{self.path}: not empty (holds {sorted(others)[0]}); expected a new or empty folder")
         self.checkpoints.mkdir()
-        write_atomic(self.config_path, _json({"config": config, "versions": versions(), "commit": commit()}))
+        origin = origin or {"versions": versions(), "commit": commit()}
+        write_atomic(self.config_path, _json({"config": config, **origin}))
 
     def __enter__(self) -> RunFolder:
         """Lock the folder, making it if there is none.

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
 
 from sphere_rl import checkpoint
 from sphere_rl.config import TrainConfig, to_dict
 from sphere_rl.protocol import Progress
-from sphere_rl.runs import RunFolder, write_atomic
+from sphere_rl.runs import LOGS, Logs, RunFolder
 from sphere_rl.sweep.plan import PlannedRun
 
 
@@ -29,28 +28,26 @@ def share(run: PlannedRun, source: PlannedRun) -> bool:
     """Make a finished run's folder from the first task of ``source``; False, and nothing, if that task is not over."""
     taken, task = RunFolder(source.folder), run.config.task_sequence[0]
     policies = checkpoint.task_checkpoints(taken)[:1]
-    evaluations = _lines(taken, "eval", lambda row: row["task_index"] == 0 and row["phase"] != "retention")
-    if not policies or not evaluations or json.loads(evaluations[-1])["phase"] != "final":
+    rows = {log: [row for row in taken.read(log) if row["task_index"] == 0] for log in LOGS}
+    rows["eval"] = [row for row in rows["eval"] if row["phase"] != "retention"]
+    if not policies or not rows["eval"] or rows["eval"][-1]["phase"] != "final":
         return False
+    origin = json.loads(taken.config_path.read_text())
     with RunFolder(run.folder) as folder:
-        folder.create(to_dict(run.config))
-        record = json.loads(taken.config_path.read_text()) | {"config": to_dict(run.config)}
-        write_atomic(
-            folder.config_path, json.dumps(record, indent=2).encode() + b"\n"
-        )  # with the versions that trained
-        logs = {"eval": evaluations} | {
-            name: _lines(taken, name, lambda row: row["task_index"] == 0) for name in ("train", "spectrum")
-        }
-        for name, lines in logs.items():
-            write_atomic(folder.path / f"{name}.jsonl", b"".join(lines))
+        folder.create(to_dict(run.config), {name: origin[name] for name in ("versions", "commit")})
+        logs = Logs(folder, {})
+        for log in LOGS:
+            for row in rows[log]:
+                logs.append(log, row)
         shutil.copy2(policies[0], folder.checkpoints)
         state = {
             "progress": asdict(Progress(task_index=1, global_step=run.steps)),
             "agent": None,
             "spaces": checkpoint.load(policies[0])["spaces"],
             "collector": None,
-            "logs": {name: sum(map(len, lines)) for name, lines in logs.items()},
+            "logs": logs.lengths(),
         }
+        logs.close()
         checkpoint.save_run(folder, run.steps, state)
         folder.set_status("finished", run.steps, task)
     return True
@@ -58,9 +55,3 @@ def share(run: PlannedRun, source: PlannedRun) -> bool:
 
 def _first_task(config: TrainConfig) -> TrainConfig:
     return replace(config, protocol="rl", tasks=config.task_sequence[:1])
-
-
-def _lines(folder: RunFolder, log: str, wanted: Callable[[dict[str, Any]], bool]) -> list[bytes]:
-    path = folder.path / f"{log}.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith(b"\n") and wanted(json.loads(line))]
