@@ -95,7 +95,8 @@ def _outputs(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], 
     return outputs
 
 
-def _scripted(function: Function) -> Function:
+def scripted(function: Function) -> Function:
+    """The same function in TorchScript, where that is promised."""
     if not SCRIPTED:
         return function
     with warnings.catch_warnings():  # deprecated in favour of torch.compile, which needs a compiler on the machine
@@ -129,7 +130,7 @@ def _forward_some(blocks: list[tuple[int, int, int]], p: _Forward) -> int:
             out = p.outputs[layer + 1][start:end]
             torch.addmm(p.biases[layer][expert], h, p.weights[layer][expert].t(), out=out)
             if layer < len(p.weights) - 1:
-                out.clamp_min_(0)
+                out.relu_()
             h = out
     return 0
 
@@ -153,10 +154,10 @@ def _backward_some(blocks: list[tuple[int, int, int]], p: _Backward) -> int:
     return 0
 
 
-_forward_some, _backward_some = _scripted(_forward_some), _scripted(_backward_some)
+_forward_some, _backward_some = scripted(_forward_some), scripted(_backward_some)
 
 
-@_scripted
+@scripted
 def _forward_blocks(mine: list[tuple[int, int, int]], others: list[tuple[int, int, int]], p: _Forward) -> None:
     """outputs[l] = relu(outputs[l − 1] W_lᵀ + b_l), without ReLU in the last layer; ``others`` on another thread."""
     if len(others) > 0:
@@ -167,7 +168,7 @@ def _forward_blocks(mine: list[tuple[int, int, int]], others: list[tuple[int, in
         _forward_some(mine, p)
 
 
-@_scripted
+@scripted
 def _backward_blocks(mine: list[tuple[int, int, int]], others: list[tuple[int, int, int]], p: _Backward) -> None:
     """Fill the gradients of these blocks; ``others`` on another thread."""
     if len(others) > 0:

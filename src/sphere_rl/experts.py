@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from sphere_rl.chain import expert_chain
 from sphere_rl.lanes import halves
+from sphere_rl.routed_gram import RoutedPenalty
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ class RoutedFeatures:
 
         Raises RuntimeError when differentiated with create_graph.
         """
-        return _SpherePenalty.apply(self.values, self.routing.gate, self.routing)
+        return RoutedPenalty.apply(self.values, self.routing.gate, self.routing)
 
     def sphere_penalty_per_expert(self) -> Float[Tensor, ""]:
         """Σ_e ‖A_e‖_F² − (tr A_e)²/H with A_e = Φ_eᵀΦ_e/N: no cross-expert terms."""
@@ -232,56 +233,6 @@ class RoutedFeatures:
         n, experts = self.routing.num_samples, self.routing.num_experts
         dense = rows.new_zeros(n, experts, rows.shape[1])
         return dense.index_put((self.routing.sample, self.routing.expert), rows)
-
-
-class _SpherePenalty(torch.autograd.Function):
-    """‖S − cI‖_F² + (m − N)c² with S = ΦΦᵀ/N, c = tr S/m; its gradient 4/N (S − cI)Φ; both from routed rows only.
-
-    A sum of squares: ‖A‖² − (tr A)²/m would cancel where the spectrum is almost flat. Two samples meet in S only
-    through experts they share, so expert e adds the products of its own rows Φ_e. An expert that sees most
-    samples does so as an N × N product, the others through the index of their c_e² entries.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, gate: Tensor, routing: Routing) -> Tensor:
-        n, m = routing.num_samples, routing.num_experts * values.shape[1]
-        weighted = gate[:, None] * values
-        gram = values.new_zeros(n, n)
-        parts = []
-        for (_, start, end), rows in zip(routing.blocks, routing.block_rows, strict=True):
-            block, entries = weighted[start:end], None
-            if end - start > 0.75 * n:
-                whole = end - start == n
-                block = block if whole else values.new_zeros(n, values.shape[1]).index_copy_(0, rows, block)
-                gram.addmm_(block, block.t())
-            else:
-                entries = (rows[:, None] * n + rows).view(-1)
-                gram.view(-1).scatter_add_(0, entries, (block @ block.t()).view(-1))
-            parts.append((block, entries, rows))
-        gram /= n
-        mean = gram.trace() / m
-        gram.diagonal().sub_(mean)
-        ctx.save_for_backward(values, gate)
-        ctx.gram, ctx.parts = gram, parts
-        return torch.dot(gram.view(-1), gram.view(-1)) + (m - n) * mean.square()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("create_graph: use sphere_rl.sphere_penalty(features.weighted()) in its place")
-        (grad,) = grad_outputs
-        values, gate = ctx.saved_tensors
-        gram, n, products = ctx.gram, len(ctx.gram), []
-        for block, entries, rows in ctx.parts:
-            if entries is not None:
-                products.append(gram.view(-1).index_select(0, entries).view(len(block), len(block)) @ block)
-            elif len(rows) == n:
-                products.append(gram @ block)
-            else:
-                products.append((gram @ block).index_select(0, rows))
-        grad_weighted = torch.cat(products).mul_(grad * (4 / n))
-        grad_gate = (grad_weighted * values).sum(1) if ctx.needs_input_grad[1] else None
-        return grad_weighted.mul_(gate[:, None]), grad_gate, None
 
 
 @dataclass(frozen=True)

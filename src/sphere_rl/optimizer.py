@@ -29,6 +29,7 @@ class ExpertAdam(torch.optim.Adam):
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, eps: float) -> None:
         super().__init__(parameters, lr=lr, eps=eps, fused=True)
+        self._views: dict[Tensor, tuple[list[int], list[tuple[Tensor, ...]]]] = {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -72,8 +73,15 @@ class ExpertAdam(torch.optim.Adam):
         awake = [e for e in range(len(idle)) if self._awake(state, idle, e, beta2, active is None or e in active)]
         if len(awake) == len(idle):
             return [(*tensors, state["step"])]
-        parts = [tensor.unbind(0) for tensor in tensors]
-        return [(*(part[e] for part in parts), state["step"]) for e in awake]
+        parts = self._experts_of(parameter, tensors)
+        return [(*parts[e], state["step"]) for e in awake]
+
+    def _experts_of(self, parameter: Tensor, tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        """Each expert's part of these tensors: views, made again only when one of them has moved."""
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if parameter not in self._views or self._views[parameter][0] != addresses:
+            self._views[parameter] = addresses, list(zip(*(tensor.unbind(0) for tensor in tensors), strict=True))
+        return self._views[parameter][1]
 
     @staticmethod
     def _awake(state: dict[str, Any], idle: list[int], expert: int, beta2: float, active: bool) -> bool:
