@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "gradients", "lanes", "parsers", "penalty", "runtime", "seeding", "tables"},
     {"chain", "experts", "optimizer", "routed_gram", "runs", "ranks", "statistics"},
     {"networks"},
-    {"factors", "metrics", "ntk", "results", "rollout", "spectrum", "suites"},
+    {"direct", "factors", "metrics", "ntk", "results", "rollout", "spectrum", "suites"},
     {"methods", "probe"},
     {"config"},
     {"agent"},

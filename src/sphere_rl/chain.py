@@ -75,9 +75,10 @@ class _ExpertChain(torch.autograd.Function):
         grad_weights = [expert_gradient(weight, routing.counts) for weight in weights[:top]]
         grad_biases = [torch.zeros_like(bias) for bias in biases[:top]]
         grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[1] else none
-        mine, others = routing.shares(_lanes())
-        passed = _Backward(given, [rows, *outputs], weights, grad_weights, grad_biases, grad_rows)
-        _backward_blocks(mine, others, passed)
+        free = _lanes()
+        passed = Backward(given, [rows, *outputs], weights, grad_weights, grad_biases, grad_rows)
+        mine, others = routing.shares(free)
+        _backward_blocks(mine, others, passed, free)
         for gradient in grad_weights:
             written(gradient)
         above = [None] * (depth - top)
@@ -91,7 +92,7 @@ def _lanes() -> int:
 def _outputs(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], routing: Routing) -> list[Tensor]:
     outputs = [rows.new_empty(len(rows), bias.shape[1]) for bias in biases]
     mine, others = routing.shares(_lanes())
-    _forward_blocks(mine, others, _Forward([rows, *outputs], list(weights), list(biases)))
+    _forward_blocks(mine, others, Forward([rows, *outputs], list(weights), list(biases)))
     return outputs
 
 
@@ -104,7 +105,7 @@ def scripted(function: Function) -> Function:
         return torch.jit.script(unwrap(function))  # without a type checker that tests wrap around it
 
 
-class _Forward(NamedTuple):
+class Forward(NamedTuple):
     """What a forward pass reads and fills: outputs[0] are the rows, outputs[l] those of layer l."""
 
     outputs: list[Tensor]
@@ -112,7 +113,7 @@ class _Forward(NamedTuple):
     biases: list[Tensor]
 
 
-class _Backward(NamedTuple):
+class Backward(NamedTuple):
     """What a backward pass reads and fills; given[l]: the gradient of layer l + 1's output, empty where zero."""
 
     given: list[Tensor]
@@ -123,7 +124,9 @@ class _Backward(NamedTuple):
     grad_rows: Tensor
 
 
-def _forward_some(blocks: list[tuple[int, int, int]], p: _Forward) -> int:
+@scripted
+def forward_some(blocks: list[tuple[int, int, int]], p: Forward) -> int:
+    """Fill these blocks (expert, first row, end row): h_l = relu(W_l h_{l−1} + b_l), the last one without ReLU."""
     for expert, start, end in blocks:
         h = p.outputs[0][start:end]
         for layer in range(len(p.weights)):
@@ -135,8 +138,20 @@ def _forward_some(blocks: list[tuple[int, int, int]], p: _Forward) -> int:
     return 0
 
 
-def _backward_some(blocks: list[tuple[int, int, int]], p: _Backward) -> int:
+@scripted
+def _weights_some(layer: int, block: tuple[int, int, int], grad: Tensor, p: Backward) -> int:
+    """Fill the gradients of one expert's weights and bias from that of its layer's linear output."""
+    expert, start, end = block
+    torch.mm(grad.t(), p.outputs[layer][start:end], out=p.grad_weights[layer][expert])
+    torch.sum(grad, [0], False, out=p.grad_biases[layer][expert])
+    return 0
+
+
+@scripted
+def backward_some(blocks: list[tuple[int, int, int]], p: Backward, apart: bool = False) -> int:
+    """Fill the gradients of these blocks; ``apart``: those of weights on another thread."""
     top = len(p.given)
+    others: list[torch.jit.Future[int]] = []
     for expert, start, end in blocks:
         grad = p.given[top - 1][start:end]
         for back in range(top):
@@ -145,38 +160,41 @@ def _backward_some(blocks: list[tuple[int, int, int]], p: _Backward) -> int:
                 grad = grad + p.given[layer][start:end]
             if layer < len(p.weights) - 1:
                 grad = torch.ops.aten.threshold_backward(grad, p.outputs[layer + 1][start:end], 0)
-            torch.mm(grad.t(), p.outputs[layer][start:end], out=p.grad_weights[layer][expert])
-            torch.sum(grad, [0], False, out=p.grad_biases[layer][expert])
+            if apart:
+                others.append(torch.jit.fork(_weights_some, layer, (expert, start, end), grad, p))  # type: ignore[reportArgumentType]
+            else:
+                _weights_some(layer, (expert, start, end), grad, p)
             if layer > 0:
                 grad = torch.mm(grad, p.weights[layer][expert])
             elif p.grad_rows.numel() > 0:
                 torch.mm(grad, p.weights[layer][expert], out=p.grad_rows[start:end])
+    for other in others:
+        torch.jit.wait(other)
     return 0
 
 
-_forward_some, _backward_some = scripted(_forward_some), scripted(_backward_some)
+@scripted
+def _forward_blocks(mine: list[tuple[int, int, int]], others: list[tuple[int, int, int]], p: Forward) -> None:
+    """Fill all outputs, ``others`` on another thread."""
+    if len(others) > 0:
+        beside = torch.jit.fork(forward_some, others, p)
+        forward_some(mine, p)
+        torch.jit.wait(beside)
+    else:
+        forward_some(mine, p)
 
 
 @scripted
-def _forward_blocks(mine: list[tuple[int, int, int]], others: list[tuple[int, int, int]], p: _Forward) -> None:
-    """outputs[l] = relu(outputs[l − 1] W_lᵀ + b_l), without ReLU in the last layer; ``others`` on another thread."""
+def _backward_blocks(
+    mine: list[tuple[int, int, int]], others: list[tuple[int, int, int]], p: Backward, lanes: int
+) -> None:
+    """Fill all gradients, ``others``, or the weights' of a single expert, on another thread."""
     if len(others) > 0:
-        beside = torch.jit.fork(_forward_some, others, p)
-        _forward_some(mine, p)
+        beside = torch.jit.fork(backward_some, others, p)
+        backward_some(mine, p)
         torch.jit.wait(beside)
     else:
-        _forward_some(mine, p)
-
-
-@scripted
-def _backward_blocks(mine: list[tuple[int, int, int]], others: list[tuple[int, int, int]], p: _Backward) -> None:
-    """Fill the gradients of these blocks; ``others`` on another thread."""
-    if len(others) > 0:
-        beside = torch.jit.fork(_backward_some, others, p)
-        _backward_some(mine, p)
-        torch.jit.wait(beside)
-    else:
-        _backward_some(mine, p)
+        backward_some(mine, p, lanes > 1)
 
 
 def _composed(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], routing: Routing) -> list[Tensor]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,7 +18,7 @@ from torch.nn import functional as F
 
 from sphere_rl.chain import expert_chain
 from sphere_rl.lanes import halves
-from sphere_rl.routed_gram import RoutedPenalty
+from sphere_rl.routed_gram import routed_penalty
 
 
 @dataclass(frozen=True)
@@ -216,7 +215,7 @@ class RoutedFeatures:
 
         Raises RuntimeError when differentiated with create_graph.
         """
-        return RoutedPenalty.apply(self.values, self.routing.gate, self.routing)
+        return routed_penalty(self.values, self.routing.gate, self.routing)
 
     def sphere_penalty_per_expert(self) -> Float[Tensor, ""]:
         """Σ_e ‖A_e‖_F² − (tr A_e)²/H with A_e = Φ_eᵀΦ_e/N: no cross-expert terms."""
@@ -282,19 +281,25 @@ class ExpertMLP(nn.Module):
         """Rows of x through their experts; `routing` must have been made for as many rows and experts."""
         alone = routing.num_experts == 1  # every sample once, in order: nothing to gather or add up
         rows = x if alone else x.index_select(0, routing.sample)
-        *hidden, rows = self._all_layers(rows, routing) if self._chains() else self._layer_by_layer(rows, routing)
+        *hidden, rows = self._all_layers(rows, routing) if self.is_chain else self._layer_by_layer(rows, routing)
         weighted = routing.gate[:, None] * rows
         out = weighted.new_zeros(len(x), weighted.shape[1])
         out = weighted if alone else out.index_add(0, routing.sample, weighted)
         return ExpertOutput(out=out, features=tuple(RoutedFeatures(h, routing) for h in hidden))
 
-    def _chains(self) -> bool:
+    @property
+    def layers(self) -> tuple[GroupedLinear, ...]:
+        """Hidden layers and head."""
+        return (*self.hidden, self.head)  # type: ignore[arg-type]
+
+    @property
+    def is_chain(self) -> bool:
         """Whether all layers can be one operation, unseen by forward hooks."""
         plain = not (self.layerwise or self.layer_norm or self.crelu)
-        return plain and not any(layer._forward_hooks for layer in (*self.hidden, self.head))
+        return plain and not any(layer._forward_hooks for layer in self.layers)
 
     def _all_layers(self, rows: Tensor, routing: Routing) -> Sequence[Tensor]:
-        weights, biases = zip(*(layer.effective() for layer in (*self.hidden, self.head)), strict=True)  # type: ignore[operator]
+        weights, biases = zip(*(layer.effective() for layer in self.layers), strict=True)
         return expert_chain(rows, weights, biases, routing)
 
     def _layer_by_layer(self, h: Tensor, routing: Routing) -> Sequence[Tensor]:

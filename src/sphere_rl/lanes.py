@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -23,7 +23,7 @@ class _Present(threading.local):
     """The second lane that this thread may use and what it does; there is none for the second lane itself."""
 
     second: ThreadPoolExecutor | None = None
-    tasks: Sequence[Future[Any]] = ()
+    tasks: Sequence[Any] = ()
 
 
 _present = _Present()
@@ -43,7 +43,9 @@ def two_lanes(threads: int) -> Iterator[None]:
     try:
         yield
     finally:
-        wait(_present.tasks)
+        for task in _present.tasks:
+            with suppress(Exception):  # whoever asks for the result meets it
+                _result_of(task)()
         _present.second, _present.tasks = None, ()
         torch.set_num_threads(before)
 
@@ -53,13 +55,20 @@ def lanes() -> int:
     return 1 if _present.second is None or not all(task.done() for task in _present.tasks) else 2
 
 
-def beside(task: Callable[[], Any]) -> Callable[[], Any]:
-    """Start a task on the second lane; call what this returns for its result. With one lane it runs only then."""
+def beside(task: Callable[[], Any], start: Callable[[], Any] | None = None) -> Callable[[], Any]:
+    """Start a task on the second lane; call what this returns for its result. With one lane it runs only then.
+
+    ``start`` begins the same task by itself and returns a `torch.jit.Future`: TorchScript, which needs no Python lock.
+    """
     if _present.second is None:
         return task
-    future = _present.second.submit(task)
+    future = start() if start else _present.second.submit(task)
     _present.tasks = [*(earlier for earlier in _present.tasks if not earlier.done()), future]
-    return future.result
+    return _result_of(future)
+
+
+def _result_of(future: Any) -> Callable[[], Any]:
+    return future.result if isinstance(future, Future) else future.wait
 
 
 def halves(items: Iterable[Item], work: Callable[[Item], int]) -> tuple[list[Item], list[Item]]:

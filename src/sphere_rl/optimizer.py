@@ -2,18 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sphere_rl.chain import SCRIPTED, scripted
 from sphere_rl.gradients import active_experts, written
 from sphere_rl.lanes import beside, halves, lanes
 
 REST = 1000
 """Minibatches without a sample after which an expert rests. By then 0.9^1000 < 1e-45 of its first moment is left."""
+
+Entry = tuple[Tensor, ...]
+"""(parameter, gradient, first moment, second moment, step) of a tensor or of one expert of it."""
+
+
+class AdamStep(NamedTuple):
+    """One step of tensors and experts that do not rest."""
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    first: list[Tensor]
+    second: list[Tensor]
+    steps: list[Tensor]
+    rate: float
+    beta1: float
+    beta2: float
+    eps: float
+
+    def share(self, lanes: int) -> list[AdamStep]:
+        """As many steps, about equal in work."""
+        if lanes == 1:
+            return [self]
+        shares = halves(zip(*self[:5], strict=True), lambda entry: entry[0].numel())
+        return [_adam_step(entries, *self[5:]) for entries in shares if entries]
+
+
+def _adam_step(entries: Sequence[Entry], *numbers: float) -> AdamStep:
+    parameters, gradients, first, second, steps = map(list, zip(*entries, strict=True))
+    return AdamStep(parameters, gradients, first, second, steps, *numbers)
+
+
+@scripted
+def adam_step(p: AdamStep, grad_scale: Tensor | None) -> None:
+    """Adam's arithmetic; gradients are divided by ``grad_scale`` in place."""
+    torch._fused_adam_(  # type: ignore[reportPrivateImportUsage]
+        p.parameters, p.gradients, p.first, p.second, [], p.steps,
+        lr=p.rate, beta1=p.beta1, beta2=p.beta2, weight_decay=0.0, eps=p.eps,
+        amsgrad=False, maximize=False, grad_scale=grad_scale,
+    )  # fmt: skip
+
+
+@scripted
+def _start(p: AdamStep, grad_scale: Tensor | None) -> torch.jit.Future[None]:
+    return torch.jit.fork(adam_step, p, grad_scale)  # type: ignore[reportReturnType]
 
 
 class ExpertAdam(torch.optim.Adam):
@@ -29,37 +74,38 @@ class ExpertAdam(torch.optim.Adam):
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, eps: float) -> None:
         super().__init__(parameters, lr=lr, eps=eps, fused=True)
-        self._views: dict[Tensor, tuple[list[int], list[tuple[Tensor, ...]]]] = {}
+        self._views: dict[Tensor, tuple[list[int], list[Entry]]] = {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step with the gradients that the parameters carry."""
+        known = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        known = [gradient for gradient in known if active_experts(gradient) is not None]
+        for due in self.due():
+            mine, *others = due.share(lanes())
+            waits = [self._beside(p) for p in others]
+            adam_step(mine, self.grad_scale)
+            for wait in waits:
+                wait()
+        for gradient in known:
+            written(gradient)
+
+    def _beside(self, p: AdamStep) -> Callable[[], Any]:
+        arguments = p, self.grad_scale
+        return beside(partial(adam_step, *arguments), partial(_start, *arguments) if SCRIPTED else None)
+
+    def due(self) -> list[AdamStep]:
+        """Count a step, and say what `adam_step` must do for it: an entry for each group of parameters."""
+        steps = []
         for group in self.param_groups:
-            beta2 = group["betas"][1]
-            entries = [entry for p in group["params"] if p.grad is not None for entry in self._entries(p, beta2)]
-            if not entries:
-                continue
-            counters = [self.state[parameter]["step"] for parameter in group["params"] if parameter.grad is not None]
-            torch._foreach_add_(counters, 1)  # type: ignore[reportPrivateImportUsage]
-            known = [p.grad for p in group["params"] if p.grad is not None and active_experts(p.grad) is not None]
-            first, second = halves(entries, lambda entry: entry[0].numel()) if lanes() > 1 else (entries, [])
-            other = beside(partial(self._fused, second, group)) if second else None
-            self._fused(first, group)
-            if other is not None:
-                other()
-            for gradient in known:
-                written(gradient)
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            entries = [entry for parameter in parameters for entry in self._entries(parameter, group["betas"][1])]
+            if entries:
+                torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters], 1)  # type: ignore[reportPrivateImportUsage]
+                steps.append(_adam_step(entries, group["lr"], *group["betas"], group["eps"]))
+        return steps
 
-    def _fused(self, entries: list[tuple[Tensor, ...]], group: dict[str, Any]) -> None:
-        parameters, gradients, first, second, steps = map(list, zip(*entries, strict=True))
-        with torch.no_grad():  # a thread's own setting
-            torch._fused_adam_(  # type: ignore[reportPrivateImportUsage]
-                parameters, gradients, first, second, [], steps,
-                lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=0.0, eps=group["eps"],
-                amsgrad=False, maximize=False, grad_scale=self.grad_scale,
-            )  # fmt: skip
-
-    def _entries(self, parameter: Tensor, beta2: float) -> list[tuple[Tensor, ...]]:
+    def _entries(self, parameter: Tensor, beta2: float) -> list[Entry]:
         """(parameter, gradient, moments, step) of a whole tensor or of each of its experts that does not rest."""
         assert parameter.grad is not None
         state = self._state_of(parameter)
@@ -76,7 +122,7 @@ class ExpertAdam(torch.optim.Adam):
         parts = self._experts_of(parameter, tensors)
         return [(*parts[e], state["step"]) for e in awake]
 
-    def _experts_of(self, parameter: Tensor, tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+    def _experts_of(self, parameter: Tensor, tensors: tuple[Tensor, ...]) -> list[Entry]:
         """Each expert's part of these tensors: views, made again only when one of them has moved."""
         addresses = [tensor.data_ptr() for tensor in tensors]
         if parameter not in self._views or self._views[parameter][0] != addresses:

@@ -5,6 +5,7 @@ Actor and critic have their own Adam and their own global-norm clip; advantages 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from sphere_rl.agent import Agent
 from sphere_rl.config import TrainConfig
+from sphere_rl.direct import is_plain, regression_step
 from sphere_rl.errors import TrainingError
 from sphere_rl.gradients import scale_, total_norm
 from sphere_rl.lanes import beside
-from sphere_rl.methods import ActorStep
+from sphere_rl.methods import ActorStep, Method
 from sphere_rl.optimizer import ExpertAdam
 from sphere_rl.rollout import Rollout, gae
 
@@ -114,8 +116,8 @@ STATISTICS = ("policy_loss", "kl", "clip_fraction", "entropy", "actor_grad_norm"
 
 def minibatch_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> Float[Tensor, "S"]:
     """One gradient step of the actor and one of the critic, side by side where there are two lanes; `STATISTICS`."""
-    critic_statistics = beside(partial(critic_step, agent, batch, config))
-    return torch.stack(actor_step(agent, batch, config) + critic_statistics())
+    critic_statistics = begin_critic_step(agent, batch, config)
+    return torch.stack([*actor_step(agent, batch, config), *critic_statistics()])
 
 
 def actor_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Tensor]:
@@ -135,6 +137,17 @@ def actor_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Tens
         gradients = method.actor_gradients(step, gradients)
     norm = apply_gradients(agent.actor_optimizer, agent.actor_parameters, gradients, config.max_grad_norm)
     return [loss.detach(), kl, clipped, entropy.detach(), norm]
+
+
+def begin_critic_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> Callable[[], Sequence[Tensor]]:
+    """Begin one gradient step of the critic, without autograd where nothing but the value loss is differentiated."""
+    optimizer = agent.critic_optimizer
+    penalised = any(type(method).critic_penalty is not Method.critic_penalty for method in agent.methods)
+    plain = agent.critic.gate is None and is_plain(agent.critic) and batch.observation.dtype == torch.float32
+    if penalised or not plain or type(optimizer) is not ExpertAdam:
+        return beside(partial(critic_step, agent, batch, config))
+    coefficient, max_norm = config.value_coefficient, config.max_grad_norm
+    return regression_step(agent.critic, optimizer, batch.observation, batch.value_target, coefficient, max_norm)
 
 
 def critic_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Tensor]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from sphere_rl.direct import PenaltyPass, is_plain
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts import RoutedFeatures
 from sphere_rl.gradients import GradientStore, add_scaled_, total_norm
@@ -86,8 +87,8 @@ class Sphere(Method):
         self.config: SphereConfig = config
         self._metrics: dict[str, float | Tensor] = {}
         self._schedule = Schedule(config)
-        self._gradients = GradientStore()
-        self._begun: Callable[[], tuple[list[Tensor], Tensor]] | None = None
+        self._gradients, self._pass = GradientStore(), PenaltyPass()
+        self._begun: Callable[[], tuple[Tensor, list[Tensor], Tensor]] | None = None
 
     def start(self, agent: Agent) -> None:
         """Signals are derivatives with respect to features."""
@@ -105,7 +106,7 @@ class Sphere(Method):
         """λ · penalty in the modes fixed and loss."""
         factor = self._schedule.observe(step.trace)
         if self.config.mode == "grad":
-            self._begun = beside(partial(self._penalty_gradients, step))  # while the loss is differentiated
+            self._begun = self._begin(step)  # while the loss is differentiated
             return None
         penalty = self.penalty(step.trace)
         strength: float | Tensor = factor * self.config.strength
@@ -123,22 +124,29 @@ class Sphere(Method):
         """Mode grad: g ← g + ρ·‖g‖ / (‖g_penalty‖ + 1e-8) · g_penalty."""
         begun, self._begun = self._begun, None
         norm = total_norm(gradients)
-        own, own_norm = begun() if begun else self._penalty_gradients(step)
+        penalty, own, own_norm = (begun or self._begin(step))()
         if self.config.pcgrad:
             own = project_conflict(own, gradients)
             own_norm = total_norm(own)
         scale = self._schedule.factor * self.config.rho * norm / (own_norm + EPSILON)
-        self._metrics["sphere_strength"] = scale
+        self._metrics = {"sphere_penalty": penalty, "sphere_strength": scale}
         # In place: both lists are this minibatch's own, and copies of the whole network cost a millisecond.
         add_scaled_(gradients, own, scale)
         return gradients
 
-    def _penalty_gradients(self, step: ActorStep) -> tuple[list[Tensor], Tensor]:
-        """The penalty's gradients and their norm."""
+    def _begin(self, step: ActorStep) -> Callable[[], tuple[Tensor, list[Tensor], Tensor]]:
+        """Begin to find the penalty, its gradients and their norm."""
+        config, depth = self.config, len(step.trace.features)
+        usual = config.factor == "feature" and config.grouping == "joint" and not config.gate_coefficient
+        if not usual or not is_plain(step.agent.actor):
+            return beside(partial(self._differentiate, step))
+        layers = range(depth) if config.layers == "all" else [depth - 1]
+        return self._pass.begin(step.agent.actor, step.batch.observation, step.trace, layers)
+
+    def _differentiate(self, step: ActorStep) -> tuple[Tensor, list[Tensor], Tensor]:
         penalty = self.penalty(step.trace)
-        self._metrics = {"sphere_penalty": penalty.detach()}
         gradients = self._gradients.differentiate(penalty, step.parameters, retain_graph=True)
-        return gradients, total_norm(gradients)
+        return penalty.detach(), gradients, total_norm(gradients)
 
     def penalty(self, trace: Trace) -> Tensor:
         """The penalty of one forward pass in the configured variant."""
