@@ -3,7 +3,8 @@
     python benchmarks/learner.py --threads 2 --batch 64 256
 
 H1 shapes (51 observations, 19 actions, networks 256×3). The reference is plain PyTorch: a dense autograd pass
-through all ten experts, torch's default Adam. `sb3 dense` is one minibatch of Stable-Baselines3's PPO on MLPs of the
+through all ten experts, torch's default Adam; `reference + sphere grad` goes forward four times and backward twice, as
+the authors' public code does. `sb3 dense` is one minibatch of Stable-Baselines3's PPO on MLPs of the
 same sizes, without experts. `copied` routes every sample to the same two experts.
 """
 
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from itertools import pairwise
 from math import log
 
 import gymnasium
@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from cost_model import floor_milliseconds, minibatch_work, rates
 from measure import CLOCKS, interleaved, machine, markdown
-from torch import Tensor, nn
+from reference import Reference
+from torch import nn
 
 from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override
@@ -75,58 +76,13 @@ def learner(batch: Minibatch, changes: dict[str, object], threads: int = 1) -> t
     return agent, step
 
 
-def mlp(output_dim: int) -> nn.Sequential:
-    sizes = [OBSERVATION_DIM, WIDTH, WIDTH, WIDTH]
-    hidden = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*hidden, nn.Linear(WIDTH, output_dim))
-
-
-class DenseExperts(nn.Module):
-    """The usual mixture of experts: batched products over all of them, multiplied by gates that are mostly zero."""
-
-    def __init__(self, experts: nn.Module, gate: nn.Module) -> None:
-        super().__init__()
-        self.gate = mlp(EXPERTS)
-        self.log_std = nn.Parameter(torch.zeros(ACTION_DIM))
-        self.experts = nn.ParameterList([p.detach().clone() for p in experts.parameters()])
-        for own, copied in zip(self.gate.parameters(), gate.parameters(), strict=True):
-            own.data.copy_(copied.squeeze(0))
-
-    def forward(self, observation: Tensor) -> Tensor:
-        logits = self.gate(observation)
-        top = logits.topk(TOP_K, dim=1)
-        gates = torch.zeros_like(logits).scatter(1, top.indices, top.values.softmax(1))
-        h = observation.expand(EXPERTS, *observation.shape)
-        layers = list(zip(self.experts[::2], self.experts[1::2], strict=True))
-        for i, (weight, bias) in enumerate(layers):
-            h = torch.baddbmm(bias[:, None], h, weight.mT)
-            h = h.relu() if i < len(layers) - 1 else h
-        return torch.einsum("ne,ena->na", gates, h)
-
-
-def reference(batch: Minibatch, actor: DenseExperts) -> Callable[[], None]:
+def reference(batch: Minibatch, agent: Agent, sphere: bool) -> Callable[[], None]:
     """The same minibatches in plain PyTorch."""
-    critic = mlp(1)
-    optimizers = [torch.optim.Adam(m.parameters(), lr=3e-4, eps=1e-5) for m in (actor, critic)]
-
-    def descend(loss: Tensor, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 0.5)
-        optimizer.step()
-
-    def minibatch() -> None:
-        policy = torch.distributions.Normal(actor(batch.observation), actor.log_std.exp(), validate_args=False)
-        ratio = (policy.log_prob(batch.action).sum(1) - batch.log_prob).exp()
-        advantage = (batch.advantage - batch.advantage.mean()) / (batch.advantage.std() + 1e-8)
-        loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
-        descend(loss, actor, optimizers[0])
-        value = critic(batch.observation).squeeze(1)
-        descend(0.5 * (value - batch.value_target).square().mean(), critic, optimizers[1])
+    learner = Reference(agent.actor)
 
     def step() -> None:
         for _ in range(INNER):
-            minibatch()
+            learner.minibatch(batch, sphere)
 
     return step
 
@@ -170,10 +126,9 @@ def measure(size: int, threads: int, repeats: int, clock: str) -> str:
         agent.set_learning_rate(0.0)  # the routing stays that of a fresh gate
     moe = agents["topk_moe"][0]
     counts = moe.actor.trace(batch.observation).features[-1].routing.counts
-    assert moe.actor.gate is not None
-    dense = DenseExperts(moe.actor.experts, moe.actor.gate)
-    steps = {"reference": reference(batch, dense)} | {name: step for name, (_, step) in agents.items()}
+    steps = {"reference": reference(batch, moe, sphere=False)} | {name: step for name, (_, step) in agents.items()}
     steps["sb3 dense"] = stable_baselines(size)
+    steps["reference + sphere grad"] = reference(batch, moe, sphere=True)
     times = {name: ms / INNER for name, ms in interleaved(steps, repeats, 1, clock).items()}
     base = times["topk_moe"]
     rows = [

@@ -3,8 +3,8 @@
     python benchmarks/train.py --suite cw10 --threads 1 2
 
 An iteration is a rollout and all its epochs; learners take turns. Stable-Baselines3 trains MLPs of the same sizes
-without experts, with the preset's numbers. Rollouts are shortened where the preset's are long: the work of a step
-stays the same.
+without experts, with the preset's numbers, and with minibatches of its default size. Rollouts are shortened where the
+preset's are long: the work of a step stays the same.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from measure import CLOCKS, interleaved, machine, markdown
 from peer import make_ppo
+from reference import Reference
 
 from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override, preset
 from sphere_rl.lanes import two_lanes
-from sphere_rl.ppo import update
+from sphere_rl.ppo import flatten, update
 from sphere_rl.rollout import Collector
 from sphere_rl.runtime import tune_process
 from sphere_rl.suites import make_suite
@@ -33,6 +34,7 @@ LEARNERS: dict[str, dict[str, object]] = {
     "topk_moe + sphere grad": {"actor": "topk_moe", "method": ("sphere",), "sphere.mode": "grad"},
 }
 LONGEST_ROLLOUT = 256
+SB3_MINIBATCH = 64
 
 
 def make_envs(config: TrainConfig, threads: int) -> Any:
@@ -53,9 +55,26 @@ def own(config: TrainConfig, threads: int) -> Callable[[], None]:
     return iteration
 
 
-def peer(config: TrainConfig, threads: int) -> Callable[[], None]:
+def plain(config: TrainConfig, threads: int) -> Callable[[], None]:
+    """One iteration in plain PyTorch, all experts, as the authors' public code trains; rollouts are this package's."""
+    envs = make_envs(config, threads)
+    agent = Agent(config, Spaces.of(envs), seed=0)
+    collector, learner = Collector(envs, agent.normalizer, agent.device), Reference(agent.actor)
+
+    def iteration() -> None:
+        torch.set_num_threads(threads)
+        rollout = collector.collect(agent.actor, agent.critic, config.num_steps, agent.generator)
+        batch = flatten(rollout, rollout.reward)
+        for _ in range(config.num_epochs):
+            for index in torch.randperm(len(batch)).split(config.minibatch_size):
+                learner.minibatch(batch[index], sphere=True)
+
+    return iteration
+
+
+def peer(config: TrainConfig, threads: int, **changes: Any) -> Callable[[], None]:
     """One iteration of Stable-Baselines3."""
-    model = make_ppo(config, make_envs(config, threads))
+    model = make_ppo(config, make_envs(config, threads), **changes)
 
     def iteration() -> None:
         torch.set_num_threads(threads)
@@ -68,7 +87,12 @@ def measure(suite: str, threads: int, repeats: int, clock: str) -> str:
     config = preset(make_suite(suite))
     config = replace(config, num_steps=min(config.num_steps, LONGEST_ROLLOUT))
     iterations = {name: own(override(config, changes), threads) for name, changes in LEARNERS.items()}
+    iterations["plain PyTorch + sphere grad"] = plain(override(config, LEARNERS["topk_moe"]), threads)
     iterations["sb3 dense"] = peer(config, threads)
+    if config.minibatch_size != SB3_MINIBATCH:
+        iterations[f"sb3 dense, its default minibatch {SB3_MINIBATCH}"] = peer(
+            config, threads, batch_size=SB3_MINIBATCH
+        )
     times = interleaved(iterations, repeats, 1, clock, warmup=1)
     rates = {name: config.steps_per_iteration / ms * 1e3 for name, ms in times.items()}
     rows = [(name, f"{rate:.0f}", f"{rate / rates['sb3 dense']:.2f}×") for name, rate in rates.items()]
