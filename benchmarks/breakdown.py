@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from measure import CLOCKS, machine, markdown
 
-from sphere_rl import ppo
+from sphere_rl import direct, ppo
 from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override, preset
 from sphere_rl.experts import RoutedFeatures
@@ -65,6 +65,8 @@ def instrument(watch: Stopwatch, agent: Agent, collector: Collector) -> None:
     watch.wrap(torch.autograd, "grad", "backward")
     watch.wrap(ppo, "total_norm", "gradient norm")
     watch.wrap(RoutedFeatures, "sphere_penalty", "SPHERE penalty")
+    watch.wrap(direct, "_regress", "critic's step, one call")
+    watch.wrap(direct, "_penalise", "SPHERE's pass, one call")
     for optimizer in (agent.actor_optimizer, agent.critic_optimizer):
         watch.wrap(optimizer, "step", "Adam")
     for method in agent.methods:
