@@ -144,23 +144,23 @@ def test_entropy_bonus_widens_the_policy(tiny: TrainConfig) -> None:
 
 
 def test_ppo_solves_a_small_problem() -> None:
-    """CartPole to a return of 150 (random: 22) within 40 k steps: the categorical head and PPO together learn.
+    """CartPole to a return of 150 (random: 22) in 40 k steps: the categorical head and PPO together learn.
 
-    The best iteration counts: with constant learning rate the last ones go up and down by hundreds.
+    The learning rate falls to zero: at a constant one the last iterations go up and down by hundreds.
     """
     from sphere_rl.evaluation import summarize
 
     config = override(
         TrainConfig(),
         {"suite": "gym", "tasks": ["CartPole-v1"], "num_steps": 128, "minibatch_size": 128, "num_epochs": 6,
-         "learning_rate": 1e-3, "actor": "topk_moe", "network": {"width": 32, "depth": 2, "num_experts": 4}},
+         "learning_rate": 2e-3, "actor": "topk_moe", "network": {"width": 32, "depth": 2, "num_experts": 4}},
     )  # fmt: skip
     envs = make_suite("gym").make("CartPole-v1", 8, 0, 1)
     agent = Agent(config, Spaces.of(envs), seed=0)
-    collector, returns = Collector(envs, None, agent.device), [0.0]
-    for _ in range(40):
+    collector, episodes = Collector(envs, None, agent.device), []
+    for iteration in range(40):
+        agent.set_learning_rate(config.learning_rate * (1 - iteration / 40))
         rollout = collector.collect(agent.actor, agent.critic, config.num_steps, agent.generator)
         update(agent, rollout, config)
-        if rollout.episodes:
-            returns.append(summarize(rollout.episodes).mean_return)
-    assert max(returns) > 150
+        episodes = rollout.episodes or episodes
+    assert summarize(episodes).mean_return > 150
