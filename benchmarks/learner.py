@@ -4,8 +4,8 @@
 
 H1 shapes (51 observations, 19 actions, networks 256×3). The reference is plain PyTorch: a dense autograd pass
 through all ten experts, torch's default Adam; `reference + sphere grad` goes forward four times and backward twice, as
-the authors' public code does. `sb3 dense` is one minibatch of Stable-Baselines3's PPO on MLPs of the
-same sizes, without experts. `copied` routes every sample to the same two experts.
+the authors' public code does. `sb3 dense` is one minibatch of Stable-Baselines3's PPO on MLPs of the same sizes,
+without experts.
 """
 
 from __future__ import annotations

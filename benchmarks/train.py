@@ -56,7 +56,10 @@ def own(config: TrainConfig, threads: int) -> Callable[[], None]:
 
 
 def plain(config: TrainConfig, threads: int) -> Callable[[], None]:
-    """One iteration in plain PyTorch, all experts, as the authors' public code trains; rollouts are this package's."""
+    """One iteration in plain PyTorch, all experts, as the authors' public code trains.
+
+    Rollouts are this package's, and their rewards stand for advantages.
+    """
     envs = make_envs(config, threads)
     agent = Agent(config, Spaces.of(envs), seed=0)
     collector, learner = Collector(envs, agent.normalizer, agent.device), Reference(agent.actor)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from inspect import unwrap
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sphere_rl.gradients import expert_gradient, written
-from sphere_rl.lanes import lanes
+from sphere_rl.lanes import beside, lanes
 
 if TYPE_CHECKING:
     from sphere_rl.experts import Routing
@@ -105,6 +106,19 @@ def scripted(function: Function) -> Function:
         return torch.jit.script(unwrap(function))  # without a type checker that tests wrap around it
 
 
+def begin(run: Callable[..., Any], start: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    """Begin ``run`` on the second lane, where ``start``, scripted, forks it; with one lane it runs only when asked for.
+
+    Call what this returns for the result.
+    """
+
+    def here() -> Any:
+        with torch.no_grad():
+            return run(*arguments)
+
+    return beside(here, partial(start, *arguments) if SCRIPTED else None)
+
+
 class Forward(NamedTuple):
     """What a forward pass reads and fills: outputs[0] are the rows, outputs[l] those of layer l."""
 
@@ -177,9 +191,9 @@ def backward_some(blocks: list[tuple[int, int, int]], p: Backward, apart: bool =
 def _forward_blocks(mine: list[tuple[int, int, int]], others: list[tuple[int, int, int]], p: Forward) -> None:
     """Fill all outputs, ``others`` on another thread."""
     if len(others) > 0:
-        beside = torch.jit.fork(forward_some, others, p)
+        other = torch.jit.fork(forward_some, others, p)
         forward_some(mine, p)
-        torch.jit.wait(beside)
+        torch.jit.wait(other)
     else:
         forward_some(mine, p)
 
@@ -190,9 +204,9 @@ def _backward_blocks(
 ) -> None:
     """Fill all gradients, ``others``, or the weights' of a single expert, on another thread."""
     if len(others) > 0:
-        beside = torch.jit.fork(backward_some, others, p)
+        other = torch.jit.fork(backward_some, others, p)
         backward_some(mine, p)
-        torch.jit.wait(beside)
+        torch.jit.wait(other)
     else:
         backward_some(mine, p, lanes > 1)
 

@@ -8,19 +8,17 @@ Only for networks that are plain chains of layers (`is_plain`); all others go th
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sphere_rl.chain import SCRIPTED, Backward, Forward, backward_some, forward_some, scripted
+from sphere_rl.chain import SCRIPTED, Backward, Forward, backward_some, begin, forward_some, scripted
 from sphere_rl.experts import ExpertMLP, Routing
 from sphere_rl.gradients import GradientStore, expert_gradient, pieces, written
-from sphere_rl.lanes import beside
 from sphere_rl.networks import MoENetwork, Trace
-from sphere_rl.optimizer import AdamStep, ExpertAdam, adam_step
+from sphere_rl.optimizer import AdamStep, ExpertAdam, adam_step, clip_scale
 from sphere_rl.routed_gram import penalty_and_gradient
 
 
@@ -83,7 +81,7 @@ def regression_step(
     with torch.no_grad():
         mlp = _mlp(network.experts, (), gradients, [(0, 0, len(target))])
         (adam,) = optimizer.due()
-        return _begin(_regress, _start_regression, observation, target, mlp, coefficient, max_norm, adam)
+        return begin(_regress, _start_regression, observation, target, mlp, coefficient, max_norm, adam)
 
 
 class PenaltyPass:
@@ -108,7 +106,7 @@ class PenaltyPass:
             experts = _mlp(actor.experts, [f.values for f in trace.features], gradients, routing.blocks)
             gate = self._gate(actor.gate, trace, gradients) if actor.gate else _Mlp([], [], [], [], [], [])
             parts = pieces(list(gradients.values()))
-            finish = _begin(
+            finish = begin(
                 _penalise, _start_penalty, observation, _mixing(actor, trace, routing), penalised, experts, gate, parts
             )
 
@@ -146,19 +144,23 @@ def _mixing(network: MoENetwork, trace: Trace, routing: Routing) -> _Mixing:
     return _Mixing(weights, gate, routing.sample, routing.expert, routed, network.options.temperature)
 
 
-def _begin(run: Any, start: Any, *arguments: Any) -> Callable[[], Any]:
-    """``run`` on the second lane, begun there by ``start``, or here when the result is asked for."""
-
-    def here() -> Any:
-        with torch.no_grad():
-            return run(*arguments)
-
-    return beside(here, partial(start, *arguments))
-
-
 @scripted
 def _norm(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).norm()  # type: ignore[reportPrivateImportUsage]
+
+
+@scripted
+def _backward(mlp: _Mlp, rows: Tensor, hidden: list[Tensor], given: list[Tensor]) -> None:
+    """Fill the gradients of an MLP from those of its layers' outputs, as `Backward` has them; none for its rows."""
+    outputs, none = [rows], rows.new_empty(0)
+    outputs.extend(hidden)
+    backward_some(mlp.blocks, Backward(given, outputs, mlp.weights, mlp.grad_weights, mlp.grad_biases, none))
+
+
+@scripted
+def _from_the_end(mlp: _Mlp, rows: Tensor, hidden: list[Tensor], grad: Tensor) -> None:
+    """The same where only the last layer's output has a gradient."""
+    _backward(mlp, rows, hidden, [grad.new_empty(0)] * (len(mlp.weights) - 1) + [grad])
 
 
 @scripted
@@ -170,12 +172,9 @@ def _regress(
         outputs.append(observation.new_empty(target.size(0), bias.size(1)))
     forward_some(mlp.blocks, Forward(outputs, mlp.weights, mlp.biases))
     error = outputs[-1].squeeze(1) - target
-    none = observation.new_empty(0)
-    given = [none for _ in range(len(mlp.weights) - 1)]
-    given.append((error * (2 * coefficient / target.size(0))).unsqueeze(1))
-    backward_some(mlp.blocks, Backward(given, outputs, mlp.weights, mlp.grad_weights, mlp.grad_biases, none))
+    _from_the_end(mlp, observation, outputs[1:], (error * (2 * coefficient / target.size(0))).unsqueeze(1))
     norm = _norm(mlp.grad_weights + mlp.grad_biases)
-    adam_step(adam, ((norm + 1e-6) / max_norm).clamp(min=1.0))
+    adam_step(adam, clip_scale(norm, max_norm))
     return error.square().mean(), norm
 
 
@@ -192,29 +191,21 @@ def _logits_gradient(mixing: _Mixing, grad_gate: Tensor) -> Tensor:
 def _penalise(
     observation: Tensor, mixing: _Mixing, penalised: list[bool], experts: _Mlp, gate: _Mlp, parts: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    rows, none = observation.index_select(0, mixing.sample), observation.new_empty(0)
+    n, e = mixing.weights.size(0), mixing.weights.size(1)
     penalty, grad_gate = mixing.gate.new_zeros(()), torch.zeros_like(mixing.gate)
     given: list[Tensor] = []
     for layer in range(len(penalised)):
         if penalised[layer]:
             h = experts.hidden[layer]
-            n, e = mixing.weights.size(0), mixing.weights.size(1)
             own, grad = penalty_and_gradient(h, mixing.gate, mixing.sample, experts.blocks, n, e)
             penalty = penalty + own
             grad_gate += (grad * h).sum(1)
             given.append(grad.mul_(mixing.gate.unsqueeze(1)))
         else:
-            given.append(none)
-    outputs = [rows]
-    outputs.extend(experts.hidden)
-    passed = Backward(given, outputs, experts.weights, experts.grad_weights, experts.grad_biases, none)
-    backward_some(experts.blocks, passed)
+            given.append(observation.new_empty(0))
+    _backward(experts, observation.index_select(0, mixing.sample), experts.hidden, given)
     if len(gate.weights) > 0:
-        outputs = [observation]
-        outputs.extend(gate.hidden)
-        given = [none for _ in range(len(gate.weights) - 1)]
-        given.append(_logits_gradient(mixing, grad_gate))
-        backward_some(gate.blocks, Backward(given, outputs, gate.weights, gate.grad_weights, gate.grad_biases, none))
+        _from_the_end(gate, observation, gate.hidden, _logits_gradient(mixing, grad_gate))
     return penalty, _norm(parts)
 
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sphere_rl.chain import SCRIPTED, scripted
+from sphere_rl.chain import begin, scripted
 from sphere_rl.gradients import active_experts, written
-from sphere_rl.lanes import beside, halves, lanes
+from sphere_rl.lanes import halves, lanes
 
 REST = 1000
 """Minibatches without a sample after which an expert rests. By then 0.9^1000 < 1e-45 of its first moment is left."""
@@ -44,6 +43,12 @@ class AdamStep(NamedTuple):
 def _adam_step(entries: Sequence[Entry], *numbers: float) -> AdamStep:
     parameters, gradients, first, second, steps = map(list, zip(*entries, strict=True))
     return AdamStep(parameters, gradients, first, second, steps, *numbers)
+
+
+@scripted
+def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
+    """What to divide gradients of this norm by so that none is longer than ``max_norm``."""
+    return ((norm + 1e-6) / max_norm).clamp(min=1.0)
 
 
 @scripted
@@ -83,16 +88,12 @@ class ExpertAdam(torch.optim.Adam):
         known = [gradient for gradient in known if active_experts(gradient) is not None]
         for due in self.due():
             mine, *others = due.share(lanes())
-            waits = [self._beside(p) for p in others]
+            waits = [begin(adam_step, _start, p, self.grad_scale) for p in others]
             adam_step(mine, self.grad_scale)
             for wait in waits:
                 wait()
         for gradient in known:
             written(gradient)
-
-    def _beside(self, p: AdamStep) -> Callable[[], Any]:
-        arguments = p, self.grad_scale
-        return beside(partial(adam_step, *arguments), partial(_start, *arguments) if SCRIPTED else None)
 
     def due(self) -> list[AdamStep]:
         """Count a step, and say what `adam_step` must do for it: an entry for each group of parameters."""

@@ -19,8 +19,8 @@ from sphere_rl.direct import is_plain, regression_step
 from sphere_rl.errors import TrainingError
 from sphere_rl.gradients import scale_, total_norm
 from sphere_rl.lanes import beside
-from sphere_rl.methods import ActorStep, Method
-from sphere_rl.optimizer import ExpertAdam
+from sphere_rl.methods import ActorStep
+from sphere_rl.optimizer import ExpertAdam, clip_scale
 from sphere_rl.rollout import Rollout, gae
 
 
@@ -142,7 +142,7 @@ def actor_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Tens
 def begin_critic_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> Callable[[], Sequence[Tensor]]:
     """Begin one gradient step of the critic, without autograd where nothing but the value loss is differentiated."""
     optimizer = agent.critic_optimizer
-    penalised = any(type(method).critic_penalty is not Method.critic_penalty for method in agent.methods)
+    penalised = any(method.uses_critic_penalty for method in agent.methods)
     plain = agent.critic.gate is None and is_plain(agent.critic) and batch.observation.dtype == torch.float32
     if penalised or not plain or type(optimizer) is not ExpertAdam:
         return beside(partial(critic_step, agent, batch, config))
@@ -170,7 +170,7 @@ def apply_gradients(
         parameter.grad = gradient
     norm = total_norm(gradients)
     if isinstance(optimizer, ExpertAdam) and norm.dtype == torch.float32:  # it divides as it goes, in float32 only
-        optimizer.grad_scale = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+        optimizer.grad_scale = clip_scale(norm, max_norm)
     else:
         scale_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
     optimizer.step()

@@ -129,6 +129,11 @@ class Method:
         """Whether `actor_gradients` is overridden and active: the graph is kept for it."""
         return type(self).actor_gradients is not Method.actor_gradients
 
+    @property
+    def uses_critic_penalty(self) -> bool:
+        """Whether `critic_penalty` is overridden: the critic's step goes through autograd for it."""
+        return type(self).critic_penalty is not Method.critic_penalty
+
 
 @cache
 def methods() -> dict[str, type[Method]]:
