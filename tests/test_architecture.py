@@ -17,7 +17,7 @@ MODULES = sorted(p.relative_to(SOURCE).with_suffix("").as_posix() for p in SOURC
 LAYERS = [
     {"errors", "gradients", "lanes", "parsers", "penalty", "runtime", "seeding", "tables"},
     {"chain", "experts", "optimizer", "routed_gram", "runs", "ranks", "statistics"},
-    {"networks"},
+    {"networks", "sweeps"},
     {"direct", "factors", "metrics", "ntk", "results", "rollout", "spectrum", "suites"},
     {"methods", "probe"},
     {"config"},

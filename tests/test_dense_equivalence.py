@@ -43,7 +43,9 @@ class DenseExperts(nn.Module):
             selected = h[routing.sample, routing.expert]
             features.append(DenseFeatures(selected, routing, h))
         y = torch.einsum("eoi,nei->neo", p["head.weight"], h) + p["head.bias"]
-        return ExpertOutput((routing.weights[:, :, None] * y).sum(1), tuple(features))
+        return ExpertOutput(
+            (routing.weights[:, :, None] * y).sum(1), y[routing.sample, routing.expert], tuple(features)
+        )
 
 
 def rollout(dtype: torch.dtype) -> Rollout:

@@ -140,7 +140,7 @@ def of_rank(rank: int) -> Trace:
     """A forward pass whose feature Gram has so many equal eigenvalues."""
     values = torch.eye(10)[:, :rank] if rank else torch.zeros(10, 1)
     features = RoutedFeatures(values=values, routing=single_routing(10))
-    return Trace(torch.zeros(10, 1), torch.ones(10, 1), None, (features,), ())
+    return Trace(torch.zeros(10, 1), torch.ones(10, 1), None, torch.zeros(10, 1), (features,), ())
 
 
 def test_entropy_schedule_raises_the_strength_where_the_rank_fell():

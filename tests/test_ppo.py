@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from sphere_rl.ppo import (
     adapt_learning_rate,
     apply_gradients,
     critic_step,
+    direct_actor_step,
     normalize,
     policy_loss,
     update,
@@ -79,7 +81,18 @@ def minibatch(rows: int = 8) -> Minibatch:
     return Minibatch(draw(rows, 3), draw(rows, 1), draw(rows, 2) * 0.1, draw(rows) - 2, draw(rows), draw(rows))
 
 
-def test_actor_step_is_adam_on_the_clipped_gradient(agent: Agent, tiny: TrainConfig) -> None:
+def direct_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[torch.Tensor]:
+    with torch.no_grad():
+        trace = agent.actor.trace(batch.observation)
+    return direct_actor_step(agent, batch, config, trace, keep=False)
+
+
+def autograd_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[torch.Tensor]:
+    return actor_step(agent, batch, config, agent.actor.trace(batch.observation))
+
+
+@pytest.mark.parametrize("step", [direct_step, autograd_step])
+def test_an_actors_step_is_adam_on_the_clipped_gradient(step: Callable, agent: Agent, tiny: TrainConfig) -> None:
     """Against the same step written out with plain autograd and a hand-made first Adam step."""
     batch, before = minibatch(), [p.detach().clone() for p in agent.actor_parameters]
     log_prob = agent.actor.head.log_prob(agent.actor(batch.observation), batch.action)
@@ -88,7 +101,7 @@ def test_actor_step_is_adam_on_the_clipped_gradient(agent: Agent, tiny: TrainCon
     norm = torch.sqrt(sum((g.square().sum() for g in gradients), start=torch.zeros(())))
     scale = min(1.0, 0.5 / (norm.item() + 1e-6))
     critic = [p.detach().clone() for p in agent.critic_parameters]
-    statistics = actor_step(agent, batch, tiny)
+    statistics = step(agent, batch, tiny)
     assert statistics[0].item() == pytest.approx(loss.item())
     assert statistics[-1].item() == pytest.approx(norm.item(), rel=1e-4)
     for parameter, old, gradient in zip(agent.actor_parameters, before, gradients, strict=True):
@@ -138,7 +151,7 @@ def test_entropy_bonus_widens_the_policy(tiny: TrainConfig) -> None:
     agent = Agent(config, Spaces(3, 1, discrete=False), seed=0)
     batch = replace(minibatch(), advantage=torch.zeros(8))
     for _ in range(10):
-        actor_step(agent, batch, config)
+        autograd_step(agent, batch, config)
     (log_std,) = agent.actor.head.parameters()
     assert log_std.item() == pytest.approx(10 * 3e-4, rel=1e-2)
 

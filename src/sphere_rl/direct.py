@@ -1,25 +1,69 @@
-"""Backward passes without autograd, each one TorchScript call.
+"""Steps of actor and critic without autograd, each one TorchScript call.
 
 Two threads wait for each other at Python's lock between their operations. What runs here needs the lock only to begin
-and to end: that is what a second lane (`sphere_rl.lanes`) does best, and one thread alone saves autograd's bookkeeping.
-Only for networks that are plain chains of layers (`is_plain`); all others go through autograd, with the same result.
+and to end: that is what a second lane (`sphere_rl.lanes`) does best, and one thread alone saves autograd's bookkeeping
+and most of the memory traffic of gradients (`sphere_rl.sweeps`). Only for networks that are plain chains of layers
+(`is_plain`); all others go through autograd, with the same result.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sphere_rl.chain import SCRIPTED, Backward, Forward, backward_some, begin, forward_some, scripted
-from sphere_rl.experts import ExpertMLP, Routing
-from sphere_rl.gradients import GradientStore, expert_gradient, pieces, written
-from sphere_rl.networks import MoENetwork, Trace
+from sphere_rl.chain import SCRIPTED, Forward, begin, forward_some, scripted
+from sphere_rl.experts import ExpertMLP
+from sphere_rl.lanes import halves, has_two_lanes
+from sphere_rl.networks import Actor, MoENetwork, Trace
 from sphere_rl.optimizer import AdamStep, ExpertAdam, adam_step, clip_scale
 from sphere_rl.routed_gram import penalty_and_gradient
+from sphere_rl.sweeps import Block, Given, Mlp, ascend, descend
+
+
+class FeaturePenalty(NamedTuple):
+    """SPHERE's joint penalties of some hidden layers, summed, and what they are multiplied by.
+
+    mode ``fixed``: share; ``loss``: share · |loss| / penalty; ``grad``: the penalty's gradient is added to g, times
+    share · ‖g‖ / ‖g_penalty‖, with ``pcgrad`` without what opposes g.
+    """
+
+    layers: list[bool]
+    mode: str
+    share: float
+    pcgrad: bool
+
+
+class Improved(NamedTuple):
+    """The gradient's norm before it was clipped, the penalty, and what it was multiplied by."""
+
+    norm: Tensor
+    penalty: Tensor
+    strength: Tensor
+
+
+class _Mixing(NamedTuple):
+    """A `Routing`, its experts' outputs, and the softmax behind the last ``routed`` columns of its weights."""
+
+    weights: Tensor
+    gate: Tensor
+    sample: Tensor
+    expert: Tensor
+    blocks: list[tuple[int, int, int]]
+    outputs: Tensor
+    routed: int
+    temperature: float
+
+
+class _Step(NamedTuple):
+    """Adam's step of the MLPs' weights, block after block on two lanes, and that of all else with its gradients."""
+
+    mine: list[Block]
+    others: list[Block]
+    adam: AdamStep
+    own: list[Tensor]
+    max_norm: float
 
 
 def is_plain(network: MoENetwork) -> bool:
@@ -31,151 +75,180 @@ def is_plain(network: MoENetwork) -> bool:
     )
 
 
-class _Mlp(NamedTuple):
-    """Layers and their gradients, hidden features of a forward pass, and the blocks (expert, first row, end row)."""
+@torch.no_grad()
+def improve(
+    actor: Actor,
+    optimizer: ExpertAdam,
+    observation: Float[Tensor, "N D"],
+    trace: Trace,
+    loss: Float[Tensor, ""],
+    grad_output: Float[Tensor, "N A"],
+    penalty: FeaturePenalty | None,
+    max_norm: float,
+    keep: bool,
+) -> Improved:
+    """One step of a plain actor, from its forward pass and the gradient of the loss for its output.
 
-    hidden: list[Tensor]
-    weights: list[Tensor]
-    biases: list[Tensor]
-    grad_weights: list[Tensor]
-    grad_biases: list[Tensor]
-    blocks: list[tuple[int, int, int]]
+    The head's parameters carry their gradients already; after a step that is to ``keep`` them, so do all others.
+    """
+    routing = trace.features[0].routing
+    rows, features = observation.index_select(0, routing.sample), [f.values for f in trace.features]
+    mlps = [_mlp(actor.experts, optimizer, [rows, *features], keep)]
+    blocks = [(0, *block) for block in routing.blocks]
+    if actor.gate is not None:
+        mlps.append(_mlp(actor.gate, optimizer, [observation, *(f.values for f in trace.gate_features)], keep))
+        blocks.append((1, 0, 0, len(observation)))
+    head = [p.grad for p in actor.head.parameters() if p.grad is not None]
+    step = _step((actor.experts, actor.gate), optimizer, blocks, has_two_lanes(), head, max_norm)
+    routed = 0 if trace.logits is None else trace.logits.shape[1]
+    mixing = _Mixing(
+        routing.weights, routing.gate, routing.sample, routing.expert, list(routing.blocks), trace.expert_outputs,
+        routed, actor.options.temperature,
+    )  # fmt: skip
+    form = penalty or FeaturePenalty([False] * len(features), "fixed", 0.0, pcgrad=False)
+    return Improved(*_improve(mlps, step, mixing, loss, grad_output, form))
 
 
-class _Mixing(NamedTuple):
-    """A `Routing` and the softmax behind the last ``routed`` columns of its weights."""
-
-    weights: Tensor
-    gate: Tensor
-    sample: Tensor
-    expert: Tensor
-    routed: int
-    temperature: float
-
-
-def _mlp(
-    mlp: ExpertMLP, hidden: Sequence[Tensor], gradients: dict[Tensor, Tensor], blocks: Sequence[tuple[int, int, int]]
-) -> _Mlp:
-    weights, biases = [layer.weight for layer in mlp.layers], [layer.bias for layer in mlp.layers]
-    of_weights, of_biases = ([gradients[p] for p in ps if p in gradients] for ps in (weights, biases))
-    return _Mlp([h.detach() for h in hidden], [*weights], [*biases], of_weights, of_biases, [*blocks])
-
-
-def regression_step(
+@torch.no_grad()
+def begin_regression(
     network: MoENetwork,
     optimizer: ExpertAdam,
     observation: Float[Tensor, "N D"],
     target: Float[Tensor, "N"],
     coefficient: float,
     max_norm: float,
+    keep: bool,
 ) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Begin one step of ``network``, plain, float32 and a single expert, on coefficient · mean (output − target)².
+    """Begin one step of a plain network of a single expert on coefficient · mean (output − target)².
 
-    The gradient is clipped to ``max_norm``. Call what this returns for the mean square and the gradient's norm.
+    Call what this returns for the mean square and the gradient's norm. ``keep``: let parameters carry their gradients.
     """
-    gradients: dict[Tensor, Tensor] = {}
-    for parameter in network.parameters():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        gradients[parameter] = parameter.grad
-    with torch.no_grad():
-        mlp = _mlp(network.experts, (), gradients, [(0, 0, len(target))])
-        (adam,) = optimizer.due()
-        return begin(_regress, _start_regression, observation, target, mlp, coefficient, max_norm, adam)
+    layers = network.experts.layers
+    outputs = [observation, *(observation.new_empty(len(observation), layer.bias.shape[1]) for layer in layers)]
+    forward = Forward(outputs, [layer.weight.detach() for layer in layers], [layer.bias.detach() for layer in layers])
+    mlp = _mlp(network.experts, optimizer, outputs[:-1], keep)
+    step = _step((network.experts,), optimizer, [(0, 0, 0, len(target))], False, [], max_norm)
+    return begin(_regress, _start_regression, mlp, forward, step, target, coefficient)
 
 
-class PenaltyPass:
-    """Gradients of SPHERE's penalty for the parameters of an actor; the next pass overwrites what this one returned."""
-
-    def __init__(self) -> None:
-        self._store, self._zeros = GradientStore(), dict[Tensor, Tensor]()
-
-    def begin(
-        self, actor: MoENetwork, observation: Float[Tensor, "N D"], trace: Trace, layers: Collection[int]
-    ) -> Callable[[], tuple[Tensor, list[Tensor], Tensor]]:
-        """Begin the pass for the summed joint penalties of these hidden layers of a plain actor.
-
-        Call what this returns for penalty, gradients and their norm.
-        """
-        routing = trace.features[0].routing
-        with torch.no_grad(), self._store.filling():
-            gradients = self._gradients(actor.experts, max(layers) + 1, routing.counts)
-            if actor.gate is not None:
-                gradients |= self._gradients(actor.gate, len(actor.gate.layers), (len(observation),))
-            penalised = [layer in layers for layer in range(max(layers) + 1)]
-            experts = _mlp(actor.experts, [f.values for f in trace.features], gradients, routing.blocks)
-            gate = self._gate(actor.gate, trace, gradients) if actor.gate else _Mlp([], [], [], [], [], [])
-            parts = pieces(list(gradients.values()))
-            finish = begin(
-                _penalise, _start_penalty, observation, _mixing(actor, trace, routing), penalised, experts, gate, parts
-            )
-
-        def result() -> tuple[Tensor, list[Tensor], Tensor]:
-            penalty, norm = finish()
-            for gradient in gradients.values():
-                written(gradient)
-            return penalty, [gradients[p] if p in gradients else self._zero(p) for p in actor.parameters()], norm
-
-        return result
-
-    @staticmethod
-    def _gate(gate: ExpertMLP, trace: Trace, gradients: dict[Tensor, Tensor]) -> _Mlp:
-        return _mlp(gate, [f.values for f in trace.gate_features], gradients, [(0, 0, len(trace.output))])
-
-    @staticmethod
-    def _gradients(mlp: ExpertMLP, depth: int, counts: Sequence[int]) -> dict[Tensor, Tensor]:
-        """Memory for the gradients of the first layers."""
-        gradients = {}
-        for layer in mlp.layers[:depth]:
-            gradients[layer.weight] = expert_gradient(layer.weight, counts)
-            gradients[layer.bias] = torch.zeros_like(layer.bias)
-            written(gradients[layer.weight])
-        return gradients
-
-    def _zero(self, parameter: Tensor) -> Tensor:
-        if parameter not in self._zeros:
-            self._zeros[parameter] = torch.zeros_like(parameter, requires_grad=False)
-        return self._zeros[parameter]
+def _mlp(mlp: ExpertMLP, optimizer: ExpertAdam, inputs: list[Tensor], keep: bool) -> Mlp:
+    weights, biases = [layer.weight for layer in mlp.layers], [layer.bias for layer in mlp.layers]
+    experts = zip(*(optimizer.experts_of(weight) for weight in weights), strict=True)
+    of_experts = [[list(tensors) for tensors in zip(*layers, strict=True)] for layers in experts]
+    own, first, second = map(list, zip(*of_experts, strict=True))
+    steps = [optimizer.state_of(weight)["step"] for weight in weights]
+    of_biases, of_weights = _zeroed(biases), (_zeroed(weights) if keep else [])
+    return Mlp(inputs, own, first, second, steps, of_biases, of_weights)
 
 
-def _mixing(network: MoENetwork, trace: Trace, routing: Routing) -> _Mixing:
-    routed = 0 if trace.logits is None else trace.logits.shape[1]
-    weights, gate = routing.weights.detach(), routing.gate.detach()
-    return _Mixing(weights, gate, routing.sample, routing.expert, routed, network.options.temperature)
+def _zeroed(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients that these parameters carry from now on."""
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _step(
+    mlps: Sequence[ExpertMLP | None],
+    optimizer: ExpertAdam,
+    blocks: list[Block],
+    shared: bool,
+    own: list[Tensor],
+    max_norm: float,
+) -> _Step:
+    """Begin Adam's step of the experts in these blocks."""
+    elsewhere: dict[Tensor, set[int]] = {
+        layer.weight: {expert for part, expert, _, _ in blocks if part == index}
+        for index, mlp in enumerate(mlps)
+        if mlp is not None
+        for layer in mlp.layers
+    }
+    (rest,) = optimizer.due(elsewhere)
+    mine, others = halves(blocks, lambda block: block[3] - block[2] + 32) if shared else (blocks, [])
+    return _Step(mine, others, rest, own, max_norm)
 
 
 @scripted
-def _norm(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(tensors)).norm()  # type: ignore[reportPrivateImportUsage]
+def gaussian_loss(
+    mean: Tensor,
+    log_std: Tensor,
+    action: Tensor,
+    old_policy: Tensor,
+    old_log_prob: Tensor,
+    advantage: Tensor,
+    clip: float,
+    entropy_coefficient: float,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """PPO's loss of a Gaussian policy, the numbers of `sphere_rl.ppo.actor_loss`, and ∂loss for mean and log σ."""
+    deviation = torch.exp(-log_std)
+    z = (action - mean) * deviation
+    constant = 0.9189385332046727  # log sqrt(2 pi)
+    log_prob = z.square().sum(1).mul_(-0.5).sub_((log_std + constant).sum())
+    entropy = (log_std + (constant + 0.5)).sum()
+    ratio = torch.exp(log_prob - old_log_prob)
+    free, bound = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
+    loss = -torch.minimum(free, bound).mean()
+    of_log_prob = (free * (free <= bound)).div_(-len(free)).unsqueeze(1)
+    of_mean = of_log_prob * z * deviation
+    of_log_std = (of_log_prob * (z.square() - 1)).sum(0) - entropy_coefficient
+    old_mean, old_log_std = old_policy.chunk(2, 1)
+    squared = torch.exp(2 * old_log_std) + (old_mean - mean).square()
+    kl = (log_std - old_log_std + 0.5 * (squared * deviation.square() - 1)).sum(1).mean()
+    clipped = (ratio - 1).abs().gt(clip).to(ratio.dtype).mean()
+    return loss - entropy_coefficient * entropy, [loss, kl, clipped, entropy], [of_mean, of_log_std]
 
 
 @scripted
-def _backward(mlp: _Mlp, rows: Tensor, hidden: list[Tensor], given: list[Tensor]) -> None:
-    """Fill the gradients of an MLP from those of its layers' outputs, as `Backward` has them; none for its rows."""
-    outputs, none = [rows], rows.new_empty(0)
-    outputs.extend(hidden)
-    backward_some(mlp.blocks, Backward(given, outputs, mlp.weights, mlp.grad_weights, mlp.grad_biases, none))
+def _strength(products: Tensor, form: FeaturePenalty) -> tuple[Tensor, Tensor, Tensor]:
+    """Mode grad, from the inner products [2, 2] of loss's and penalty's gradients: what each is multiplied by in the
+    step, and the square of the sum's norm.
+    """
+    of_loss, cross, of_penalty = products[0, 0], products[0, 1], products[1, 1]
+    along = torch.zeros_like(cross)
+    if form.pcgrad:  # the penalty's gradient less this multiple of the loss's
+        along = cross.clamp(max=0.0) / (of_loss + 1e-8)
+    rest = of_penalty - along * (2 * cross - along * of_loss)
+    strength = form.share * of_loss.sqrt() / (rest.clamp(min=0.0).sqrt() + 1e-8)
+    kept = 1 - strength * along
+    return kept, strength, kept * (kept * of_loss + 2 * strength * cross) + strength.square() * of_penalty
 
 
 @scripted
-def _from_the_end(mlp: _Mlp, rows: Tensor, hidden: list[Tensor], grad: Tensor) -> None:
-    """The same where only the last layer's output has a gradient."""
-    _backward(mlp, rows, hidden, [grad.new_empty(0)] * (len(mlp.weights) - 1) + [grad])
-
-
-@scripted
-def _regress(
-    observation: Tensor, target: Tensor, mlp: _Mlp, coefficient: float, max_norm: float, adam: AdamStep
-) -> tuple[Tensor, Tensor]:
-    outputs = [observation]
-    for bias in mlp.biases:
-        outputs.append(observation.new_empty(target.size(0), bias.size(1)))
-    forward_some(mlp.blocks, Forward(outputs, mlp.weights, mlp.biases))
-    error = outputs[-1].squeeze(1) - target
-    _from_the_end(mlp, observation, outputs[1:], (error * (2 * coefficient / target.size(0))).unsqueeze(1))
-    norm = _norm(mlp.grad_weights + mlp.grad_biases)
-    adam_step(adam, clip_scale(norm, max_norm))
-    return error.square().mean(), norm
+def _take(mlps: list[Mlp], given: list[Given], step: _Step, form: FeaturePenalty) -> tuple[Tensor, Tensor]:
+    """Both sweeps and Adam: the gradient's norm, and what the penalty's gradient was multiplied by in mode grad."""
+    k = 2 if form.mode == "grad" else 1
+    inner: list[Tensor] = []
+    signals: list[Tensor] = []
+    gradients: list[Tensor] = []
+    signals_there: list[Tensor] = []
+    gradients_there: list[Tensor] = []
+    for mlp in mlps:
+        inner.append(mlp.inputs[0].new_zeros(len(mlp.weights), k, k))
+    if len(step.others) > 0:
+        other = torch.jit.fork(descend, step.others, mlps, given, k, inner, signals_there, gradients_there)
+        descend(step.mine, mlps, given, k, inner, signals, gradients)
+        torch.jit.wait(other)
+    else:
+        descend(step.mine, mlps, given, k, inner, signals, gradients)
+    products = torch.cat(inner).sum(0)
+    for gradient in step.own:
+        products[0, 0].add_(gradient.square().sum())
+    kept, strength, square = torch.ones_like(products[0, 0]), torch.zeros_like(products[0, 0]), products[0, 0]
+    if form.mode == "grad":
+        kept, strength, square = _strength(products, form)
+    norm = square.clamp(min=0.0).sqrt()
+    scale = clip_scale(norm, step.max_norm)
+    factors = [kept / scale, strength / scale][:k]
+    for gradient in step.own:
+        gradient.mul_(factors[0])
+    if len(step.others) > 0:
+        there = torch.jit.fork(ascend, step.others, mlps, signals_there, gradients_there, factors, step.adam)
+        ascend(step.mine, mlps, signals, gradients, factors, step.adam)
+        torch.jit.wait(there)
+    else:
+        ascend(step.mine, mlps, signals, gradients, factors, step.adam)
+    adam_step(step.adam, None)
+    return norm, strength
 
 
 @scripted
@@ -188,36 +261,47 @@ def _logits_gradient(mixing: _Mixing, grad_gate: Tensor) -> Tensor:
 
 
 @scripted
-def _penalise(
-    observation: Tensor, mixing: _Mixing, penalised: list[bool], experts: _Mlp, gate: _Mlp, parts: list[Tensor]
-) -> tuple[Tensor, Tensor]:
-    n, e = mixing.weights.size(0), mixing.weights.size(1)
-    penalty, grad_gate = mixing.gate.new_zeros(()), torch.zeros_like(mixing.gate)
-    given: list[Tensor] = []
-    for layer in range(len(penalised)):
-        if penalised[layer]:
-            h = experts.hidden[layer]
-            own, grad = penalty_and_gradient(h, mixing.gate, mixing.sample, experts.blocks, n, e)
+def _improve(
+    mlps: list[Mlp], step: _Step, mixing: _Mixing, loss: Tensor, grad_output: Tensor, form: FeaturePenalty
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, experts, depth = mixing.weights.size(0), mixing.weights.size(1), len(form.layers)
+    none, h = grad_output.new_empty(0), mlps[0].inputs
+    rows = grad_output.index_select(0, mixing.sample)
+    of_loss, of_gate = rows * mixing.gate.unsqueeze(1), (rows * mixing.outputs).sum(1)
+    penalty, of_gate_too = torch.zeros_like(loss), torch.zeros_like(of_gate)
+    of_penalty = [none] * (depth + 1)
+    for layer in range(depth):
+        if form.layers[layer]:
+            own, grad = penalty_and_gradient(h[layer + 1], mixing.gate, mixing.sample, mixing.blocks, n, experts)
             penalty = penalty + own
-            grad_gate += (grad * h).sum(1)
-            given.append(grad.mul_(mixing.gate.unsqueeze(1)))
-        else:
-            given.append(observation.new_empty(0))
-    _backward(experts, observation.index_select(0, mixing.sample), experts.hidden, given)
-    if len(gate.weights) > 0:
-        _from_the_end(gate, observation, gate.hidden, _logits_gradient(mixing, grad_gate))
-    return penalty, _norm(parts)
+            of_gate_too += (grad * h[layer + 1]).sum(1)
+            of_penalty[layer] = grad.mul_(mixing.gate.unsqueeze(1))
+    strength = torch.full_like(loss, form.share)
+    if form.mode == "loss":
+        strength = form.share * loss.abs() / (penalty + 1e-8)
+    if form.mode != "grad":
+        for grad in of_penalty:
+            grad.mul_(strength)
+        of_gate_too.mul_(strength)
+    given = [Given(of_loss, of_penalty)]
+    if len(mlps) > 1:
+        below = [none] * (len(mlps[1].inputs) - 1)
+        given.append(Given(_logits_gradient(mixing, of_gate), below + [_logits_gradient(mixing, of_gate_too)]))  # noqa: RUF005 (TorchScript)
+    norm, relative = _take(mlps, given, step, form)
+    return norm, penalty, relative if form.mode == "grad" else strength
+
+
+@scripted
+def _regress(mlp: Mlp, p: Forward, step: _Step, target: Tensor, coefficient: float) -> tuple[Tensor, Tensor]:
+    forward_some([(0, 0, target.size(0))], p)
+    error = p.outputs[-1].squeeze(1) - target
+    given = Given((error * (2 * coefficient / len(error))).unsqueeze(1), [target.new_empty(0)] * len(p.weights))
+    norm, _ = _take([mlp], [given], step, FeaturePenalty([], "fixed", 0.0, False))
+    return error.square().mean(), norm
 
 
 @scripted
 def _start_regression(
-    observation: Tensor, target: Tensor, mlp: _Mlp, coefficient: float, max_norm: float, adam: AdamStep
+    mlp: Mlp, p: Forward, step: _Step, target: Tensor, coefficient: float
 ) -> torch.jit.Future[tuple[Tensor, Tensor]]:
-    return torch.jit.fork(_regress, observation, target, mlp, coefficient, max_norm, adam)  # type: ignore[reportReturnType]
-
-
-@scripted
-def _start_penalty(
-    observation: Tensor, mixing: _Mixing, penalised: list[bool], experts: _Mlp, gate: _Mlp, parts: list[Tensor]
-) -> torch.jit.Future[tuple[Tensor, Tensor]]:
-    return torch.jit.fork(_penalise, observation, mixing, penalised, experts, gate, parts)  # type: ignore[reportReturnType]
+    return torch.jit.fork(_regress, mlp, p, step, target, coefficient)  # type: ignore[reportReturnType]

@@ -236,9 +236,10 @@ class RoutedFeatures:
 
 @dataclass(frozen=True)
 class ExpertOutput:
-    """Result of an expert MLP: out [N, A] = Σ_e g_e · expert_e(x), and the features of each hidden layer."""
+    """Result of an expert MLP: out [N, A] = Σ_e g_e · expert_e(x), each expert_e(x), and features of hidden layers."""
 
     out: Float[Tensor, "N A"]
+    rows: Float[Tensor, "M A"]
     features: tuple[RoutedFeatures, ...]
 
 
@@ -285,7 +286,7 @@ class ExpertMLP(nn.Module):
         weighted = routing.gate[:, None] * rows
         out = weighted.new_zeros(len(x), weighted.shape[1])
         out = weighted if alone else out.index_add(0, routing.sample, weighted)
-        return ExpertOutput(out=out, features=tuple(RoutedFeatures(h, routing) for h in hidden))
+        return ExpertOutput(out=out, rows=rows, features=tuple(RoutedFeatures(h, routing) for h in hidden))
 
     @property
     def layers(self) -> tuple[GroupedLinear, ...]:

@@ -74,6 +74,7 @@ class Trace:
         output: mean of the Gaussian or logits of the categorical policy; values for a critic.
         gates: routing weights after top-k (zero for unselected experts); ones [N, 1] without a gate.
         logits: the gate's logits, ``None`` without a gate.
+        expert_outputs: what the experts make of their rows, before they are weighted.
         features: hidden features of each expert layer, first to last.
         gate_features: hidden features of each layer of the gate, empty without one.
     """
@@ -81,6 +82,7 @@ class Trace:
     output: Float[Tensor, "N A"]
     gates: Float[Tensor, "N E"]
     logits: Float[Tensor, "N R"] | None
+    expert_outputs: Float[Tensor, "M A"]
     features: tuple[RoutedFeatures, ...]
     gate_features: tuple[RoutedFeatures, ...]
 
@@ -122,7 +124,7 @@ class MoENetwork(nn.Module):
             gate = self.gate(observation, whole)
             routing, logits, gate_features = self._route(gate.out), gate.out, gate.features
         experts = self.experts(observation, routing)
-        return Trace(experts.out, routing.weights, logits, experts.features, gate_features)
+        return Trace(experts.out, routing.weights, logits, experts.rows, experts.features, gate_features)
 
     def forward(self, observation: Float[Tensor, "N D"]) -> Float[Tensor, "N A"]:
         """The output alone."""

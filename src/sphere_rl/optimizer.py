@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -95,56 +95,79 @@ class ExpertAdam(torch.optim.Adam):
         for gradient in known:
             written(gradient)
 
-    def due(self) -> list[AdamStep]:
-        """Count a step, and say what `adam_step` must do for it: an entry for each group of parameters."""
+    def due(self, elsewhere: Mapping[Tensor, Collection[int]] | None = None) -> list[AdamStep]:
+        """Count a step, and say what `adam_step` must do for it: an entry for each group of parameters.
+
+        ``elsewhere``: of these weights, the only experts whose gradient is not zero; the caller moves them.
+        """
         steps = []
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            entries = [entry for parameter in parameters for entry in self._entries(parameter, group["betas"][1])]
-            if entries:
-                torch._foreach_add_([self.state[parameter]["step"] for parameter in parameters], 1)  # type: ignore[reportPrivateImportUsage]
+            entries, counters = [], []
+            for parameter in group["params"]:
+                if elsewhere is not None and parameter in elsewhere:
+                    entries += self._without(parameter, elsewhere[parameter], group["betas"][1])
+                elif parameter.grad is not None:
+                    entries += self._entries(parameter, group["betas"][1])
+                else:
+                    continue
+                counters.append(self.state[parameter]["step"])
+            if counters:
+                torch._foreach_add_(counters, 1)  # type: ignore[reportPrivateImportUsage]
                 steps.append(_adam_step(entries, group["lr"], *group["betas"], group["eps"]))
         return steps
 
     def _entries(self, parameter: Tensor, beta2: float) -> list[Entry]:
         """(parameter, gradient, moments, step) of a whole tensor or of each of its experts that does not rest."""
         assert parameter.grad is not None
-        state = self._state_of(parameter)
+        state = self.state_of(parameter)
         tensors = (parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         active = active_experts(parameter.grad)
         if active is None and "idle" not in state:
             return [(*tensors, state["step"])]
-        if "idle" not in state:
-            state["idle"] = [0 if state["step"] else REST] * len(parameter)
-        idle: list[int] = state["idle"]
-        awake = [e for e in range(len(idle)) if self._awake(state, idle, e, beta2, active is None or e in active)]
-        if len(awake) == len(idle):
+        awake = self._awake(state, range(len(parameter)) if active is None else active, beta2)
+        if len(awake) == len(parameter):
             return [(*tensors, state["step"])]
-        parts = self._experts_of(parameter, tensors)
-        return [(*parts[e], state["step"]) for e in awake]
+        parts, gradients = self.experts_of(parameter), parameter.grad.unbind(0)
+        return [(parts[e][0], gradients[e], *parts[e][1:], state["step"]) for e in awake]
 
-    def _experts_of(self, parameter: Tensor, tensors: tuple[Tensor, ...]) -> list[Entry]:
-        """Each expert's part of these tensors: views, made again only when one of them has moved."""
+    def _without(self, parameter: Tensor, active: Collection[int], beta2: float) -> list[Entry]:
+        """The entries of the other experts that do not rest; their gradients are zero."""
+        state = self.state_of(parameter)
+        idle = [e for e in self._awake(state, active, beta2) if e not in active]
+        if not idle:
+            return []
+        zeros = torch.zeros_like(parameter[0], requires_grad=False)
+        parts = self.experts_of(parameter)
+        return [(parts[e][0], zeros, *parts[e][1:], state["step"]) for e in idle]
+
+    def experts_of(self, parameter: Tensor) -> list[Entry]:
+        """(parameter, first moment, second moment) of each expert: views, made again when one of them has moved."""
+        state = self.state_of(parameter)
+        tensors = parameter.detach(), state["exp_avg"], state["exp_avg_sq"]
         addresses = [tensor.data_ptr() for tensor in tensors]
         if parameter not in self._views or self._views[parameter][0] != addresses:
             self._views[parameter] = addresses, list(zip(*(tensor.unbind(0) for tensor in tensors), strict=True))
         return self._views[parameter][1]
 
     @staticmethod
-    def _awake(state: dict[str, Any], idle: list[int], expert: int, beta2: float, active: bool) -> bool:
-        """Count the expert's steps without gradient, in `idle`; whether this step concerns it."""
-        if not active:
-            idle[expert] += 1
-            if idle[expert] == REST:
-                state["exp_avg"][expert].zero_()
-            return idle[expert] < REST
-        missed = idle[expert] - REST + 1
-        if missed > 0:
-            state["exp_avg_sq"][expert].mul_(beta2**missed)
-        idle[expert] = 0
-        return True
+    def _awake(state: dict[str, Any], active: Collection[int], beta2: float) -> list[int]:
+        """Count each expert's steps without gradient, in `idle`; the experts that this step concerns."""
+        if "idle" not in state:
+            state["idle"] = [0 if state["step"] else REST] * len(state["exp_avg"])
+        idle: list[int] = state["idle"]
+        for expert, steps in enumerate(idle):
+            if expert not in active:
+                idle[expert] += 1
+                if idle[expert] == REST:
+                    state["exp_avg"][expert].zero_()
+            elif steps:
+                if steps >= REST:
+                    state["exp_avg_sq"][expert].mul_(beta2 ** (steps - REST + 1))
+                idle[expert] = 0
+        return [expert for expert, steps in enumerate(idle) if steps < REST]
 
-    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+    def state_of(self, parameter: Tensor) -> dict[str, Any]:
+        """Adam's moments and step count of a parameter, made where there are none."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)

@@ -5,6 +5,7 @@ Actor and critic have their own Adam and their own global-norm clip; advantages 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from sphere_rl.agent import Agent
 from sphere_rl.config import TrainConfig
-from sphere_rl.direct import is_plain, regression_step
+from sphere_rl.direct import begin_regression, gaussian_loss, improve, is_plain
 from sphere_rl.errors import TrainingError
 from sphere_rl.gradients import scale_, total_norm
 from sphere_rl.lanes import beside
 from sphere_rl.methods import ActorStep
+from sphere_rl.networks import CategoricalHead, GaussianHead, Trace
 from sphere_rl.optimizer import ExpertAdam, clip_scale
 from sphere_rl.rollout import Rollout, gae
 
@@ -82,12 +84,12 @@ def update(agent: Agent, rollout: Rollout, config: TrainConfig) -> dict[str, flo
         config.gamma, config.gae_lambda,
     )  # fmt: skip
     batch = flatten(rollout, advantage)
-    statistics = []
+    statistics, minibatches = [], config.num_epochs * math.ceil(len(batch) / config.minibatch_size)
     for _ in range(config.num_epochs):
         order = torch.randperm(len(batch), generator=agent.generator, device=agent.device)
         for index in order.split(config.minibatch_size):
-            minibatch = batch[index]
-            statistics.append(minibatch_step(agent, minibatch, config))
+            minibatch, last = batch[index], len(statistics) + 1 == minibatches
+            statistics.append(minibatch_step(agent, minibatch, config, keep=last))
             if config.learning_rate_schedule == "kl":
                 kl = float(statistics[-1][STATISTICS.index("kl")])
                 rate = adapt_learning_rate(agent.learning_rate, kl, config.kl_target, config.learning_rate_bounds)
@@ -114,40 +116,85 @@ def flatten(rollout: Rollout, advantage: Float[Tensor, "T B"]) -> Minibatch:
 STATISTICS = ("policy_loss", "kl", "clip_fraction", "entropy", "actor_grad_norm", "value_loss", "critic_grad_norm")
 
 
-def minibatch_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> Float[Tensor, "S"]:
-    """One gradient step of the actor and one of the critic, side by side where there are two lanes; `STATISTICS`."""
-    critic_statistics = begin_critic_step(agent, batch, config)
-    return torch.stack([*actor_step(agent, batch, config), *critic_statistics()])
+def minibatch_step(agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool = False) -> Float[Tensor, "S"]:
+    """One gradient step of the actor and one of the critic; `STATISTICS`.
+
+    The critic's goes on, with two lanes, beside what the actor cannot share between them: the loss of its output.
+    ``keep``: parameters must carry their gradients afterwards.
+    """
+    direct = is_plain(agent.actor) and type(agent.actor_optimizer) is ExpertAdam
+    direct = direct and all(method.is_direct for method in agent.methods)
+    with torch.set_grad_enabled(not direct):
+        trace = agent.actor.trace(batch.observation)
+    of_critic = begin_critic_step(agent, batch, config, keep)
+    of_actor = (
+        direct_actor_step(agent, batch, config, trace, keep) if direct else actor_step(agent, batch, config, trace)
+    )
+    return torch.stack([*of_actor, *of_critic()])
 
 
-def actor_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Tensor]:
-    """One gradient step of the actor; every penalty and diagnostic shares this one forward pass."""
-    trace, head = agent.actor.trace(batch.observation), agent.actor.head
-    log_prob, entropy = head.log_prob(trace.output, batch.action), head.entropy(trace.output).mean()
-    loss = policy_loss(log_prob, batch.log_prob, normalize(batch.advantage), config.clip)
-    step = ActorStep(agent, batch, trace, loss - config.entropy_coefficient * entropy, agent.actor_parameters)
+def actor_step(agent: Agent, batch: Minibatch, config: TrainConfig, trace: Trace) -> list[Tensor]:
+    """One gradient step of the actor by autograd; every penalty and diagnostic shares this one forward pass."""
+    loss, statistics = actor_loss(agent.actor.head, trace.output, batch, config)
+    step = ActorStep(agent, batch, trace, loss, agent.actor_parameters)
     penalties = [method.actor_penalty(step) for method in agent.methods]
-    total = sum((p for p in penalties if p is not None), start=step.loss)
+    total = sum((p for p in penalties if p is not None), start=loss)
     rules = [method for method in agent.methods if method.uses_actor_gradients]
     gradients = agent.actor_gradients.differentiate(total, agent.actor_parameters, retain_graph=bool(rules))
-    with torch.no_grad():
-        kl = head.kl(batch.policy, trace.output).mean()
-        clipped = ((log_prob - batch.log_prob).exp() - 1).abs().gt(config.clip).float().mean()
     for method in rules:
         gradients = method.actor_gradients(step, gradients)
     norm = apply_gradients(agent.actor_optimizer, agent.actor_parameters, gradients, config.max_grad_norm)
-    return [loss.detach(), kl, clipped, entropy.detach(), norm]
+    return [*statistics, norm]
 
 
-def begin_critic_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> Callable[[], Sequence[Tensor]]:
+def direct_actor_step(agent: Agent, batch: Minibatch, config: TrainConfig, trace: Trace, keep: bool) -> list[Tensor]:
+    """The same step from a forward pass without a graph, where methods do no more than their `feature_penalty` says."""
+    head, optimizer = agent.actor.head, agent.actor_optimizer
+    assert isinstance(optimizer, ExpertAdam)
+    if isinstance(head, GaussianHead):
+        loss, statistics, gradients = gaussian_loss(
+            trace.output, head.log_std.detach(), batch.action, batch.policy, batch.log_prob,
+            normalize(batch.advantage), config.clip, config.entropy_coefficient,
+        )  # fmt: skip
+    else:
+        output = trace.output.detach().requires_grad_()
+        loss, statistics = actor_loss(head, output, batch, config)
+        gradients = torch.autograd.grad(loss, [output, *head.parameters()])
+    for parameter, gradient in zip(head.parameters(), gradients[1:], strict=True):
+        parameter.grad = gradient
+    penalties = {method: penalty for method in agent.methods if (penalty := method.feature_penalty(trace))}
+    improved = improve(
+        agent.actor, optimizer, batch.observation, trace, loss.detach(), gradients[0],
+        next(iter(penalties.values()), None), config.max_grad_norm, keep,
+    )  # fmt: skip
+    for method in penalties:
+        method.penalised(improved)
+    return [*statistics, improved.norm]
+
+
+def actor_loss(
+    head: GaussianHead | CategoricalHead, output: Float[Tensor, "N A"], batch: Minibatch, config: TrainConfig
+) -> tuple[Tensor, list[Tensor]]:
+    """The policy's loss less its weighted entropy; policy loss, KL, share of clipped ratios and entropy as numbers."""
+    log_prob, entropy = head.log_prob(output, batch.action), head.entropy(output).mean()
+    loss = policy_loss(log_prob, batch.log_prob, normalize(batch.advantage), config.clip)
+    with torch.no_grad():
+        kl = head.kl(batch.policy, output).mean()
+        clipped = ((log_prob - batch.log_prob).exp() - 1).abs().gt(config.clip).to(log_prob.dtype).mean()
+    return loss - config.entropy_coefficient * entropy, [loss.detach(), kl, clipped, entropy.detach()]
+
+
+def begin_critic_step(
+    agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool = False
+) -> Callable[[], Sequence[Tensor]]:
     """Begin one gradient step of the critic, without autograd where nothing but the value loss is differentiated."""
-    optimizer = agent.critic_optimizer
+    critic, optimizer = agent.critic, agent.critic_optimizer
     penalised = any(method.uses_critic_penalty for method in agent.methods)
-    plain = agent.critic.gate is None and is_plain(agent.critic) and batch.observation.dtype == torch.float32
-    if penalised or not plain or type(optimizer) is not ExpertAdam:
+    if penalised or critic.gate is not None or not is_plain(critic) or type(optimizer) is not ExpertAdam:
         return beside(partial(critic_step, agent, batch, config))
-    coefficient, max_norm = config.value_coefficient, config.max_grad_norm
-    return regression_step(agent.critic, optimizer, batch.observation, batch.value_target, coefficient, max_norm)
+    return begin_regression(
+        critic, optimizer, batch.observation, batch.value_target, config.value_coefficient, config.max_grad_norm, keep
+    )
 
 
 def critic_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Tensor]:

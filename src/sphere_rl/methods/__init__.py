@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from sphere_rl.agent import Agent
     from sphere_rl.config import TrainConfig
+    from sphere_rl.direct import FeaturePenalty, Improved
     from sphere_rl.networks import Trace
     from sphere_rl.ppo import Minibatch
     from sphere_rl.rollout import Rollout
@@ -99,6 +100,13 @@ class Method:
         """Compute a scalar to add to the actor's loss."""
         return None
 
+    def feature_penalty(self, trace: Trace) -> FeaturePenalty | None:
+        """Say what `actor_penalty` and `actor_gradients` would do, where `is_direct` and one of them does something."""
+        return None
+
+    def penalised(self, improved: Improved) -> None:
+        """The step with what `feature_penalty` said has been taken."""
+
     def critic_penalty(self, agent: Agent, batch: Minibatch, trace: Trace) -> Tensor | None:
         """Compute a scalar to add to the critic's loss; perhaps while the actor's hooks run."""
         return None
@@ -128,6 +136,11 @@ class Method:
     def uses_actor_gradients(self) -> bool:
         """Whether `actor_gradients` is overridden and active: the graph is kept for it."""
         return type(self).actor_gradients is not Method.actor_gradients
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the actor's step can go without autograd: its hooks do nothing, or what `feature_penalty` says."""
+        return type(self).actor_penalty is Method.actor_penalty and not self.uses_actor_gradients
 
     @property
     def uses_critic_penalty(self) -> bool:

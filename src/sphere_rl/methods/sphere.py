@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from sphere_rl.direct import PenaltyPass, is_plain
+from sphere_rl.direct import FeaturePenalty, Improved
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts import RoutedFeatures
 from sphere_rl.gradients import GradientStore, add_scaled_, total_norm
@@ -87,7 +87,7 @@ class Sphere(Method):
         self.config: SphereConfig = config
         self._metrics: dict[str, float | Tensor] = {}
         self._schedule = Schedule(config)
-        self._gradients, self._pass = GradientStore(), PenaltyPass()
+        self._gradients = GradientStore()
         self._begun: Callable[[], tuple[Tensor, list[Tensor], Tensor]] | None = None
 
     def start(self, agent: Agent) -> None:
@@ -106,7 +106,7 @@ class Sphere(Method):
         """λ · penalty in the modes fixed and loss."""
         factor = self._schedule.observe(step.trace)
         if self.config.mode == "grad":
-            self._begun = self._begin(step)  # while the loss is differentiated
+            self._begun = beside(partial(self._differentiate, step))  # while the loss is differentiated
             return None
         penalty = self.penalty(step.trace)
         strength: float | Tensor = factor * self.config.strength
@@ -124,7 +124,7 @@ class Sphere(Method):
         """Mode grad: g ← g + ρ·‖g‖ / (‖g_penalty‖ + 1e-8) · g_penalty."""
         begun, self._begun = self._begun, None
         norm = total_norm(gradients)
-        penalty, own, own_norm = (begun or self._begin(step))()
+        penalty, own, own_norm = begun() if begun else self._differentiate(step)
         if self.config.pcgrad:
             own = project_conflict(own, gradients)
             own_norm = total_norm(own)
@@ -134,14 +134,22 @@ class Sphere(Method):
         add_scaled_(gradients, own, scale)
         return gradients
 
-    def _begin(self, step: ActorStep) -> Callable[[], tuple[Tensor, list[Tensor], Tensor]]:
-        """Begin to find the penalty, its gradients and their norm."""
-        config, depth = self.config, len(step.trace.features)
-        usual = config.factor == "feature" and config.grouping == "joint" and not config.gate_coefficient
-        if not usual or not is_plain(step.agent.actor):
-            return beside(partial(self._differentiate, step))
-        layers = range(depth) if config.layers == "all" else [depth - 1]
-        return self._pass.begin(step.agent.actor, step.batch.observation, step.trace, layers)
+    @property
+    def is_direct(self) -> bool:
+        """All but the ablations."""
+        config = self.config
+        return config.factor == "feature" and config.grouping == "joint" and not config.gate_coefficient
+
+    def feature_penalty(self, trace: Trace) -> FeaturePenalty:
+        """The penalty and its strength, as the hooks have it."""
+        config, depth = self.config, len(trace.features)
+        layers = [config.layers == "all" or layer == depth - 1 for layer in range(depth)]
+        share = config.strength if config.mode == "fixed" else config.rho
+        return FeaturePenalty(layers, config.mode, self._schedule.observe(trace) * share, config.pcgrad)
+
+    def penalised(self, improved: Improved) -> None:
+        """Keep the numbers for `metrics`."""
+        self._metrics = {"sphere_penalty": improved.penalty, "sphere_strength": improved.strength}
 
     def _differentiate(self, step: ActorStep) -> tuple[Tensor, list[Tensor], Tensor]:
         penalty = self.penalty(step.trace)
