@@ -3,8 +3,8 @@
 The gradient of a linear layer's weights is DᵀH, with H [n, in] the inputs of its n rows and D [n, out] the gradients of
 its outputs, here called signals. So the inner product of two such gradients is Σ (DD'ᵀ) ∘ (HHᵀ), from n × n matrices,
 and a sum of two is one product (aD + bD')ᵀH. A minibatch gives an expert few rows, hence two sweeps: `descend` finds
-the signals and the inner products, which decide how long each gradient may be; `ascend` makes each expert's
-gradient once and hands it to Adam while it is in the cache. Gradients of many rows are made in the first sweep and kept.
+the signals and the inner products, which decide how long each gradient may be; `ascend` makes each expert's gradient
+once and hands it to Adam while it is in the cache. Gradients of many rows are made in the first sweep and kept.
 
 All of it is TorchScript (see `sphere_rl.chain`) and differentiates nothing.
 """
