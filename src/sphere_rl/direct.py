@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sphere_rl.chain import SCRIPTED, Forward, begin, forward_some, scripted
 from sphere_rl.experts import ExpertMLP
-from sphere_rl.lanes import halves, has_two_lanes
+from sphere_rl.lanes import has_two_lanes, split_blocks
 from sphere_rl.networks import Actor, MoENetwork, Trace
 from sphere_rl.optimizer import AdamStep, ExpertAdam, adam_step, clip_scale
 from sphere_rl.routed_gram import penalty_and_gradient
@@ -157,14 +157,13 @@ def _step(
     max_norm: float,
 ) -> _Step:
     """Begin Adam's step of the experts in these blocks."""
-    elsewhere: dict[Tensor, set[int]] = {
-        layer.weight: {expert for part, expert, _, _ in blocks if part == index}
-        for index, mlp in enumerate(mlps)
-        if mlp is not None
-        for layer in mlp.layers
-    }
+    elsewhere: dict[Tensor, set[int]] = {}
+    for index, mlp in enumerate(mlps):
+        if mlp is not None:
+            active = {expert for part, expert, _, _ in blocks if part == index}
+            elsewhere |= {layer.weight: active for layer in mlp.layers}
     (rest,) = optimizer.due(elsewhere)
-    mine, others = halves(blocks, lambda block: block[3] - block[2] + 32) if shared else (blocks, [])
+    mine, others = split_blocks(blocks) if shared else (blocks, [])
     return _Step(mine, others, rest, own, max_norm)
 
 
@@ -224,12 +223,12 @@ def _take(mlps: list[Mlp], given: list[Given], step: _Step, form: FeaturePenalty
     gradients_there: list[Tensor] = []
     for mlp in mlps:
         inner.append(mlp.inputs[0].new_zeros(len(mlp.weights), k, k))
+    there: list[torch.jit.Future[int]] = []
     if len(step.others) > 0:
-        other = torch.jit.fork(descend, step.others, mlps, given, k, inner, signals_there, gradients_there)
-        descend(step.mine, mlps, given, k, inner, signals, gradients)
+        there.append(torch.jit.fork(descend, step.others, mlps, given, k, inner, signals_there, gradients_there))  # type: ignore[reportArgumentType]
+    descend(step.mine, mlps, given, k, inner, signals, gradients)
+    for other in there:
         torch.jit.wait(other)
-    else:
-        descend(step.mine, mlps, given, k, inner, signals, gradients)
     products = torch.cat(inner).sum(0)
     for gradient in step.own:
         products[0, 0].add_(gradient.square().sum())
@@ -241,12 +240,12 @@ def _take(mlps: list[Mlp], given: list[Given], step: _Step, form: FeaturePenalty
     factors = [kept / scale, strength / scale][:k]
     for gradient in step.own:
         gradient.mul_(factors[0])
+    there.clear()
     if len(step.others) > 0:
-        there = torch.jit.fork(ascend, step.others, mlps, signals_there, gradients_there, factors, step.adam)
-        ascend(step.mine, mlps, signals, gradients, factors, step.adam)
-        torch.jit.wait(there)
-    else:
-        ascend(step.mine, mlps, signals, gradients, factors, step.adam)
+        there.append(torch.jit.fork(ascend, step.others, mlps, signals_there, gradients_there, factors, step.adam))  # type: ignore[reportArgumentType]
+    ascend(step.mine, mlps, signals, gradients, factors, step.adam)
+    for other in there:
+        torch.jit.wait(other)
     adam_step(step.adam, None)
     return norm, strength
 
@@ -285,8 +284,10 @@ def _improve(
         of_gate_too.mul_(strength)
     given = [Given(of_loss, of_penalty)]
     if len(mlps) > 1:
-        below = [none] * (len(mlps[1].inputs) - 1)
-        given.append(Given(_logits_gradient(mixing, of_gate), below + [_logits_gradient(mixing, of_gate_too)]))  # noqa: RUF005 (TorchScript)
+        of_gate_layers = [none] * len(mlps[1].inputs)
+        if any(form.layers):
+            of_gate_layers[-1] = _logits_gradient(mixing, of_gate_too)
+        given.append(Given(_logits_gradient(mixing, of_gate), of_gate_layers))
     norm, relative = _take(mlps, given, step, form)
     return norm, penalty, relative if form.mode == "grad" else strength
 

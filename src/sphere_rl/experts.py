@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sphere_rl.chain import expert_chain
-from sphere_rl.lanes import halves
+from sphere_rl.lanes import split_blocks
 from sphere_rl.routed_gram import routed_penalty
 
 
@@ -65,7 +65,7 @@ class Routing:
         """`blocks` for this thread and, with two lanes, for another one, about equal in work."""
         if lanes == 1:
             return list(self.blocks), []
-        return halves(self.blocks, lambda block: block[2] - block[1] + 32)  # 32: the weights, read for the first row
+        return split_blocks(self.blocks)
 
     @cached_property
     def block_rows(self) -> tuple[Int[Tensor, "_"], ...]:

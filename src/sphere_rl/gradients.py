@@ -10,8 +10,7 @@ A tensor that others have changed in place since (by autograd's version counter)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import local
 
@@ -52,16 +51,10 @@ class GradientStore:
 
     def differentiate(self, loss: Tensor, parameters: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
         """∂loss/∂parameters, as `torch.autograd.grad` gives them; zero where the loss does not depend on one."""
-        with self.filling():
-            return list(torch.autograd.grad(loss, parameters, retain_graph=retain_graph, materialize_grads=True))
-
-    @contextmanager
-    def filling(self) -> Iterator[None]:
-        """One pass of this thread, in which `expert_gradient` gives the tensors of this store."""
         _present.store = self
         self._given.clear()
         try:
-            yield
+            return list(torch.autograd.grad(loss, parameters, retain_graph=retain_graph, materialize_grads=True))
         finally:
             _present.store = None
 

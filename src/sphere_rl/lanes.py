@@ -87,6 +87,14 @@ def halves(items: Iterable[Item], work: Callable[[Item], int]) -> tuple[list[Ite
     return shares
 
 
+Rows = TypeVar("Rows", bound=tuple[int, ...])
+
+
+def split_blocks(blocks: Iterable[Rows]) -> tuple[list[Rows], list[Rows]]:
+    """Blocks (…, first row, end row) of a network's passes for this lane and the second, about equal in work."""
+    return halves(blocks, lambda block: block[-1] - block[-2] + 32)  # 32: the weights, read for the first row
+
+
 def _second_lane() -> ThreadPoolExecutor:
     global _pool
     if _pool is None:
