@@ -76,10 +76,9 @@ class _ExpertChain(torch.autograd.Function):
         grad_weights = [expert_gradient(weight, routing.counts) for weight in weights[:top]]
         grad_biases = [torch.zeros_like(bias) for bias in biases[:top]]
         grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[1] else none
-        free = _lanes()
         passed = Backward(given, [rows, *outputs], weights, grad_weights, grad_biases, grad_rows)
-        mine, others = routing.shares(free)
-        _backward_blocks(mine, others, passed, free)
+        mine, others = routing.shares(_lanes())
+        _backward_blocks(mine, others, passed, _lanes())
         for gradient in grad_weights:
             written(gradient)
         above = [None] * (depth - top)

@@ -7,6 +7,7 @@ and most of the memory traffic of gradients (`sphere_rl.sweeps`). Only for netwo
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from sphere_rl.chain import SCRIPTED, Forward, begin, forward_some, scripted
 from sphere_rl.experts import ExpertMLP
-from sphere_rl.lanes import has_two_lanes, split_blocks
+from sphere_rl.lanes import lanes, split_blocks
 from sphere_rl.networks import Actor, MoENetwork, Trace
 from sphere_rl.optimizer import AdamStep, ExpertAdam, adam_step, clip_scale
 from sphere_rl.routed_gram import penalty_and_gradient
@@ -43,6 +44,14 @@ class Improved(NamedTuple):
     strength: Tensor
 
 
+class _Penalised(NamedTuple):
+    """Penalties, summed, with their gradients for the gate's weights and each layer's rows, empty where zero."""
+
+    penalty: Tensor
+    of_gate: Tensor
+    of_rows: list[Tensor]
+
+
 class _Mixing(NamedTuple):
     """A `Routing`, its experts' outputs, and the softmax behind the last ``routed`` columns of its weights."""
 
@@ -50,7 +59,6 @@ class _Mixing(NamedTuple):
     gate: Tensor
     sample: Tensor
     expert: Tensor
-    blocks: list[tuple[int, int, int]]
     outputs: Tensor
     routed: int
     temperature: float
@@ -76,6 +84,17 @@ def is_plain(network: MoENetwork) -> bool:
 
 
 @torch.no_grad()
+def begin_penalty(trace: Trace, penalty: FeaturePenalty | None) -> Callable[[], _Penalised]:
+    """Begin what `improve` needs of a penalty: it depends on the forward pass alone."""
+    routing = trace.features[0].routing
+    features, (n, experts) = [f.values for f in trace.features], routing.weights.shape
+    layers = [False] * len(features) if penalty is None else penalty.layers
+    arguments = features, routing.gate, routing.sample, list(routing.blocks), n, experts, layers
+    found = partial(_penalise, *arguments) if penalty is None else begin(_penalise, _start_penalising, *arguments)
+    return lambda: _Penalised(*found())
+
+
+@torch.no_grad()
 def improve(
     actor: Actor,
     optimizer: ExpertAdam,
@@ -84,10 +103,11 @@ def improve(
     loss: Float[Tensor, ""],
     grad_output: Float[Tensor, "N A"],
     penalty: FeaturePenalty | None,
+    penalised: Callable[[], _Penalised],
     max_norm: float,
     keep: bool,
 ) -> Improved:
-    """One step of a plain actor, from its forward pass and the gradient of the loss for its output.
+    """One step of a plain actor, from its forward pass, the gradient of the loss for its output and `begin_penalty`.
 
     The head's parameters carry their gradients already; after a step that is to ``keep`` them, so do all others.
     """
@@ -99,14 +119,14 @@ def improve(
         mlps.append(_mlp(actor.gate, optimizer, [observation, *(f.values for f in trace.gate_features)], keep))
         blocks.append((1, 0, 0, len(observation)))
     head = [p.grad for p in actor.head.parameters() if p.grad is not None]
-    step = _step((actor.experts, actor.gate), optimizer, blocks, has_two_lanes(), head, max_norm)
+    step = _step((actor.experts, actor.gate), optimizer, blocks, lanes() == 2, head, max_norm)
     routed = 0 if trace.logits is None else trace.logits.shape[1]
     mixing = _Mixing(
-        routing.weights, routing.gate, routing.sample, routing.expert, list(routing.blocks), trace.expert_outputs,
+        routing.weights, routing.gate, routing.sample, routing.expert, trace.expert_outputs,
         routed, actor.options.temperature,
     )  # fmt: skip
     form = penalty or FeaturePenalty([False] * len(features), "fixed", 0.0, pcgrad=False)
-    return Improved(*_improve(mlps, step, mixing, loss, grad_output, form))
+    return Improved(*_improve(mlps, step, mixing, loss, grad_output, form, penalised()))
 
 
 @torch.no_grad()
@@ -260,21 +280,52 @@ def _logits_gradient(mixing: _Mixing, grad_gate: Tensor) -> Tensor:
 
 
 @scripted
+def _penalise(
+    features: list[Tensor],
+    gate: Tensor,
+    sample: Tensor,
+    blocks: list[tuple[int, int, int]],
+    n: int,
+    experts: int,
+    layers: list[bool],
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    penalty, of_gate = gate.new_zeros([]), torch.zeros_like(gate)
+    of_rows = [gate.new_empty(0)] * (len(layers) + 1)
+    for layer in range(len(layers)):
+        if layers[layer]:
+            own, grad = penalty_and_gradient(features[layer], gate, sample, blocks, n, experts)
+            penalty = penalty + own
+            of_gate += (grad * features[layer]).sum(1)
+            of_rows[layer] = grad.mul_(gate.unsqueeze(1))
+    return penalty, of_gate, of_rows
+
+
+@scripted
+def _start_penalising(
+    features: list[Tensor],
+    gate: Tensor,
+    sample: Tensor,
+    blocks: list[tuple[int, int, int]],
+    n: int,
+    experts: int,
+    layers: list[bool],
+) -> torch.jit.Future[tuple[Tensor, Tensor, list[Tensor]]]:
+    return torch.jit.fork(_penalise, features, gate, sample, blocks, n, experts, layers)  # type: ignore[reportReturnType]
+
+
+@scripted
 def _improve(
-    mlps: list[Mlp], step: _Step, mixing: _Mixing, loss: Tensor, grad_output: Tensor, form: FeaturePenalty
+    mlps: list[Mlp],
+    step: _Step,
+    mixing: _Mixing,
+    loss: Tensor,
+    grad_output: Tensor,
+    form: FeaturePenalty,
+    penalised: _Penalised,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    n, experts, depth = mixing.weights.size(0), mixing.weights.size(1), len(form.layers)
-    none, h = grad_output.new_empty(0), mlps[0].inputs
     rows = grad_output.index_select(0, mixing.sample)
     of_loss, of_gate = rows * mixing.gate.unsqueeze(1), (rows * mixing.outputs).sum(1)
-    penalty, of_gate_too = torch.zeros_like(loss), torch.zeros_like(of_gate)
-    of_penalty = [none] * (depth + 1)
-    for layer in range(depth):
-        if form.layers[layer]:
-            own, grad = penalty_and_gradient(h[layer + 1], mixing.gate, mixing.sample, mixing.blocks, n, experts)
-            penalty = penalty + own
-            of_gate_too += (grad * h[layer + 1]).sum(1)
-            of_penalty[layer] = grad.mul_(mixing.gate.unsqueeze(1))
+    penalty, of_gate_too, of_penalty = penalised
     strength = torch.full_like(loss, form.share)
     if form.mode == "loss":
         strength = form.share * loss.abs() / (penalty + 1e-8)
@@ -284,7 +335,7 @@ def _improve(
         of_gate_too.mul_(strength)
     given = [Given(of_loss, of_penalty)]
     if len(mlps) > 1:
-        of_gate_layers = [none] * len(mlps[1].inputs)
+        of_gate_layers = [loss.new_empty(0)] * len(mlps[1].inputs)
         if any(form.layers):
             of_gate_layers[-1] = _logits_gradient(mixing, of_gate_too)
         given.append(Given(_logits_gradient(mixing, of_gate), of_gate_layers))

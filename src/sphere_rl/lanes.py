@@ -50,14 +50,9 @@ def two_lanes(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def has_two_lanes() -> bool:
-    """Whether this thread may use a second lane."""
-    return _present.second is not None
-
-
 def lanes() -> int:
-    """Lanes that are free for this thread now: 2 while the second has nothing to do."""
-    return 2 if has_two_lanes() and all(task.done() for task in _present.tasks) else 1
+    """Lanes that this thread may use."""
+    return 1 if _present.second is None else 2
 
 
 def beside(task: Callable[[], Any], start: Callable[[], Any] | None = None) -> Callable[[], Any]:

@@ -80,6 +80,7 @@ class ExpertAdam(torch.optim.Adam):
     def __init__(self, parameters: Iterable[Tensor], lr: float, eps: float) -> None:
         super().__init__(parameters, lr=lr, eps=eps, fused=True)
         self._views: dict[Tensor, tuple[list[int], list[Entry]]] = {}
+        self._zeros: dict[torch.Size, Tensor] = {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -136,9 +137,10 @@ class ExpertAdam(torch.optim.Adam):
         idle = [e for e in self._awake(state, active, beta2) if e not in active]
         if not idle:
             return []
-        zeros = torch.zeros_like(parameter[0], requires_grad=False)
-        parts = self.experts_of(parameter)
-        return [(parts[e][0], zeros, *parts[e][1:], state["step"]) for e in idle]
+        shape, parts = parameter.shape[1:], self.experts_of(parameter)
+        if shape not in self._zeros:
+            self._zeros[shape] = parameter.new_zeros(shape)
+        return [(parts[e][0], self._zeros[shape], *parts[e][1:], state["step"]) for e in idle]
 
     def experts_of(self, parameter: Tensor) -> list[Entry]:
         """(parameter, first moment, second moment) of each expert: views, made again when one of them has moved."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sphere_rl.agent import Agent
 from sphere_rl.config import TrainConfig
-from sphere_rl.direct import begin_regression, gaussian_loss, improve, is_plain
+from sphere_rl.direct import begin_penalty, begin_regression, gaussian_loss, improve, is_plain
 from sphere_rl.errors import TrainingError
 from sphere_rl.gradients import scale_, total_norm
 from sphere_rl.lanes import beside
@@ -119,14 +119,14 @@ STATISTICS = ("policy_loss", "kl", "clip_fraction", "entropy", "actor_grad_norm"
 def minibatch_step(agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool = False) -> Float[Tensor, "S"]:
     """One gradient step of the actor and one of the critic; `STATISTICS`.
 
-    The critic's goes on, with two lanes, beside what the actor cannot share between them: the loss of its output.
+    The critic's goes on, with two lanes, beside what the actor cannot share between them: its gate and its loss.
     ``keep``: parameters must carry their gradients afterwards.
     """
     direct = is_plain(agent.actor) and type(agent.actor_optimizer) is ExpertAdam
     direct = direct and all(method.is_direct for method in agent.methods)
+    of_critic = begin_critic_step(agent, batch, config, keep)
     with torch.set_grad_enabled(not direct):
         trace = agent.actor.trace(batch.observation)
-    of_critic = begin_critic_step(agent, batch, config, keep)
     of_actor = (
         direct_actor_step(agent, batch, config, trace, keep) if direct else actor_step(agent, batch, config, trace)
     )
@@ -151,6 +151,9 @@ def direct_actor_step(agent: Agent, batch: Minibatch, config: TrainConfig, trace
     """The same step from a forward pass without a graph, where methods do no more than their `feature_penalty` says."""
     head, optimizer = agent.actor.head, agent.actor_optimizer
     assert isinstance(optimizer, ExpertAdam)
+    penalties = {method: penalty for method in agent.methods if (penalty := method.feature_penalty(trace))}
+    penalty = next(iter(penalties.values()), None)
+    penalised = begin_penalty(trace, penalty)
     if isinstance(head, GaussianHead):
         loss, statistics, gradients = gaussian_loss(
             trace.output, head.log_std.detach(), batch.action, batch.policy, batch.log_prob,
@@ -162,10 +165,9 @@ def direct_actor_step(agent: Agent, batch: Minibatch, config: TrainConfig, trace
         gradients = torch.autograd.grad(loss, [output, *head.parameters()])
     for parameter, gradient in zip(head.parameters(), gradients[1:], strict=True):
         parameter.grad = gradient
-    penalties = {method: penalty for method in agent.methods if (penalty := method.feature_penalty(trace))}
     improved = improve(
         agent.actor, optimizer, batch.observation, trace, loss.detach(), gradients[0],
-        next(iter(penalties.values()), None), config.max_grad_norm, keep,
+        penalty, penalised, config.max_grad_norm, keep,
     )  # fmt: skip
     for method in penalties:
         method.penalised(improved)
