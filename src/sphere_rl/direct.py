@@ -44,12 +44,8 @@ class Improved(NamedTuple):
     strength: Tensor
 
 
-class _Penalised(NamedTuple):
-    """Penalties, summed, with their gradients for the gate's weights and each layer's rows, empty where zero."""
-
-    penalty: Tensor
-    of_gate: Tensor
-    of_rows: list[Tensor]
+Penalised = tuple[Tensor, Tensor, list[Tensor]]
+"""Penalties, summed, and their gradients for the gate's weights [M] and for each layer's rows, empty where zero."""
 
 
 class _Mixing(NamedTuple):
@@ -84,14 +80,13 @@ def is_plain(network: MoENetwork) -> bool:
 
 
 @torch.no_grad()
-def begin_penalty(trace: Trace, penalty: FeaturePenalty | None) -> Callable[[], _Penalised]:
+def begin_penalty(trace: Trace, penalty: FeaturePenalty | None) -> Callable[[], Penalised]:
     """Begin what `improve` needs of a penalty: it depends on the forward pass alone."""
     routing = trace.features[0].routing
     features, (n, experts) = [f.values for f in trace.features], routing.weights.shape
     layers = [False] * len(features) if penalty is None else penalty.layers
     arguments = features, routing.gate, routing.sample, list(routing.blocks), n, experts, layers
-    found = partial(_penalise, *arguments) if penalty is None else begin(_penalise, _start_penalising, *arguments)
-    return lambda: _Penalised(*found())
+    return partial(_penalise, *arguments) if penalty is None else begin(_penalise, _start_penalising, *arguments)
 
 
 @torch.no_grad()
@@ -103,7 +98,7 @@ def improve(
     loss: Float[Tensor, ""],
     grad_output: Float[Tensor, "N A"],
     penalty: FeaturePenalty | None,
-    penalised: Callable[[], _Penalised],
+    penalised: Callable[[], Penalised],
     max_norm: float,
     keep: bool,
 ) -> Improved:
@@ -288,7 +283,7 @@ def _penalise(
     n: int,
     experts: int,
     layers: list[bool],
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+) -> Penalised:
     penalty, of_gate = gate.new_zeros([]), torch.zeros_like(gate)
     of_rows = [gate.new_empty(0)] * (len(layers) + 1)
     for layer in range(len(layers)):
@@ -309,7 +304,7 @@ def _start_penalising(
     n: int,
     experts: int,
     layers: list[bool],
-) -> torch.jit.Future[tuple[Tensor, Tensor, list[Tensor]]]:
+) -> torch.jit.Future[Penalised]:
     return torch.jit.fork(_penalise, features, gate, sample, blocks, n, experts, layers)  # type: ignore[reportReturnType]
 
 
@@ -321,7 +316,7 @@ def _improve(
     loss: Tensor,
     grad_output: Tensor,
     form: FeaturePenalty,
-    penalised: _Penalised,
+    penalised: Penalised,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = grad_output.index_select(0, mixing.sample)
     of_loss, of_gate = rows * mixing.gate.unsqueeze(1), (rows * mixing.outputs).sum(1)
