@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
@@ -25,12 +26,14 @@ def interleaved(
 ) -> dict[str, float]:
     """Median milliseconds of one call of each step, taken in turns so that all meet the same machine.
 
-    Rounds of warming up are not counted.
+    Each round has an order of its own: a step is slower after one that fills the caches. Rounds of warming up are not
+    counted.
     """
-    now = CLOCKS[clock]
+    now, order, shuffle = CLOCKS[clock], list(steps.items()), random.Random(0).shuffle
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(warmup + repeats):
-        for name, step in steps.items():
+        shuffle(order)
+        for name, step in order:
             start = now()
             for _ in range(inner):
                 step()
