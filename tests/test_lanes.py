@@ -47,6 +47,7 @@ def test_a_task_runs_on_the_second_lane_which_has_no_lanes_of_its_own() -> None:
     with two_lanes(2):
         assert lanes() == 2
         result = beside(lambda: (held.wait(10), threading.current_thread() is threading.main_thread(), lanes()))
+        assert lanes() == 2, "the second lane is busy, and still this thread's"
         held.set()
         assert result() == (True, False, 1)
     assert lanes() == 1

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sphere_rl.gradients import expert_gradient, written
-from sphere_rl.lanes import beside, lanes
+from sphere_rl.lanes import beside, lanes, split_blocks
 
 if TYPE_CHECKING:
     from sphere_rl.experts import Routing
@@ -77,8 +77,8 @@ class _ExpertChain(torch.autograd.Function):
         grad_biases = [torch.zeros_like(bias) for bias in biases[:top]]
         grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[1] else none
         passed = Backward(given, [rows, *outputs], weights, grad_weights, grad_biases, grad_rows)
-        mine, others = routing.shares(_lanes())
-        _backward_blocks(mine, others, passed, _lanes())
+        num_lanes = _lanes()
+        _backward_blocks(*split_blocks(routing.blocks, num_lanes), passed, num_lanes)
         for gradient in grad_weights:
             written(gradient)
         above = [None] * (depth - top)
@@ -91,8 +91,8 @@ def _lanes() -> int:
 
 def _outputs(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], routing: Routing) -> list[Tensor]:
     outputs = [rows.new_empty(len(rows), bias.shape[1]) for bias in biases]
-    mine, others = routing.shares(_lanes())
-    _forward_blocks(mine, others, Forward([rows, *outputs], list(weights), list(biases)))
+    blocks = split_blocks(routing.blocks, _lanes())
+    _forward_blocks(*blocks, Forward([rows, *outputs], list(weights), list(biases)))
     return outputs
 
 

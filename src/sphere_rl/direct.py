@@ -44,8 +44,21 @@ class Improved(NamedTuple):
     strength: Tensor
 
 
+NO_PENALTY = FeaturePenalty([], "fixed", 0.0, pcgrad=False)
+"""Where no method has one."""
+
 Penalised = tuple[Tensor, Tensor, list[Tensor]]
 """Penalties, summed, and their gradients for the gate's weights [M] and for each layer's rows, empty where zero."""
+
+
+class _Routed(NamedTuple):
+    """Features of each hidden layer, and the `Routing` of their rows."""
+
+    features: list[Tensor]
+    weights: Tensor
+    gate: Tensor
+    sample: Tensor
+    blocks: list[tuple[int, int, int]]
 
 
 class _Mixing(NamedTuple):
@@ -80,13 +93,13 @@ def is_plain(network: MoENetwork) -> bool:
 
 
 @torch.no_grad()
-def begin_penalty(trace: Trace, penalty: FeaturePenalty | None) -> Callable[[], Penalised]:
+def begin_penalty(trace: Trace, penalty: FeaturePenalty) -> Callable[[], Penalised]:
     """Begin what `improve` needs of a penalty: it depends on the forward pass alone."""
-    routing = trace.features[0].routing
-    features, (n, experts) = [f.values for f in trace.features], routing.weights.shape
-    layers = [False] * len(features) if penalty is None else penalty.layers
-    arguments = features, routing.gate, routing.sample, list(routing.blocks), n, experts, layers
-    return partial(_penalise, *arguments) if penalty is None else begin(_penalise, _start_penalising, *arguments)
+    routing, features = trace.features[0].routing, [f.values for f in trace.features]
+    routed = _Routed(features, routing.weights, routing.gate, routing.sample, list(routing.blocks))
+    if not any(penalty.layers):
+        return partial(_penalise, routed, penalty.layers)
+    return begin(_penalise, _start_penalising, routed, penalty.layers)
 
 
 @torch.no_grad()
@@ -97,7 +110,7 @@ def improve(
     trace: Trace,
     loss: Float[Tensor, ""],
     grad_output: Float[Tensor, "N A"],
-    penalty: FeaturePenalty | None,
+    penalty: FeaturePenalty,
     penalised: Callable[[], Penalised],
     max_norm: float,
     keep: bool,
@@ -114,14 +127,13 @@ def improve(
         mlps.append(_mlp(actor.gate, optimizer, [observation, *(f.values for f in trace.gate_features)], keep))
         blocks.append((1, 0, 0, len(observation)))
     head = [p.grad for p in actor.head.parameters() if p.grad is not None]
-    step = _step((actor.experts, actor.gate), optimizer, blocks, lanes() == 2, head, max_norm)
+    step = _step((actor.experts, actor.gate), optimizer, blocks, lanes(), head, max_norm)
     routed = 0 if trace.logits is None else trace.logits.shape[1]
     mixing = _Mixing(
         routing.weights, routing.gate, routing.sample, routing.expert, trace.expert_outputs,
         routed, actor.options.temperature,
     )  # fmt: skip
-    form = penalty or FeaturePenalty([False] * len(features), "fixed", 0.0, pcgrad=False)
-    return Improved(*_improve(mlps, step, mixing, loss, grad_output, form, penalised()))
+    return Improved(*_improve(mlps, step, mixing, loss, grad_output, penalty, penalised()))
 
 
 @torch.no_grad()
@@ -142,7 +154,7 @@ def begin_regression(
     outputs = [observation, *(observation.new_empty(len(observation), layer.bias.shape[1]) for layer in layers)]
     forward = Forward(outputs, [layer.weight.detach() for layer in layers], [layer.bias.detach() for layer in layers])
     mlp = _mlp(network.experts, optimizer, outputs[:-1], keep)
-    step = _step((network.experts,), optimizer, [(0, 0, 0, len(target))], False, [], max_norm)
+    step = _step((network.experts,), optimizer, [(0, 0, 0, len(target))], 1, [], max_norm)
     return begin(_regress, _start_regression, mlp, forward, step, target, coefficient)
 
 
@@ -167,7 +179,7 @@ def _step(
     mlps: Sequence[ExpertMLP | None],
     optimizer: ExpertAdam,
     blocks: list[Block],
-    shared: bool,
+    num_lanes: int,
     own: list[Tensor],
     max_norm: float,
 ) -> _Step:
@@ -178,8 +190,7 @@ def _step(
             active = {expert for part, expert, _, _ in blocks if part == index}
             elsewhere |= {layer.weight: active for layer in mlp.layers}
     (rest,) = optimizer.due(elsewhere)
-    mine, others = split_blocks(blocks) if shared else (blocks, [])
-    return _Step(mine, others, rest, own, max_norm)
+    return _Step(*split_blocks(blocks, num_lanes), rest, own, max_norm)
 
 
 @scripted
@@ -275,37 +286,22 @@ def _logits_gradient(mixing: _Mixing, grad_gate: Tensor) -> Tensor:
 
 
 @scripted
-def _penalise(
-    features: list[Tensor],
-    gate: Tensor,
-    sample: Tensor,
-    blocks: list[tuple[int, int, int]],
-    n: int,
-    experts: int,
-    layers: list[bool],
-) -> Penalised:
-    penalty, of_gate = gate.new_zeros([]), torch.zeros_like(gate)
-    of_rows = [gate.new_empty(0)] * (len(layers) + 1)
+def _penalise(p: _Routed, layers: list[bool]) -> Penalised:
+    penalty, of_gate = p.gate.new_zeros([]), torch.zeros_like(p.gate)
+    of_rows = [p.gate.new_empty(0)] * (len(p.features) + 1)
+    n, experts = p.weights.size(0), p.weights.size(1)
     for layer in range(len(layers)):
         if layers[layer]:
-            own, grad = penalty_and_gradient(features[layer], gate, sample, blocks, n, experts)
+            own, grad = penalty_and_gradient(p.features[layer], p.gate, p.sample, p.blocks, n, experts)
             penalty = penalty + own
-            of_gate += (grad * features[layer]).sum(1)
-            of_rows[layer] = grad.mul_(gate.unsqueeze(1))
+            of_gate += (grad * p.features[layer]).sum(1)
+            of_rows[layer] = grad.mul_(p.gate.unsqueeze(1))
     return penalty, of_gate, of_rows
 
 
 @scripted
-def _start_penalising(
-    features: list[Tensor],
-    gate: Tensor,
-    sample: Tensor,
-    blocks: list[tuple[int, int, int]],
-    n: int,
-    experts: int,
-    layers: list[bool],
-) -> torch.jit.Future[Penalised]:
-    return torch.jit.fork(_penalise, features, gate, sample, blocks, n, experts, layers)  # type: ignore[reportReturnType]
+def _start_penalising(p: _Routed, layers: list[bool]) -> torch.jit.Future[Penalised]:
+    return torch.jit.fork(_penalise, p, layers)  # type: ignore[reportReturnType]
 
 
 @scripted

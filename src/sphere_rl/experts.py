@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sphere_rl.chain import expert_chain
-from sphere_rl.lanes import split_blocks
 from sphere_rl.routed_gram import routed_penalty
 
 
@@ -60,12 +59,6 @@ class Routing:
                 blocks.append((expert, start, start + count))
             start += count
         return tuple(blocks)
-
-    def shares(self, lanes: int) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
-        """`blocks` for this thread and, with two lanes, for another one, about equal in work."""
-        if lanes == 1:
-            return list(self.blocks), []
-        return split_blocks(self.blocks)
 
     @cached_property
     def block_rows(self) -> tuple[Int[Tensor, "_"], ...]:

@@ -85,8 +85,10 @@ def halves(items: Iterable[Item], work: Callable[[Item], int]) -> tuple[list[Ite
 Rows = TypeVar("Rows", bound=tuple[int, ...])
 
 
-def split_blocks(blocks: Iterable[Rows]) -> tuple[list[Rows], list[Rows]]:
-    """Blocks (…, first row, end row) of a network's passes for this lane and the second, about equal in work."""
+def split_blocks(blocks: Iterable[Rows], num_lanes: int) -> tuple[list[Rows], list[Rows]]:
+    """Blocks (…, first row, end row) of a network's passes for this lane and, with two, the second, equal in work."""
+    if num_lanes == 1:
+        return list(blocks), []
     return halves(blocks, lambda block: block[-1] - block[-2] + 32)  # 32: the weights, read for the first row
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sphere_rl.agent import Agent
 from sphere_rl.config import TrainConfig
-from sphere_rl.direct import begin_penalty, begin_regression, gaussian_loss, improve, is_plain
+from sphere_rl.direct import NO_PENALTY, begin_penalty, begin_regression, gaussian_loss, improve, is_plain
 from sphere_rl.errors import TrainingError
 from sphere_rl.gradients import scale_, total_norm
 from sphere_rl.lanes import beside
@@ -152,7 +152,7 @@ def direct_actor_step(agent: Agent, batch: Minibatch, config: TrainConfig, trace
     head, optimizer = agent.actor.head, agent.actor_optimizer
     assert isinstance(optimizer, ExpertAdam)
     penalties = {method: penalty for method in agent.methods if (penalty := method.feature_penalty(trace))}
-    penalty = next(iter(penalties.values()), None)
+    penalty = next(iter(penalties.values()), NO_PENALTY)
     penalised = begin_penalty(trace, penalty)
     if isinstance(head, GaussianHead):
         loss, statistics, gradients = gaussian_loss(
