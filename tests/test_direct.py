@@ -57,14 +57,12 @@ def double_agent(config: TrainConfig, discrete: bool = False) -> Agent:
 
 
 def by_autograd(agent: Agent, samples: Minibatch) -> list[Tensor]:
-    return actor_step(agent, samples, agent.config, agent.actor.trace(samples.observation))
+    return actor_step(agent, samples, agent.config)
 
 
 def directly(agent: Agent, samples: Minibatch, keep: bool = True) -> list[Tensor]:
     assert all(method.is_direct for method in agent.methods)
-    with torch.no_grad():
-        trace = agent.actor.trace(samples.observation)
-    return direct_actor_step(agent, samples, agent.config, trace, keep)
+    return direct_actor_step(agent, samples, agent.config, keep)
 
 
 def assert_same_training(config: TrainConfig, threads: int = 1, discrete: bool = False, steps: int = 4) -> None:

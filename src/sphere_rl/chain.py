@@ -112,7 +112,7 @@ def begin(run: Callable[..., Any], start: Callable[..., Any], *arguments: Any) -
     """
 
     def here() -> Any:
-        with torch.no_grad():
+        with torch.inference_mode():
             return run(*arguments)
 
     return beside(here, partial(start, *arguments) if SCRIPTED else None)

@@ -6,7 +6,7 @@ and most of the memory traffic of gradients (`sphere_rl.sweeps`). Only for netwo
 (`is_plain`); all others go through autograd, with the same result.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -92,7 +92,7 @@ def is_plain(network: MoENetwork) -> bool:
     )
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def begin_penalty(trace: Trace, penalty: FeaturePenalty) -> Callable[[], Penalised]:
     """Begin what `improve` needs of a penalty: it depends on the forward pass alone."""
     routing, features = trace.features[0].routing, [f.values for f in trace.features]
@@ -102,7 +102,7 @@ def begin_penalty(trace: Trace, penalty: FeaturePenalty) -> Callable[[], Penalis
     return begin(_penalise, _start_penalising, routed, penalty.layers)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def improve(
     actor: Actor,
     optimizer: ExpertAdam,
@@ -136,7 +136,7 @@ def improve(
     return Improved(*_improve(mlps, step, mixing, loss, grad_output, penalty, penalised()))
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def begin_regression(
     network: MoENetwork,
     optimizer: ExpertAdam,
@@ -164,15 +164,18 @@ def _mlp(mlp: ExpertMLP, optimizer: ExpertAdam, inputs: list[Tensor], keep: bool
     of_experts = [[list(tensors) for tensors in zip(*layers, strict=True)] for layers in experts]
     own, first, second = map(list, zip(*of_experts, strict=True))
     steps = [optimizer.state_of(weight)["step"] for weight in weights]
-    of_biases, of_weights = _zeroed(biases), (_zeroed(weights) if keep else [])
+    of_biases, of_weights = zeroed(biases), (zeroed(weights) if keep else [])
     return Mlp(inputs, own, first, second, steps, of_biases, of_weights)
 
 
-def _zeroed(parameters: Sequence[Tensor]) -> list[Tensor]:
+@torch.inference_mode(False)
+def zeroed(parameters: Iterable[Tensor]) -> list[Tensor]:
     """Gradients that these parameters carry from now on."""
+    gradients = []
     for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+        parameter.grad = torch.zeros_like(parameter, requires_grad=False)
+        gradients.append(parameter.grad)
+    return gradients
 
 
 def _step(

@@ -35,7 +35,7 @@ class Evaluation:
         return asdict(self)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def evaluate(policy: Policy, suite: Suite, task: str, episodes: int, seed: int, num_threads: int = 1) -> Evaluation:
     """Run exactly ``episodes`` episodes with the mean (or most likely) action.
 

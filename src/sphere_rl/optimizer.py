@@ -139,7 +139,8 @@ class ExpertAdam(torch.optim.Adam):
             return []
         shape, parts = parameter.shape[1:], self.experts_of(parameter)
         if shape not in self._zeros:
-            self._zeros[shape] = parameter.new_zeros(shape)
+            with torch.inference_mode(False):
+                self._zeros[shape] = parameter.new_zeros(shape)
         return [(parts[e][0], self._zeros[shape], *parts[e][1:], state["step"]) for e in idle]
 
     def experts_of(self, parameter: Tensor) -> list[Entry]:
@@ -172,6 +173,7 @@ class ExpertAdam(torch.optim.Adam):
         """Adam's moments and step count of a parameter, made where there are none."""
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            with torch.inference_mode(False), torch.no_grad():
+                state["step"] = torch.zeros((), device=parameter.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         return state

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sphere_rl.agent import Agent
 from sphere_rl.config import TrainConfig
-from sphere_rl.direct import NO_PENALTY, begin_penalty, begin_regression, gaussian_loss, improve, is_plain
+from sphere_rl.direct import NO_PENALTY, begin_penalty, begin_regression, gaussian_loss, improve, is_plain, zeroed
 from sphere_rl.errors import TrainingError
 from sphere_rl.gradients import scale_, total_norm
 from sphere_rl.lanes import beside
@@ -125,16 +125,13 @@ def minibatch_step(agent: Agent, batch: Minibatch, config: TrainConfig, keep: bo
     direct = is_plain(agent.actor) and type(agent.actor_optimizer) is ExpertAdam
     direct = direct and all(method.is_direct for method in agent.methods)
     of_critic = begin_critic_step(agent, batch, config, keep)
-    with torch.set_grad_enabled(not direct):
-        trace = agent.actor.trace(batch.observation)
-    of_actor = (
-        direct_actor_step(agent, batch, config, trace, keep) if direct else actor_step(agent, batch, config, trace)
-    )
+    of_actor = direct_actor_step(agent, batch, config, keep) if direct else actor_step(agent, batch, config)
     return torch.stack([*of_actor, *of_critic()])
 
 
-def actor_step(agent: Agent, batch: Minibatch, config: TrainConfig, trace: Trace) -> list[Tensor]:
+def actor_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Tensor]:
     """One gradient step of the actor by autograd; every penalty and diagnostic shares this one forward pass."""
+    trace = agent.actor.trace(batch.observation)
     loss, statistics = actor_loss(agent.actor.head, trace.output, batch, config)
     step = ActorStep(agent, batch, trace, loss, agent.actor_parameters)
     penalties = [method.actor_penalty(step) for method in agent.methods]
@@ -147,10 +144,12 @@ def actor_step(agent: Agent, batch: Minibatch, config: TrainConfig, trace: Trace
     return [*statistics, norm]
 
 
-def direct_actor_step(agent: Agent, batch: Minibatch, config: TrainConfig, trace: Trace, keep: bool) -> list[Tensor]:
+@torch.inference_mode()
+def direct_actor_step(agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool) -> list[Tensor]:
     """The same step from a forward pass without a graph, where methods do no more than their `feature_penalty` says."""
     head, optimizer = agent.actor.head, agent.actor_optimizer
     assert isinstance(optimizer, ExpertAdam)
+    trace = agent.actor.trace(batch.observation)
     penalties = {method: penalty for method in agent.methods if (penalty := method.feature_penalty(trace))}
     penalty = next(iter(penalties.values()), NO_PENALTY)
     penalised = begin_penalty(trace, penalty)
@@ -160,11 +159,12 @@ def direct_actor_step(agent: Agent, batch: Minibatch, config: TrainConfig, trace
             normalize(batch.advantage), config.clip, config.entropy_coefficient,
         )  # fmt: skip
     else:
-        output = trace.output.detach().requires_grad_()
-        loss, statistics = actor_loss(head, output, batch, config)
-        gradients = torch.autograd.grad(loss, [output, *head.parameters()])
-    for parameter, gradient in zip(head.parameters(), gradients[1:], strict=True):
-        parameter.grad = gradient
+        with torch.inference_mode(False):
+            output = trace.output.clone().requires_grad_()
+            loss, statistics = actor_loss(head, output, batch, config)
+            gradients = torch.autograd.grad(loss, [output, *head.parameters()])
+    for gradient, found in zip(zeroed(head.parameters()), gradients[1:], strict=True):
+        gradient.copy_(found)
     improved = improve(
         agent.actor, optimizer, batch.observation, trace, loss.detach(), gradients[0],
         penalty, penalised, config.max_grad_norm, keep,

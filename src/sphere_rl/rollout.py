@@ -156,9 +156,11 @@ class Collector:
         rewards, terminations, dones, finals, episodes = [], [], [], [], []
         for t in range(num_steps):
             observation = self._tensor(self.observation)
-            output = actor(observation)
-            action = actor.head.sample(output, generator)
-            if not torch.isfinite(output).all():
+            with torch.inference_mode():
+                output = actor(observation)
+                action = actor.head.sample(output, generator)
+                finite = bool(torch.isfinite(output).all())
+            if not finite:
                 raise TrainingError(f"the policy's output at rollout step {t + 1} of {num_steps} is not finite")
             raw.append(self.observation)
             self.observation, reward, terminated, truncated, info = self.envs.step(clip_action(action, self.bounds))
