@@ -15,9 +15,9 @@ SOURCE = Path(sphere_rl.__file__).parent
 MODULES = sorted(p.relative_to(SOURCE).with_suffix("").as_posix() for p in SOURCE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "gradients", "lanes", "parsers", "penalty", "runtime", "seeding", "tables"},
+    {"errors", "gradients", "lanes", "parsers", "penalty", "routing", "runtime", "scripting", "seeding", "tables"},
     {"chain", "experts", "optimizer", "routed_gram", "runs", "ranks", "statistics"},
-    {"networks", "sweeps"},
+    {"networks", "surrogate", "sweeps"},
     {"direct", "factors", "metrics", "ntk", "results", "rollout", "spectrum", "suites"},
     {"methods", "probe"},
     {"config"},

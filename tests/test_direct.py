@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from sphere_rl import sweeps
 from sphere_rl.agent import Agent, Spaces
-from sphere_rl.chain import SCRIPTED
 from sphere_rl.config import TrainConfig
-from sphere_rl.direct import begin_regression, gaussian_loss, is_plain
+from sphere_rl.direct import begin_regression, is_plain
 from sphere_rl.lanes import two_lanes
 from sphere_rl.networks import KINDS, GaussianHead, MoENetwork, NetworkOptions, make_actor
 from sphere_rl.optimizer import REST, ExpertAdam
@@ -26,8 +25,9 @@ from sphere_rl.ppo import (
     begin_critic_step,
     critic_step,
     direct_actor_step,
-    normalize,
 )
+from sphere_rl.scripting import SCRIPTED
+from sphere_rl.surrogate import Samples, gaussian_loss
 
 pytestmark = pytest.mark.skipif(not SCRIPTED, reason="everything goes through autograd where TorchScript is gone")
 N, D, A = 40, 5, 3
@@ -147,9 +147,12 @@ def test_the_gaussian_loss_is_autograds() -> None:
     loss, numbers = actor_loss(head, mean, samples, config)
     expected = torch.autograd.grad(loss, [mean, head.log_std])
     found, found_numbers, gradients = gaussian_loss(
-        mean.detach(), head.log_std.detach(), samples.action, samples.policy, samples.log_prob,
-        normalize(samples.advantage), config.clip, config.entropy_coefficient,
-    )  # fmt: skip
+        mean.detach(),
+        head.log_std.detach(),
+        Samples(samples.observation, samples.action, samples.policy, samples.log_prob, samples.advantage),
+        config.clip,
+        config.entropy_coefficient,
+    )
     assert 0.1 < float(numbers[2]) < 0.9, "ratios on both sides of the clip"
     torch.testing.assert_close(found, loss.detach())
     torch.testing.assert_close(torch.stack(found_numbers), torch.stack(numbers))

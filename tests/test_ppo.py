@@ -17,13 +17,13 @@ from sphere_rl.ppo import (
     apply_gradients,
     critic_step,
     direct_actor_step,
-    normalize,
     policy_loss,
     update,
     value_loss,
 )
 from sphere_rl.rollout import Collector, Rollout
 from sphere_rl.suites import make_suite
+from sphere_rl.surrogate import normalize
 
 
 def test_policy_loss_by_hand() -> None:

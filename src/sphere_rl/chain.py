@@ -7,12 +7,9 @@ too small. Every product is the same in either thread, so results are bitwise th
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from inspect import unwrap
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -20,15 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sphere_rl.gradients import expert_gradient, written
-from sphere_rl.lanes import beside, lanes, split_blocks
+from sphere_rl.lanes import beside, lanes, split_rows
+from sphere_rl.scripting import SCRIPTED, scriptable, scripted
 
 if TYPE_CHECKING:
     from sphere_rl.experts import Routing
-
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-SCRIPTED = sys.version_info < (3, 14)
-"""Later PyTorch does not promise TorchScript; the same loops then run as plain Python, on one thread."""
 
 
 def expert_chain(
@@ -78,7 +71,7 @@ class _ExpertChain(torch.autograd.Function):
         grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[1] else none
         passed = Backward(given, [rows, *outputs], weights, grad_weights, grad_biases, grad_rows)
         num_lanes = _lanes()
-        _backward_blocks(*split_blocks(routing.blocks, num_lanes), passed, num_lanes)
+        _backward_blocks(*split_blocks(list(routing.blocks), num_lanes), passed, num_lanes)
         for gradient in grad_weights:
             written(gradient)
         above = [None] * (depth - top)
@@ -91,18 +84,18 @@ def _lanes() -> int:
 
 def _outputs(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], routing: Routing) -> list[Tensor]:
     outputs = [rows.new_empty(len(rows), bias.shape[1]) for bias in biases]
-    blocks = split_blocks(routing.blocks, _lanes())
-    _forward_blocks(*blocks, Forward([rows, *outputs], list(weights), list(biases)))
+    blocks = split_blocks(list(routing.blocks), _lanes())
+    forward_blocks(*blocks, Forward([rows, *outputs], list(weights), list(biases)))
     return outputs
 
 
-def scripted(function: Function) -> Function:
-    """The same function in TorchScript, where that is promised."""
-    if not SCRIPTED:
-        return function
-    with warnings.catch_warnings():  # deprecated in favour of torch.compile, which needs a compiler on the machine
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return torch.jit.script(unwrap(function))  # without a type checker that tests wrap around it
+@scriptable
+def split_blocks(
+    blocks: list[tuple[int, int, int]], num_lanes: int
+) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+    """Blocks (expert, first row, end row) for this lane and the second."""
+    mine, others = split_rows([end - start for _, start, end in blocks], num_lanes)
+    return [blocks[position] for position in mine], [blocks[position] for position in others]
 
 
 def begin(run: Callable[..., Any], start: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
@@ -187,7 +180,7 @@ def backward_some(blocks: list[tuple[int, int, int]], p: Backward, apart: bool =
 
 
 @scripted
-def _forward_blocks(mine: list[tuple[int, int, int]], others: list[tuple[int, int, int]], p: Forward) -> None:
+def forward_blocks(mine: list[tuple[int, int, int]], others: list[tuple[int, int, int]], p: Forward) -> None:
     """Fill all outputs, ``others`` on another thread."""
     if len(others) > 0:
         other = torch.jit.fork(forward_some, others, p)

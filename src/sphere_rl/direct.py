@@ -1,25 +1,31 @@
 """Steps of actor and critic without autograd, each one TorchScript call.
 
-Two threads wait for each other at Python's lock between their operations. What runs here needs the lock only to begin
-and to end: that is what a second lane (`sphere_rl.lanes`) does best, and one thread alone saves autograd's bookkeeping
-and most of the memory traffic of gradients (`sphere_rl.sweeps`). Only for networks that are plain chains of layers
-(`is_plain`); all others go through autograd, with the same result.
+Two threads wait for each other at Python's lock between their operations, and after every product Python itself has to
+come back into the cache. What runs here needs Python only to begin and to end: that is what a second lane
+(`sphere_rl.lanes`) does best, and one thread alone saves autograd's bookkeeping and most of the memory traffic of
+gradients (`sphere_rl.sweeps`). Only for networks that are plain chains of layers (`is_plain`); all others go through
+autograd, with the same result.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import Parameter
 
-from sphere_rl.chain import SCRIPTED, Forward, begin, forward_some, scripted
+from sphere_rl.chain import Forward, begin, forward_blocks, split_blocks
 from sphere_rl.experts import ExpertMLP
-from sphere_rl.lanes import lanes, split_blocks
-from sphere_rl.networks import Actor, MoENetwork, Trace
-from sphere_rl.optimizer import AdamStep, ExpertAdam, adam_step, clip_scale
+from sphere_rl.lanes import lanes, split_rows
+from sphere_rl.networks import Actor, MoENetwork
+from sphere_rl.optimizer import REST, AdamStep, ExpertAdam, adam_step, clip_scale, count_step, idle_experts
 from sphere_rl.routed_gram import penalty_and_gradient
+from sphere_rl.routing import Assigned, Gating, blocks_of, route
+from sphere_rl.scripting import SCRIPTED, scripted
+from sphere_rl.surrogate import Samples, categorical_loss, gaussian_loss
 from sphere_rl.sweeps import Block, Given, Mlp, ascend, descend
 
 
@@ -36,104 +42,80 @@ class FeaturePenalty(NamedTuple):
     pcgrad: bool
 
 
-class Improved(NamedTuple):
-    """The gradient's norm before it was clipped, the penalty, and what it was multiplied by."""
+NO_PENALTY = FeaturePenalty([], "fixed", 0.0, pcgrad=False)
+"""Where no method has one."""
 
+
+class Rules(NamedTuple):
+    """PPO's clip, the weight of its entropy, and the longest gradient; when experts rest."""
+
+    clip: float
+    entropy_coefficient: float
+    max_norm: float
+    rest: int = REST
+
+
+class Improved(NamedTuple):
+    """Policy loss, KL, share of clipped ratios and entropy; the gradient's norm before it was clipped; the penalty, and
+    what it was multiplied by.
+    """
+
+    statistics: list[Tensor]
     norm: Tensor
     penalty: Tensor
     strength: Tensor
 
 
-NO_PENALTY = FeaturePenalty([], "fixed", 0.0, pcgrad=False)
-"""Where no method has one."""
+class _Learner(NamedTuple):
+    """A network's MLPs, experts before the gate, and Adam's step of all that is not their weights, with its gradients.
 
-Penalised = tuple[Tensor, Tensor, list[Tensor]]
-"""Penalties, summed, and their gradients for the gate's weights [M] and for each layer's rows, empty where zero."""
+    idle: of each layer of the experts, each expert's steps without rows; empty where there is only one. head: what the
+    policy has beside its networks, with its gradients.
+    """
 
-
-class _Routed(NamedTuple):
-    """Features of each hidden layer, and the `Routing` of their rows."""
-
-    features: list[Tensor]
-    weights: Tensor
-    gate: Tensor
-    sample: Tensor
-    blocks: list[tuple[int, int, int]]
-
-
-class _Mixing(NamedTuple):
-    """A `Routing`, its experts' outputs, and the softmax behind the last ``routed`` columns of its weights."""
-
-    weights: Tensor
-    gate: Tensor
-    sample: Tensor
-    expert: Tensor
-    outputs: Tensor
-    routed: int
-    temperature: float
-
-
-class _Step(NamedTuple):
-    """Adam's step of the MLPs' weights, block after block on two lanes, and that of all else with its gradients."""
-
-    mine: list[Block]
-    others: list[Block]
+    mlps: list[Mlp]
+    idle: list[list[int]]
+    head: list[Tensor]
+    of_head: list[Tensor]
     adam: AdamStep
-    own: list[Tensor]
-    max_norm: float
+    counters: list[Tensor]
+
+
+class _Plan(NamedTuple):
+    """A learner and the parameters behind it: each MLP's weights, and all else."""
+
+    learner: _Learner
+    weights: list[list[Parameter]]
+    rest: list[Parameter]
+
+
+_Penalised = tuple[Tensor, Tensor, list[Tensor]]
+"""Penalties, summed, and their gradients for the gate's weights [M] and for each layer's rows, empty where zero."""
 
 
 def is_plain(network: MoENetwork) -> bool:
     """Whether a network is linear layers and ReLU, with nothing in between."""
     return SCRIPTED and all(
-        type(mlp) is ExpertMLP and mlp.is_chain and not any(layer.spectral_norm for layer in mlp.layers)
+        type(mlp) is ExpertMLP
+        and mlp.is_chain
+        and not mlp._forward_hooks
+        and not any(layer.spectral_norm for layer in mlp.layers)
         for mlp in (network.gate, network.experts)
         if mlp is not None
     )
 
 
 @torch.inference_mode()
-def begin_penalty(trace: Trace, penalty: FeaturePenalty) -> Callable[[], Penalised]:
-    """Begin what `improve` needs of a penalty: it depends on the forward pass alone."""
-    routing, features = trace.features[0].routing, [f.values for f in trace.features]
-    routed = _Routed(features, routing.weights, routing.gate, routing.sample, list(routing.blocks))
-    if not any(penalty.layers):
-        return partial(_penalise, routed, penalty.layers)
-    return begin(_penalise, _start_penalising, routed, penalty.layers)
-
-
-@torch.inference_mode()
 def improve(
-    actor: Actor,
-    optimizer: ExpertAdam,
-    observation: Float[Tensor, "N D"],
-    trace: Trace,
-    loss: Float[Tensor, ""],
-    grad_output: Float[Tensor, "N A"],
-    penalty: FeaturePenalty,
-    penalised: Callable[[], Penalised],
-    max_norm: float,
-    keep: bool,
+    actor: Actor, optimizer: ExpertAdam, samples: Samples, rules: Rules, penalty: FeaturePenalty, keep: bool
 ) -> Improved:
-    """One step of a plain actor, from its forward pass, the gradient of the loss for its output and `begin_penalty`.
-
-    The head's parameters carry their gradients already; after a step that is to ``keep`` them, so do all others.
-    """
-    routing = trace.features[0].routing
-    rows, features = observation.index_select(0, routing.sample), [f.values for f in trace.features]
-    mlps = [_mlp(actor.experts, optimizer, [rows, *features], keep)]
-    blocks = [(0, *block) for block in routing.blocks]
-    if actor.gate is not None:
-        mlps.append(_mlp(actor.gate, optimizer, [observation, *(f.values for f in trace.gate_features)], keep))
-        blocks.append((1, 0, 0, len(observation)))
-    head = [p.grad for p in actor.head.parameters() if p.grad is not None]
-    step = _step((actor.experts, actor.gate), optimizer, blocks, lanes(), head, max_norm)
-    routed = 0 if trace.logits is None else trace.logits.shape[1]
-    mixing = _Mixing(
-        routing.weights, routing.gate, routing.sample, routing.expert, trace.expert_outputs,
-        routed, actor.options.temperature,
-    )  # fmt: skip
-    return Improved(*_improve(mlps, step, mixing, loss, grad_output, penalty, penalised()))
+    """One step of a plain actor on PPO's loss and a penalty; ``keep``: let parameters carry their gradients."""
+    plan = optimizer.kept(partial(_plan, actor, list(actor.head.parameters()), optimizer))
+    learner = _learner(plan, optimizer, keep)
+    *found, idle = _improve(learner, actor.gating, samples, rules, penalty, lanes())
+    for own, steps in zip(plan.learner.idle, idle, strict=True):
+        own[:] = steps
+    return Improved(*found)
 
 
 @torch.inference_mode()
@@ -150,80 +132,85 @@ def begin_regression(
 
     Call what this returns for the mean square and the gradient's norm. ``keep``: let parameters carry their gradients.
     """
-    layers = network.experts.layers
-    outputs = [observation, *(observation.new_empty(len(observation), layer.bias.shape[1]) for layer in layers)]
-    forward = Forward(outputs, [layer.weight.detach() for layer in layers], [layer.bias.detach() for layer in layers])
-    mlp = _mlp(network.experts, optimizer, outputs[:-1], keep)
-    step = _step((network.experts,), optimizer, [(0, 0, 0, len(target))], 1, [], max_norm)
-    return begin(_regress, _start_regression, mlp, forward, step, target, coefficient)
-
-
-def _mlp(mlp: ExpertMLP, optimizer: ExpertAdam, inputs: list[Tensor], keep: bool) -> Mlp:
-    weights, biases = [layer.weight for layer in mlp.layers], [layer.bias for layer in mlp.layers]
-    experts = zip(*(optimizer.experts_of(weight) for weight in weights), strict=True)
-    of_experts = [[list(tensors) for tensors in zip(*layers, strict=True)] for layers in experts]
-    own, first, second = map(list, zip(*of_experts, strict=True))
-    steps = [optimizer.state_of(weight)["step"] for weight in weights]
-    of_biases, of_weights = zeroed(biases), (zeroed(weights) if keep else [])
-    return Mlp(inputs, own, first, second, steps, of_biases, of_weights)
+    learner = _learner(optimizer.kept(partial(_plan, network, [], optimizer)), optimizer, keep)
+    return begin(_regress, _start_regression, learner, observation, target, coefficient, max_norm)
 
 
 @torch.inference_mode(False)
-def zeroed(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Gradients that these parameters carry from now on."""
-    gradients = []
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter, requires_grad=False)
-        gradients.append(parameter.grad)
-    return gradients
+@torch.no_grad()
+def _plan(network: MoENetwork, head: list[Parameter], optimizer: ExpertAdam) -> _Plan:
+    parts = [mlp for mlp in (network.experts, network.gate) if mlp is not None]
+    weights = [[layer.weight for layer in mlp.layers] for mlp in parts]
+    biases = [[layer.bias for layer in mlp.layers] for mlp in parts]
+    rest = [*chain.from_iterable(biases), *head]
+    gradients = {parameter: torch.zeros_like(parameter) for parameter in rest}
+    states = [optimizer.state_of(parameter) for parameter in rest]
+    adam = AdamStep(
+        [parameter.detach() for parameter in rest], list(gradients.values()),
+        *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")), 0.0, 0.0, 0.0, 0.0,
+    )  # fmt: skip
+    mlps = [
+        _mlp(optimizer, of_weights, of_biases, [gradients[bias] for bias in of_biases])
+        for of_weights, of_biases in zip(weights, biases, strict=True)
+    ]
+    idle = [optimizer.idle_steps(weight) for weight in weights[0] if len(weight) > 1]
+    counters = [*adam.steps, *chain.from_iterable(mlp.steps for mlp in mlps)]
+    own = [parameter.detach() for parameter in head]
+    return _Plan(_Learner(mlps, idle, own, [gradients[p] for p in head], adam, counters), weights, rest)
 
 
-def _step(
-    mlps: Sequence[ExpertMLP | None],
-    optimizer: ExpertAdam,
-    blocks: list[Block],
-    num_lanes: int,
-    own: list[Tensor],
-    max_norm: float,
-) -> _Step:
-    """Begin Adam's step of the experts in these blocks."""
-    elsewhere: dict[Tensor, set[int]] = {}
-    for index, mlp in enumerate(mlps):
-        if mlp is not None:
-            active = {expert for part, expert, _, _ in blocks if part == index}
-            elsewhere |= {layer.weight: active for layer in mlp.layers}
-    (rest,) = optimizer.due(elsewhere)
-    return _Step(*split_blocks(blocks, num_lanes), rest, own, max_norm)
+def _mlp(optimizer: ExpertAdam, weights: list[Parameter], biases: list[Parameter], grad_biases: list[Tensor]) -> Mlp:
+    experts = zip(*(optimizer.experts_of(weight) for weight in weights), strict=True)
+    of_experts = [[list(tensors) for tensors in zip(*layers, strict=True)] for layers in experts]
+    own, first, second = map(list, zip(*of_experts, strict=True))
+    whole, steps = [weight.detach() for weight in weights], [optimizer.state_of(weight)["step"] for weight in weights]
+    return Mlp(whole, [bias.detach() for bias in biases], own, first, second, steps, grad_biases, [])
+
+
+def _learner(plan: _Plan, optimizer: ExpertAdam, keep: bool) -> _Learner:
+    """Adam's present numbers, and with ``keep`` memory for gradients that the parameters carry from now on."""
+    (group,) = optimizer.param_groups
+    learner, numbers = plan.learner, optimizer.numbers(group)
+    learner = learner._replace(adam=AdamStep(*learner.adam[:5], *numbers))
+    if not keep:
+        return learner
+    for parameter, gradient in zip(plan.rest, learner.adam.gradients, strict=True):
+        parameter.grad = gradient
+    of_weights = [[_zeroed(weight) for weight in weights] for weights in plan.weights]
+    kept = [mlp._replace(grad_weights=own) for mlp, own in zip(learner.mlps, of_weights, strict=True)]
+    return learner._replace(mlps=kept)
+
+
+@torch.inference_mode(False)
+def _zeroed(parameter: Parameter) -> Tensor:
+    parameter.grad = torch.zeros_like(parameter, requires_grad=False)
+    return parameter.grad
 
 
 @scripted
-def gaussian_loss(
-    mean: Tensor,
-    log_std: Tensor,
-    action: Tensor,
-    old_policy: Tensor,
-    old_log_prob: Tensor,
-    advantage: Tensor,
-    clip: float,
-    entropy_coefficient: float,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """PPO's loss of a Gaussian policy, the numbers of `sphere_rl.ppo.actor_loss`, and ∂loss for mean and log σ."""
-    deviation = torch.exp(-log_std)
-    z = (action - mean) * deviation
-    constant = 0.9189385332046727  # log sqrt(2 pi)
-    log_prob = z.square().sum(1).mul_(-0.5).sub_((log_std + constant).sum())
-    entropy = (log_std + (constant + 0.5)).sum()
-    ratio = torch.exp(log_prob - old_log_prob)
-    free, bound = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
-    loss = -torch.minimum(free, bound).mean()
-    of_log_prob = (free * (free <= bound)).div_(-len(free)).unsqueeze(1)
-    of_mean = of_log_prob * z * deviation
-    of_log_std = (of_log_prob * (z.square() - 1)).sum(0) - entropy_coefficient
-    old_mean, old_log_std = old_policy.chunk(2, 1)
-    squared = torch.exp(2 * old_log_std) + (old_mean - mean).square()
-    kl = (log_std - old_log_std + 0.5 * (squared * deviation.square() - 1)).sum(1).mean()
-    clipped = (ratio - 1).abs().gt(clip).to(ratio.dtype).mean()
-    return loss - entropy_coefficient * entropy, [loss, kl, clipped, entropy], [of_mean, of_log_std]
+def _forward(mlp: Mlp, rows: Tensor, blocks: list[tuple[int, int, int]], num_lanes: int) -> list[Tensor]:
+    """Rows and the output of each layer."""
+    outputs = [rows]
+    for bias in mlp.biases:
+        outputs.append(rows.new_empty(rows.size(0), bias.size(1)))
+    mine, others = split_blocks(blocks, num_lanes)
+    forward_blocks(mine, others, Forward(outputs, mlp.whole, mlp.biases))
+    return outputs
+
+
+@scripted
+def _penalise(features: list[Tensor], found: Assigned, layers: list[bool]) -> _Penalised:
+    """The penalty of these hidden layers."""
+    penalty, of_gate = found.gate.new_zeros([]), torch.zeros_like(found.gate)
+    of_rows = [found.gate.new_empty(0)] * (len(features) + 1)
+    n, experts, blocks = found.weights.size(0), found.weights.size(1), blocks_of(found.counts)
+    for layer in range(len(layers)):
+        if layers[layer]:
+            own, grad = penalty_and_gradient(features[layer], found.gate, found.sample, blocks, n, experts)
+            penalty = penalty + own
+            of_gate += (grad * features[layer]).sum(1)
+            of_rows[layer] = grad.mul_(found.gate.unsqueeze(1))
+    return penalty, of_gate, of_rows
 
 
 @scripted
@@ -242,84 +229,92 @@ def _strength(products: Tensor, form: FeaturePenalty) -> tuple[Tensor, Tensor, T
 
 
 @scripted
-def _take(mlps: list[Mlp], given: list[Given], step: _Step, form: FeaturePenalty) -> tuple[Tensor, Tensor]:
+def _take(
+    learner: _Learner, given: list[Given], blocks: list[Block], form: FeaturePenalty, max_norm: float, num_lanes: int
+) -> tuple[Tensor, Tensor]:
     """Both sweeps and Adam: the gradient's norm, and what the penalty's gradient was multiplied by in mode grad."""
-    k = 2 if form.mode == "grad" else 1
+    k, mlps = 2 if form.mode == "grad" else 1, learner.mlps
     inner: list[Tensor] = []
     signals: list[Tensor] = []
     gradients: list[Tensor] = []
     signals_there: list[Tensor] = []
     gradients_there: list[Tensor] = []
     for mlp in mlps:
-        inner.append(mlp.inputs[0].new_zeros(len(mlp.weights), k, k))
+        inner.append(mlp.whole[0].new_zeros(len(mlp.weights), k, k))
+        for grad in mlp.grad_biases:
+            grad.zero_()
+    positions, positions_there = split_rows([end - start for _, _, start, end in blocks], num_lanes)
+    mine, others = [blocks[position] for position in positions], [blocks[position] for position in positions_there]
     there: list[torch.jit.Future[int]] = []
-    if len(step.others) > 0:
-        there.append(torch.jit.fork(descend, step.others, mlps, given, k, inner, signals_there, gradients_there))  # type: ignore[reportArgumentType]
-    descend(step.mine, mlps, given, k, inner, signals, gradients)
+    if len(others) > 0:
+        there.append(torch.jit.fork(descend, others, mlps, given, k, inner, signals_there, gradients_there))  # type: ignore[reportArgumentType]
+    descend(mine, mlps, given, k, inner, signals, gradients)
     for other in there:
         torch.jit.wait(other)
     products = torch.cat(inner).sum(0)
-    for gradient in step.own:
+    for gradient in learner.of_head:
         products[0, 0].add_(gradient.square().sum())
     kept, strength, square = torch.ones_like(products[0, 0]), torch.zeros_like(products[0, 0]), products[0, 0]
     if form.mode == "grad":
         kept, strength, square = _strength(products, form)
     norm = square.clamp(min=0.0).sqrt()
-    scale = clip_scale(norm, step.max_norm)
+    scale = clip_scale(norm, max_norm)
     factors = [kept / scale, strength / scale][:k]
-    for gradient in step.own:
+    for gradient in learner.of_head:
         gradient.mul_(factors[0])
+    count_step(learner.counters)
     there.clear()
-    if len(step.others) > 0:
-        there.append(torch.jit.fork(ascend, step.others, mlps, signals_there, gradients_there, factors, step.adam))  # type: ignore[reportArgumentType]
-    ascend(step.mine, mlps, signals, gradients, factors, step.adam)
+    if len(others) > 0:
+        there.append(torch.jit.fork(ascend, others, mlps, given, signals_there, gradients_there, factors, learner.adam))  # type: ignore[reportArgumentType]
+    ascend(mine, mlps, given, signals, gradients, factors, learner.adam)
     for other in there:
         torch.jit.wait(other)
-    adam_step(step.adam, None)
+    adam_step(learner.adam, None)
     return norm, strength
 
 
 @scripted
-def _logits_gradient(mixing: _Mixing, grad_gate: Tensor) -> Tensor:
+def _logits_gradient(found: Assigned, gating: Gating, grad_gate: Tensor) -> Tensor:
     """Through the softmax of the selected logits; of the others, weight and gradient are zero."""
-    grad, experts = torch.zeros_like(mixing.weights), mixing.weights.size(1)
-    grad.view(-1).index_copy_(0, mixing.sample * experts + mixing.expert, grad_gate)
-    weights, grad = mixing.weights[:, experts - mixing.routed :], grad[:, experts - mixing.routed :]
-    return weights * (grad - (weights * grad).sum(1, keepdim=True)) / mixing.temperature
-
-
-@scripted
-def _penalise(p: _Routed, layers: list[bool]) -> Penalised:
-    penalty, of_gate = p.gate.new_zeros([]), torch.zeros_like(p.gate)
-    of_rows = [p.gate.new_empty(0)] * (len(p.features) + 1)
-    n, experts = p.weights.size(0), p.weights.size(1)
-    for layer in range(len(layers)):
-        if layers[layer]:
-            own, grad = penalty_and_gradient(p.features[layer], p.gate, p.sample, p.blocks, n, experts)
-            penalty = penalty + own
-            of_gate += (grad * p.features[layer]).sum(1)
-            of_rows[layer] = grad.mul_(p.gate.unsqueeze(1))
-    return penalty, of_gate, of_rows
-
-
-@scripted
-def _start_penalising(p: _Routed, layers: list[bool]) -> torch.jit.Future[Penalised]:
-    return torch.jit.fork(_penalise, p, layers)  # type: ignore[reportReturnType]
+    grad, experts = torch.zeros_like(found.weights), found.weights.size(1)
+    grad.view(-1).index_copy_(0, found.sample * experts + found.expert, grad_gate)
+    weights, grad = found.weights[:, gating.shared :], grad[:, gating.shared :]
+    return weights * (grad - (weights * grad).sum(1, keepdim=True)) / gating.temperature
 
 
 @scripted
 def _improve(
-    mlps: list[Mlp],
-    step: _Step,
-    mixing: _Mixing,
-    loss: Tensor,
-    grad_output: Tensor,
-    form: FeaturePenalty,
-    penalised: Penalised,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows = grad_output.index_select(0, mixing.sample)
-    of_loss, of_gate = rows * mixing.gate.unsqueeze(1), (rows * mixing.outputs).sum(1)
-    penalty, of_gate_too, of_penalty = penalised
+    learner: _Learner, gating: Gating, samples: Samples, rules: Rules, form: FeaturePenalty, num_lanes: int
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[list[int]]]:
+    mlps, rows = learner.mlps, samples.observation
+    n, gated = rows.size(0), len(mlps) > 1
+    gate_outputs = [rows]
+    if gated:
+        gate_outputs = _forward(mlps[1], rows, [(0, 0, n)], 1)
+        found = route(gate_outputs[-1], gating)
+        rows = rows.index_select(0, found.sample)
+    else:
+        ones, sample = rows.new_ones(n, 1), torch.arange(n, device=rows.device)
+        found = Assigned(ones, torch.zeros_like(sample), sample, ones[:, 0], [n])
+    blocks = blocks_of(found.counts)
+    outputs = _forward(mlps[0], rows, blocks, num_lanes)
+    features, layers = outputs[1:-1], form.layers
+    begun: list[torch.jit.Future[_Penalised]] = []
+    if num_lanes > 1 and any(layers):
+        begun.append(torch.jit.fork(_penalise, features, found, layers))  # type: ignore[reportArgumentType]
+    gate = found.gate.unsqueeze(1)
+    output = rows.new_zeros(n, outputs[-1].size(1)).index_add_(0, found.sample, outputs[-1] * gate)
+    if len(learner.head) > 0:
+        loss, statistics, of_output = gaussian_loss(
+            output, learner.head[0], samples, rules.clip, rules.entropy_coefficient
+        )
+        learner.of_head[0].copy_(of_output[1])
+    else:
+        loss, statistics, of_output = categorical_loss(output, samples, rules.clip, rules.entropy_coefficient)
+    of_rows = of_output[0].index_select(0, found.sample)
+    penalty, of_gate_too, of_penalty = (
+        torch.jit.wait(begun[0]) if len(begun) > 0 else _penalise(features, found, layers)
+    )
     strength = torch.full_like(loss, form.share)
     if form.mode == "loss":
         strength = form.share * loss.abs() / (penalty + 1e-8)
@@ -327,27 +322,37 @@ def _improve(
         for grad in of_penalty:
             grad.mul_(strength)
         of_gate_too.mul_(strength)
-    given = [Given(of_loss, of_penalty)]
-    if len(mlps) > 1:
-        of_gate_layers = [loss.new_empty(0)] * len(mlps[1].inputs)
-        if any(form.layers):
-            of_gate_layers[-1] = _logits_gradient(mixing, of_gate_too)
-        given.append(Given(_logits_gradient(mixing, of_gate), of_gate_layers))
-    norm, relative = _take(mlps, given, step, form)
-    return norm, penalty, relative if form.mode == "grad" else strength
+    given = [Given(outputs[:-1], of_rows * gate, of_penalty)]
+    due = [(0, expert, start, end) for expert, start, end in blocks]
+    if gated:
+        of_gate_layers = [loss.new_empty(0)] * (len(gate_outputs) - 1)
+        if any(layers):
+            of_gate_layers[-1] = _logits_gradient(found, gating, of_gate_too)
+        of_logits = _logits_gradient(found, gating, (of_rows * outputs[-1]).sum(1))
+        given.append(Given(gate_outputs[:-1], of_logits, of_gate_layers))
+        due.append((1, 0, 0, n))
+    idle, experts = learner.idle, mlps[0]
+    for expert in idle_experts(idle, found.counts, experts.first, experts.second, learner.adam.beta2, rules.rest):
+        due.append((0, expert, 0, 0))
+    norm, relative = _take(learner, given, due, form, rules.max_norm, num_lanes)
+    return statistics, norm, penalty, relative if form.mode == "grad" else strength, idle
 
 
 @scripted
-def _regress(mlp: Mlp, p: Forward, step: _Step, target: Tensor, coefficient: float) -> tuple[Tensor, Tensor]:
-    forward_some([(0, 0, target.size(0))], p)
-    error = p.outputs[-1].squeeze(1) - target
-    given = Given((error * (2 * coefficient / len(error))).unsqueeze(1), [target.new_empty(0)] * len(p.weights))
-    norm, _ = _take([mlp], [given], step, FeaturePenalty([], "fixed", 0.0, False))
+def _regress(
+    learner: _Learner, observation: Tensor, target: Tensor, coefficient: float, max_norm: float
+) -> tuple[Tensor, Tensor]:
+    outputs = _forward(learner.mlps[0], observation, [(0, 0, target.size(0))], 1)
+    error = outputs[-1].squeeze(1) - target
+    of_error = (error * (2 * coefficient / len(error))).unsqueeze(1)
+    given = Given(outputs[:-1], of_error, [target.new_empty(0)] * (len(outputs) - 1))
+    form = FeaturePenalty([], "fixed", 0.0, False)
+    norm, _ = _take(learner, [given], [(0, 0, 0, target.size(0))], form, max_norm, 1)
     return error.square().mean(), norm
 
 
 @scripted
 def _start_regression(
-    mlp: Mlp, p: Forward, step: _Step, target: Tensor, coefficient: float
+    learner: _Learner, observation: Tensor, target: Tensor, coefficient: float, max_norm: float
 ) -> torch.jit.Future[tuple[Tensor, Tensor]]:
-    return torch.jit.fork(_regress, mlp, p, step, target, coefficient)  # type: ignore[reportReturnType]
+    return torch.jit.fork(_regress, learner, observation, target, coefficient, max_norm)  # type: ignore[reportReturnType]

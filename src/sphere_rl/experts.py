@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sphere_rl.chain import expert_chain
 from sphere_rl.routed_gram import routed_penalty
+from sphere_rl.routing import Gating, blocks_of, route
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,7 @@ class Routing:
     @cached_property
     def blocks(self) -> tuple[tuple[int, int, int], ...]:
         """(expert, first row, end row) of every expert that has assignments."""
-        blocks, start = [], 0
-        for expert, count in enumerate(self.counts):
-            if count:
-                blocks.append((expert, start, start + count))
-            start += count
-        return tuple(blocks)
+        return tuple(blocks_of(list(self.counts)))
 
     @cached_property
     def block_rows(self) -> tuple[Int[Tensor, "_"], ...]:
@@ -66,30 +62,25 @@ class Routing:
         return tuple(self.sample[start:end] for _, start, end in self.blocks)
 
 
-def _routing(weights: Float[Tensor, "N E"], selected: Bool[Tensor, "N E"]) -> Routing:
-    expert, sample = selected.t().nonzero(as_tuple=True)
-    counts = tuple(selected.sum(0).tolist())
-    return Routing(weights=weights, sample=sample, gate=weights[sample, expert], counts=counts)
+def gated_routing(logits: Float[Tensor, "N R"], gating: Gating) -> Routing:
+    """Route by the logits of R experts; the layer it drives has E = gating.shared + R.
 
-
-def _softmax_of_largest(
-    logits: Float[Tensor, "N E"], k: int, temperature: float
-) -> tuple[Float[Tensor, "N E"], Bool[Tensor, "N E"]]:
-    if not 1 <= k <= logits.shape[1]:
-        raise ValueError(f"k = {k}: expected 1 to {logits.shape[1]}, the number of routed experts")
-    order = logits.detach().argsort(dim=1, descending=True, stable=True)
-    selected = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order[:, :k], True)
-    return (logits / temperature).masked_fill(~selected, -torch.inf).softmax(dim=1), selected
+    Raises ValueError where gating.k is not 1 to R.
+    """
+    if not 1 <= gating.k <= logits.shape[1]:
+        raise ValueError(f"k = {gating.k}: expected 1 to {logits.shape[1]}, the number of routed experts")
+    found = route(logits, gating)
+    return Routing(weights=found.weights, sample=found.sample, gate=found.gate, counts=tuple(found.counts))
 
 
 def top_k_routing(logits: Float[Tensor, "N E"], k: int, temperature: float = 1.0) -> Routing:
     """Softmax over each row's k largest logits, zero elsewhere; of equal logits the lowest index wins."""
-    return _routing(*_softmax_of_largest(logits, k, temperature))
+    return gated_routing(logits, Gating(k, 0, temperature))
 
 
 def dense_routing(logits: Float[Tensor, "N E"], temperature: float = 1.0) -> Routing:
     """Softmax over all experts: every expert sees every sample, M = N·E."""
-    return _routing((logits / temperature).softmax(dim=1), torch.ones_like(logits, dtype=torch.bool))
+    return gated_routing(logits, Gating(logits.shape[1], 0, temperature))
 
 
 def shared_top_k_routing(logits: Float[Tensor, "N R"], num_shared: int, k: int, temperature: float = 1.0) -> Routing:
@@ -97,9 +88,7 @@ def shared_top_k_routing(logits: Float[Tensor, "N R"], num_shared: int, k: int, 
 
     The layer it drives has E = num_shared + R experts.
     """
-    weights, selected = _softmax_of_largest(logits, k, temperature)
-    shared = weights.new_ones(len(weights), num_shared)
-    return _routing(torch.cat((shared, weights), dim=1), torch.cat((shared.bool(), selected), dim=1))
+    return gated_routing(logits, Gating(k, num_shared, temperature))
 
 
 def single_routing(

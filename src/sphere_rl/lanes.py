@@ -9,14 +9,14 @@ results are bitwise equal.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-Item = TypeVar("Item")
+from sphere_rl.scripting import scriptable
 
 
 class _Present(threading.local):
@@ -71,25 +71,30 @@ def _result_of(future: Any) -> Callable[[], Any]:
     return future.result if isinstance(future, Future) else future.wait
 
 
-def halves(items: Iterable[Item], work: Callable[[Item], int]) -> tuple[list[Item], list[Item]]:
-    """Two lists that are about equal in work, from the largest item to the smallest."""
-    shares: tuple[list[Item], list[Item]] = ([], [])
-    done = [0, 0]
-    for item in sorted(items, key=work, reverse=True):
-        lane = done[1] < done[0]
-        shares[lane].append(item)
-        done[lane] += work(item)
-    return shares
+@scriptable
+def halves(work: list[int]) -> tuple[list[int], list[int]]:
+    """Positions of two shares that are about equal in work, from the largest item to the smallest."""
+    mine: list[int] = []
+    others: list[int] = []
+    order, ahead = [(-own, position) for position, own in enumerate(work)], 0
+    order.sort()
+    for less, position in order:
+        if ahead > 0:
+            others.append(position)
+            ahead += less
+        else:
+            mine.append(position)
+            ahead -= less
+    return mine, others
 
 
-Rows = TypeVar("Rows", bound=tuple[int, ...])
-
-
-def split_blocks(blocks: Iterable[Rows], num_lanes: int) -> tuple[list[Rows], list[Rows]]:
-    """Blocks (…, first row, end row) of a network's passes for this lane and, with two, the second, equal in work."""
+@scriptable
+def split_rows(rows: list[int], num_lanes: int) -> tuple[list[int], list[int]]:
+    """Positions of an MLP's blocks of so many rows for this lane and, with two, the second, about equal in work."""
+    none: list[int] = []
     if num_lanes == 1:
-        return list(blocks), []
-    return halves(blocks, lambda block: block[-1] - block[-2] + 32)  # 32: the weights, read for the first row
+        return [position for position, _ in enumerate(rows)], none
+    return halves([own + 32 for own in rows])  # 32: the weights, read for the first row
 
 
 def _second_lane() -> ThreadPoolExecutor:

@@ -16,15 +16,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from sphere_rl.errors import ConfigError
-from sphere_rl.experts import (
-    ExpertMLP,
-    RoutedFeatures,
-    Routing,
-    dense_routing,
-    shared_top_k_routing,
-    single_routing,
-    top_k_routing,
-)
+from sphere_rl.experts import ExpertMLP, RoutedFeatures, gated_routing, single_routing
+from sphere_rl.routing import Gating
 
 
 @dataclass(frozen=True)
@@ -122,7 +115,7 @@ class MoENetwork(nn.Module):
             routing, logits, gate_features = whole, None, ()
         else:
             gate = self.gate(observation, whole)
-            routing, logits, gate_features = self._route(gate.out), gate.out, gate.features
+            routing, logits, gate_features = gated_routing(gate.out, self.gating), gate.out, gate.features
         experts = self.experts(observation, routing)
         return Trace(experts.out, routing.weights, logits, experts.rows, experts.features, gate_features)
 
@@ -130,13 +123,12 @@ class MoENetwork(nn.Module):
         """The output alone."""
         return self.trace(observation).output
 
-    def _route(self, logits: Float[Tensor, "N R"]) -> Routing:
-        options = self.options
-        if self.kind == "shared_moe":
-            return shared_top_k_routing(logits, options.num_shared, options.top_k, options.temperature)
-        if self.kind == "dense_moe" or (self.kind == "ds_moe" and self.training):
-            return dense_routing(logits, options.temperature)
-        return top_k_routing(logits, options.top_k, options.temperature)
+    @property
+    def gating(self) -> Gating:
+        """How the gate's logits are read; a mixture that selects in evaluation only depends on the module's mode."""
+        options, shared = self.options, self.options.num_shared if self.kind == "shared_moe" else 0
+        every = self.kind == "dense_moe" or (self.kind == "ds_moe" and self.training)
+        return Gating(options.num_experts if every else options.top_k, shared, options.temperature)
 
 
 KINDS: dict[str, str] = {

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from sphere_rl.chain import begin, scripted
+from sphere_rl.chain import begin
 from sphere_rl.gradients import active_experts, written
 from sphere_rl.lanes import halves, lanes
+from sphere_rl.scripting import scriptable, scripted
+
+Made = TypeVar("Made")
 
 REST = 1000
 """Minibatches without a sample after which an expert rests. By then 0.9^1000 < 1e-45 of its first moment is left."""
@@ -36,8 +39,9 @@ class AdamStep(NamedTuple):
         """As many steps, about equal in work."""
         if lanes == 1:
             return [self]
-        shares = halves(zip(*self[:5], strict=True), lambda entry: entry[0].numel())
-        return [_adam_step(entries, *self[5:]) for entries in shares if entries]
+        entries = list(zip(*self[:5], strict=True))
+        shares = halves([parameter.numel() for parameter in self.parameters])
+        return [_adam_step([entries[position] for position in share], *self[5:]) for share in shares if share]
 
 
 def _adam_step(entries: Sequence[Entry], *numbers: float) -> AdamStep:
@@ -62,6 +66,48 @@ def adam_step(p: AdamStep, grad_scale: Tensor | None) -> None:
 
 
 @scripted
+def count_step(counters: list[Tensor]) -> None:
+    """Add one to Adam's step counts."""
+    torch._foreach_add_(counters, torch.ones_like(counters[0]), alpha=1.0)  # type: ignore[reportPrivateImportUsage]
+
+
+@scriptable
+def idle_experts(
+    idle: list[list[int]],
+    counts: list[int],
+    first: list[list[Tensor]],
+    second: list[list[Tensor]],
+    beta2: float,
+    rest: int,
+) -> list[int]:
+    """Experts without rows that do not rest: Adam still moves them.
+
+    ``idle[layer][expert]`` are the steps without rows that were before this one; they are brought up to date, and so
+    are the moments ``[expert][layer]`` of who goes to rest or wakes up. Layers of an expert rest together.
+    """
+    found: list[int] = []
+    for expert, count in enumerate(counts):
+        awake = False
+        for layer, own in enumerate(idle):
+            steps = own[expert]
+            awake = awake or steps + 1 < rest
+            if count > 0 and steps >= rest:
+                second[expert][layer].mul_(beta2 ** (steps - rest + 1))
+        for layer, own in enumerate(idle):
+            if count > 0:
+                own[expert] = 0
+            elif awake:
+                own[expert] = max(own[expert], min(own[expert] + 1, rest - 1))
+            else:
+                own[expert] += 1
+                if own[expert] == rest:
+                    first[expert][layer].zero_()
+        if awake and count == 0:
+            found.append(expert)
+    return found
+
+
+@scripted
 def _start(p: AdamStep, grad_scale: Tensor | None) -> torch.jit.Future[None]:
     return torch.jit.fork(adam_step, p, grad_scale)  # type: ignore[reportReturnType]
 
@@ -80,68 +126,48 @@ class ExpertAdam(torch.optim.Adam):
     def __init__(self, parameters: Iterable[Tensor], lr: float, eps: float) -> None:
         super().__init__(parameters, lr=lr, eps=eps, fused=True)
         self._views: dict[Tensor, tuple[list[int], list[Entry]]] = {}
-        self._zeros: dict[torch.Size, Tensor] = {}
+        self._kept: tuple[list[int], Any] | None = None
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step with the gradients that the parameters carry."""
-        known = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        known = [gradient for gradient in known if active_experts(gradient) is not None]
-        for due in self.due():
-            mine, *others = due.share(lanes())
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            known = [p.grad for p in parameters if active_experts(p.grad) is not None]
+            entries = [entry for p in parameters for entry in self._entries(p, group["betas"][1])]
+            count_step([self.state[p]["step"] for p in parameters])
+            mine, *others = _adam_step(entries, *self.numbers(group)).share(lanes())
             waits = [begin(adam_step, _start, p, self.grad_scale) for p in others]
             adam_step(mine, self.grad_scale)
             for wait in waits:
                 wait()
-        for gradient in known:
-            written(gradient)
+            for gradient in known:
+                written(gradient)
 
-    def due(self, elsewhere: Mapping[Tensor, Collection[int]] | None = None) -> list[AdamStep]:
-        """Count a step, and say what `adam_step` must do for it: an entry for each group of parameters.
-
-        ``elsewhere``: of these weights, the only experts whose gradient is not zero; the caller moves them.
-        """
-        steps = []
-        for group in self.param_groups:
-            entries, counters = [], []
-            for parameter in group["params"]:
-                if elsewhere is not None and parameter in elsewhere:
-                    entries += self._without(parameter, elsewhere[parameter], group["betas"][1])
-                elif parameter.grad is not None:
-                    entries += self._entries(parameter, group["betas"][1])
-                else:
-                    continue
-                counters.append(self.state[parameter]["step"])
-            if counters:
-                torch._foreach_add_(counters, 1)  # type: ignore[reportPrivateImportUsage]
-                steps.append(_adam_step(entries, group["lr"], *group["betas"], group["eps"]))
-        return steps
+    @staticmethod
+    def numbers(group: dict[str, Any]) -> tuple[float, float, float, float]:
+        """Learning rate, β₁, β₂ and ε of a group of parameters."""
+        return group["lr"], *group["betas"], group["eps"]
 
     def _entries(self, parameter: Tensor, beta2: float) -> list[Entry]:
         """(parameter, gradient, moments, step) of a whole tensor or of each of its experts that does not rest."""
         assert parameter.grad is not None
         state = self.state_of(parameter)
-        tensors = (parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        whole = [(parameter.detach(), parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["step"])]
         active = active_experts(parameter.grad)
         if active is None and "idle" not in state:
-            return [(*tensors, state["step"])]
-        awake = self._awake(state, range(len(parameter)) if active is None else active, beta2)
+            return whole
+        parts, experts = self.experts_of(parameter), range(len(parameter))
+        counts = [int(active is None or expert in active) for expert in experts]
+        first, second = ([[part[moment]] for part in parts] for moment in (1, 2))
+        idle = idle_experts([self.idle_steps(parameter)], counts, first, second, beta2, REST)
+        awake = [expert for expert in experts if counts[expert] or expert in idle]
         if len(awake) == len(parameter):
-            return [(*tensors, state["step"])]
-        parts, gradients = self.experts_of(parameter), parameter.grad.unbind(0)
+            return whole
+        gradients = parameter.grad.unbind(0)
         return [(parts[e][0], gradients[e], *parts[e][1:], state["step"]) for e in awake]
-
-    def _without(self, parameter: Tensor, active: Collection[int], beta2: float) -> list[Entry]:
-        """The entries of the other experts that do not rest; their gradients are zero."""
-        state = self.state_of(parameter)
-        idle = [e for e in self._awake(state, active, beta2) if e not in active]
-        if not idle:
-            return []
-        shape, parts = parameter.shape[1:], self.experts_of(parameter)
-        if shape not in self._zeros:
-            with torch.inference_mode(False):
-                self._zeros[shape] = parameter.new_zeros(shape)
-        return [(parts[e][0], self._zeros[shape], *parts[e][1:], state["step"]) for e in idle]
 
     def experts_of(self, parameter: Tensor) -> list[Entry]:
         """(parameter, first moment, second moment) of each expert: views, made again when one of them has moved."""
@@ -152,22 +178,10 @@ class ExpertAdam(torch.optim.Adam):
             self._views[parameter] = addresses, list(zip(*(tensor.unbind(0) for tensor in tensors), strict=True))
         return self._views[parameter][1]
 
-    @staticmethod
-    def _awake(state: dict[str, Any], active: Collection[int], beta2: float) -> list[int]:
-        """Count each expert's steps without gradient, in `idle`; the experts that this step concerns."""
-        if "idle" not in state:
-            state["idle"] = [0 if state["step"] else REST] * len(state["exp_avg"])
-        idle: list[int] = state["idle"]
-        for expert, steps in enumerate(idle):
-            if expert not in active:
-                idle[expert] += 1
-                if idle[expert] == REST:
-                    state["exp_avg"][expert].zero_()
-            elif steps:
-                if steps >= REST:
-                    state["exp_avg_sq"][expert].mul_(beta2 ** (steps - REST + 1))
-                idle[expert] = 0
-        return [expert for expert, steps in enumerate(idle) if steps < REST]
+    def idle_steps(self, parameter: Tensor) -> list[int]:
+        """Each expert's steps without gradient, at least `REST` where it never had one."""
+        state = self.state_of(parameter)
+        return state.setdefault("idle", [0 if state["step"] else REST] * len(parameter))
 
     def state_of(self, parameter: Tensor) -> dict[str, Any]:
         """Adam's moments and step count of a parameter, made where there are none."""
@@ -177,3 +191,15 @@ class ExpertAdam(torch.optim.Adam):
                 state["step"] = torch.zeros((), device=parameter.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         return state
+
+    def kept(self, make: Callable[[], Made]) -> Made:
+        """What ``make`` made of parameters and state; it is made again when one of them is no longer where it was."""
+        if self._kept is None or self._kept[0] != self._whereabouts():
+            made = make()
+            self._kept = self._whereabouts(), made
+        return self._kept[1]
+
+    def _whereabouts(self) -> list[int]:
+        parameters = [p.data_ptr() for group in self.param_groups for p in group["params"]]
+        values = [value for state in self.state.values() for value in state.values()]
+        return parameters + [v.data_ptr() if isinstance(v, Tensor) else id(v) for v in values]

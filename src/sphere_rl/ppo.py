@@ -16,14 +16,15 @@ from torch import Tensor
 
 from sphere_rl.agent import Agent
 from sphere_rl.config import TrainConfig
-from sphere_rl.direct import NO_PENALTY, begin_penalty, begin_regression, gaussian_loss, improve, is_plain, zeroed
+from sphere_rl.direct import NO_PENALTY, Rules, begin_regression, improve, is_plain
 from sphere_rl.errors import TrainingError
 from sphere_rl.gradients import scale_, total_norm
 from sphere_rl.lanes import beside
 from sphere_rl.methods import ActorStep
-from sphere_rl.networks import CategoricalHead, GaussianHead, Trace
+from sphere_rl.networks import CategoricalHead, GaussianHead
 from sphere_rl.optimizer import ExpertAdam, clip_scale
 from sphere_rl.rollout import Rollout, gae
+from sphere_rl.surrogate import Samples, normalize
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,6 @@ def policy_loss(
 def value_loss(value: Float[Tensor, "N"], target: Float[Tensor, "N"]) -> Float[Tensor, ""]:
     """Mean squared error; the value is not clipped."""
     return (value - target).square().mean()
-
-
-def normalize(advantage: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
-    """Zero mean, unit standard deviation."""
-    return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
 def adapt_learning_rate(rate: float, kl: float, target: float, bounds: tuple[float, float]) -> float:
@@ -144,34 +140,22 @@ def actor_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Tens
     return [*statistics, norm]
 
 
-@torch.inference_mode()
 def direct_actor_step(agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool) -> list[Tensor]:
-    """The same step from a forward pass without a graph, where methods do no more than their `feature_penalty` says."""
-    head, optimizer = agent.actor.head, agent.actor_optimizer
-    assert isinstance(optimizer, ExpertAdam)
-    trace = agent.actor.trace(batch.observation)
-    penalties = {method: penalty for method in agent.methods if (penalty := method.feature_penalty(trace))}
-    penalty = next(iter(penalties.values()), NO_PENALTY)
-    penalised = begin_penalty(trace, penalty)
-    if isinstance(head, GaussianHead):
-        loss, statistics, gradients = gaussian_loss(
-            trace.output, head.log_std.detach(), batch.action, batch.policy, batch.log_prob,
-            normalize(batch.advantage), config.clip, config.entropy_coefficient,
-        )  # fmt: skip
-    else:
-        with torch.inference_mode(False):
-            output = trace.output.clone().requires_grad_()
-            loss, statistics = actor_loss(head, output, batch, config)
-            gradients = torch.autograd.grad(loss, [output, *head.parameters()])
-    for gradient, found in zip(zeroed(head.parameters()), gradients[1:], strict=True):
-        gradient.copy_(found)
+    """The same step without a graph, where methods do no more than their `feature_penalty` says."""
+    assert isinstance(agent.actor_optimizer, ExpertAdam)
+    found = {method: method.feature_penalty(agent.actor, batch.observation) for method in agent.methods}
+    penalties = {method: penalty for method, penalty in found.items() if penalty is not None}
     improved = improve(
-        agent.actor, optimizer, batch.observation, trace, loss.detach(), gradients[0],
-        penalty, penalised, config.max_grad_norm, keep,
-    )  # fmt: skip
+        agent.actor,
+        agent.actor_optimizer,
+        Samples(batch.observation, batch.action, batch.policy, batch.log_prob, batch.advantage),
+        Rules(config.clip, config.entropy_coefficient, config.max_grad_norm),
+        next(iter(penalties.values()), NO_PENALTY),
+        keep,
+    )
     for method in penalties:
         method.penalised(improved)
-    return [*statistics, improved.norm]
+    return [*improved.statistics, improved.norm]
 
 
 def actor_loss(

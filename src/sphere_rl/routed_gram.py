@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sphere_rl.chain import scripted
+from sphere_rl.scripting import scripted
 
 if TYPE_CHECKING:
     from sphere_rl.experts import Routing

@@ -6,7 +6,7 @@ and a sum of two is one product (aD + bD')ᵀH. A minibatch gives an expert few 
 the signals and the inner products, which decide how long each gradient may be; `ascend` makes each expert's gradient
 once and hands it to Adam while it is in the cache. Gradients of many rows are made in the first sweep and kept.
 
-All of it is TorchScript (see `sphere_rl.chain`) and differentiates nothing.
+All of it is TorchScript (see `sphere_rl.scripting`) and differentiates nothing.
 """
 
 from typing import NamedTuple
@@ -14,20 +14,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sphere_rl.chain import scripted
 from sphere_rl.optimizer import AdamStep, adam_step
+from sphere_rl.scripting import scripted
 
 Block = tuple[int, int, int, int]
 """(MLP, expert, first row, end row)."""
 
 
 class Mlp(NamedTuple):
-    """Inputs [M, in] of each layer, sorted by expert; of each expert, each layer's weights [out, in] and their moments.
+    """Parameters of each layer [E, …]; of each expert, each layer's weights [out, in] and their moments.
 
     Of each layer, grad_biases [E, out] are filled; so are grad_weights [E, out, in], where there are any.
     """
 
-    inputs: list[Tensor]
+    whole: list[Tensor]
+    biases: list[Tensor]
     weights: list[list[Tensor]]
     first: list[list[Tensor]]
     second: list[list[Tensor]]
@@ -37,11 +38,12 @@ class Mlp(NamedTuple):
 
 
 class Given(NamedTuple):
-    """Gradients of the loss for the rows of the last layer [M, out], and of the penalty for those of each layer.
+    """Inputs [M, in] of each layer, sorted by expert, and gradients of the loss for the rows of the last one [M, out].
 
-    The penalty's are empty where they are zero; those of hidden layers are for what their ReLU returns.
+    Those of the penalty are for the rows of each layer and empty where zero; of hidden ones, for what ReLU returns.
     """
 
+    inputs: list[Tensor]
     loss: Tensor
     penalty: list[Tensor]
 
@@ -80,13 +82,17 @@ def descend(
 
     Gradient 0 is the loss's and gradient k − 1 the penalty's; with k = 1 they are one, their sum. Block after block and
     layer after layer from the last, signals [k, n, out] are appended and gradients [k, out, in], empty where brief.
+    A block without rows has gradients of zero.
     """
     for index, expert, start, end in blocks:
-        mlp, own, weights = mlps[index], given[index], mlps[index].weights[expert]
+        own, weights = given[index], mlps[index].weights[expert]
         n, depth, none = end - start, len(weights), inner[index].new_empty(0)
-        signals = own.loss[start:end].unsqueeze(0).repeat(k, 1, 1)
-        if k > 1:
-            signals[1:].zero_()
+        if n == 0:
+            signals_found.extend([none] * depth)
+            gradients_found.extend([none] * depth)
+            continue
+        signals = own.loss.new_zeros(k, n, own.loss.size(1))
+        signals[0].copy_(own.loss[start:end])
         products: list[Tensor] = []
         for back in range(depth):
             layer = depth - 1 - back
@@ -96,8 +102,8 @@ def descend(
             if own.penalty[layer].numel() > 0:
                 signals[k - 1].add_(own.penalty[layer][start:end])
             if back > 0:
-                signals = torch.ops.aten.threshold_backward(signals, mlp.inputs[layer + 1][start:end], 0)
-            inputs, gradients = mlp.inputs[layer][start:end], none
+                signals = torch.ops.aten.threshold_backward(signals, own.inputs[layer + 1][start:end], 0)
+            inputs, gradients = own.inputs[layer][start:end], none
             if not _is_brief(n, k, out, width):
                 gradients = torch.bmm(signals.transpose(1, 2), inputs.expand(k, n, width))
             products.append(_inner(signals, gradients, inputs))
@@ -120,6 +126,7 @@ def _combined(tensors: Tensor, factors: list[Tensor]) -> Tensor:
 def ascend(
     blocks: list[Block],
     mlps: list[Mlp],
+    given: list[Given],
     signals_found: list[Tensor],
     gradients_found: list[Tensor],
     factors: list[Tensor],
@@ -129,18 +136,21 @@ def ascend(
     position = 0
     for index, expert, start, end in blocks:
         mlp, none = mlps[index], factors[0].new_empty(0)
-        depth = len(mlp.inputs)
+        depth = len(mlp.steps)
         gradients = [none] * depth
         for back in range(depth):
             layer = depth - 1 - back
-            signals = _combined(signals_found[position], factors)
-            torch.sum(signals, [0], False, out=mlp.grad_biases[layer][expert])
-            if gradients_found[position].numel() > 0:
-                gradients[layer] = _combined(gradients_found[position], factors)
+            if start == end:
+                gradients[layer] = torch.zeros_like(mlp.weights[expert][layer])
             else:
-                gradients[layer] = torch.mm(signals.t(), mlp.inputs[layer][start:end])
-            if len(mlp.grad_weights) > 0:
-                mlp.grad_weights[layer][expert].copy_(gradients[layer])
+                signals = _combined(signals_found[position], factors)
+                torch.sum(signals, [0], False, out=mlp.grad_biases[layer][expert])
+                if gradients_found[position].numel() > 0:
+                    gradients[layer] = _combined(gradients_found[position], factors)
+                else:
+                    gradients[layer] = torch.mm(signals.t(), given[index].inputs[layer][start:end])
+                if len(mlp.grad_weights) > 0:
+                    mlp.grad_weights[layer][expert].copy_(gradients[layer])
             position += 1
         # Lists that come from outside: PyTorch takes what is written to the tensors of a new list for dead code.
         weights, first, second = mlp.weights[expert], mlp.first[expert], mlp.second[expert]

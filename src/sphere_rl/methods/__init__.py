@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sphere_rl.agent import Agent
     from sphere_rl.config import TrainConfig
     from sphere_rl.direct import FeaturePenalty, Improved
-    from sphere_rl.networks import Trace
+    from sphere_rl.networks import Actor, Trace
     from sphere_rl.ppo import Minibatch
     from sphere_rl.rollout import Rollout
 
@@ -100,7 +100,7 @@ class Method:
         """Compute a scalar to add to the actor's loss."""
         return None
 
-    def feature_penalty(self, trace: Trace) -> FeaturePenalty | None:
+    def feature_penalty(self, actor: Actor, observation: Tensor) -> FeaturePenalty | None:
         """Say what `actor_penalty` and `actor_gradients` would do, where `is_direct` and one of them does something."""
         return None
 

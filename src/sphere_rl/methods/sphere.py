@@ -25,7 +25,7 @@ from sphere_rl.experts import RoutedFeatures
 from sphere_rl.gradients import GradientStore, add_scaled_, total_norm
 from sphere_rl.lanes import beside
 from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
-from sphere_rl.networks import Trace
+from sphere_rl.networks import Actor, Trace
 from sphere_rl.penalty import gate_penalty, sphere_penalty
 from sphere_rl.ranks import effective_rank
 
@@ -104,7 +104,7 @@ class Sphere(Method):
 
     def actor_penalty(self, step: ActorStep) -> Tensor | None:
         """λ · penalty in the modes fixed and loss."""
-        factor = self._schedule.observe(step.trace)
+        factor = self._schedule.observe(lambda: step.trace)
         if self.config.mode == "grad":
             self._begun = beside(partial(self._differentiate, step))  # while the loss is differentiated
             return None
@@ -140,12 +140,13 @@ class Sphere(Method):
         config = self.config
         return config.factor == "feature" and config.grouping == "joint" and not config.gate_coefficient
 
-    def feature_penalty(self, trace: Trace) -> FeaturePenalty:
+    def feature_penalty(self, actor: Actor, observation: Tensor) -> FeaturePenalty:
         """The penalty and its strength, as the hooks have it."""
-        config, depth = self.config, len(trace.features)
+        config, depth = self.config, actor.options.depth
         layers = [config.layers == "all" or layer == depth - 1 for layer in range(depth)]
         share = config.strength if config.mode == "fixed" else config.rho
-        return FeaturePenalty(layers, config.mode, self._schedule.observe(trace) * share, config.pcgrad)
+        factor = self._schedule.observe(partial(actor.trace, observation))
+        return FeaturePenalty(layers, config.mode, factor * share, config.pcgrad)
 
     def penalised(self, improved: Improved) -> None:
         """Keep the numbers for `metrics`."""
@@ -208,11 +209,11 @@ class Schedule:
         """An iteration is over."""
         self._iteration, self._due = self._iteration + 1, True
 
-    def observe(self, trace: Trace) -> float:
+    def observe(self, trace: Callable[[], Trace]) -> float:
         """In an iteration's first minibatch, before its step, measure r_e(A) if the schedule needs it."""
         if self._due and self._config.schedule == "entropy":
             with torch.no_grad():
-                self._rank = effective_rank(torch.linalg.eigvalsh(trace.features[-1].gram().double()))
+                self._rank = effective_rank(torch.linalg.eigvalsh(trace().features[-1].gram().double()))
             self._initial_rank = self._initial_rank or self._rank
             config = self._config
             low = self._rank < config.entropy_share * self._initial_rank

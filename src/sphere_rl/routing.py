@@ -1,0 +1,52 @@
+"""Which expert sees which sample: what autograd and TorchScript both run."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sphere_rl.scripting import scriptable
+
+
+class Gating(NamedTuple):
+    """How logits become weights: softmax over the k largest, after ``shared`` experts of weight 1 that see all."""
+
+    k: int
+    shared: int
+    temperature: float
+
+
+class Assigned(NamedTuple):
+    """Weights [N, E], zero where not selected; the M selected, sorted by expert and sample; each expert's number."""
+
+    weights: Tensor
+    expert: Tensor
+    sample: Tensor
+    gate: Tensor
+    counts: list[int]
+
+
+@scriptable
+def route(logits: Tensor, gating: Gating) -> Assigned:
+    """Assign samples by their logits [N, R]; of equal ones the lowest index wins."""
+    order = logits.detach().argsort(dim=1, descending=True, stable=True)
+    selected = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order[:, : gating.k], True)
+    weights = (logits / gating.temperature).masked_fill(~selected, -float("inf")).softmax(1)
+    if gating.shared > 0:
+        ones = weights.new_ones(len(weights), gating.shared)
+        weights, selected = torch.cat((ones, weights), 1), torch.cat((ones.to(torch.bool), selected), 1)
+    expert, sample = selected.t().nonzero().unbind(1)
+    counts: list[int] = selected.sum(0).tolist()
+    return Assigned(weights, expert, sample, weights[sample, expert], counts)
+
+
+@scriptable
+def blocks_of(counts: list[int]) -> list[tuple[int, int, int]]:
+    """(expert, first row, end row) of every expert that has rows."""
+    blocks: list[tuple[int, int, int]] = []
+    start = 0
+    for expert, count in enumerate(counts):
+        if count > 0:
+            blocks.append((expert, start, start + count))
+        start += count
+    return blocks
