@@ -66,7 +66,7 @@ def instrument(watch: Stopwatch, agent: Agent, collector: Collector) -> None:
     watch.wrap(ppo, "total_norm", "gradient norm")
     watch.wrap(RoutedFeatures, "sphere_penalty", "SPHERE penalty")
     watch.wrap(direct, "_regress", "critic's step, one call")
-    watch.wrap(direct, "_improve", "actor's backward and Adam, one call")
+    watch.wrap(direct, "_improve", "actor's step, one call")
     for optimizer in (agent.actor_optimizer, agent.critic_optimizer):
         watch.wrap(optimizer, "step", "Adam")
     for method in agent.methods:

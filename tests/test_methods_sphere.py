@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 
@@ -136,11 +137,11 @@ def test_linear_schedule_rises_to_one_in_each_task():
         assert factors == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
-def of_rank(rank: int) -> Trace:
+def of_rank(rank: int) -> Callable[[], Trace]:
     """A forward pass whose feature Gram has so many equal eigenvalues."""
     values = torch.eye(10)[:, :rank] if rank else torch.zeros(10, 1)
     features = RoutedFeatures(values=values, routing=single_routing(10))
-    return Trace(torch.zeros(10, 1), torch.ones(10, 1), None, torch.zeros(10, 1), (features,), ())
+    return lambda: Trace(torch.zeros(10, 1), torch.ones(10, 1), None, torch.zeros(10, 1), (features,), ())
 
 
 def test_entropy_schedule_raises_the_strength_where_the_rank_fell():

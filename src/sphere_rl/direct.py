@@ -112,10 +112,10 @@ def improve(
     """One step of a plain actor on PPO's loss and a penalty; ``keep``: let parameters carry their gradients."""
     plan = optimizer.kept(partial(_plan, actor, list(actor.head.parameters()), optimizer))
     learner = _learner(plan, optimizer, keep)
-    *found, idle = _improve(learner, actor.gating, samples, rules, penalty, lanes())
+    improved, idle = _improve(learner, actor.gating, samples, rules, penalty, lanes())
     for own, steps in zip(plan.learner.idle, idle, strict=True):
         own[:] = steps
-    return Improved(*found)
+    return Improved(*improved)  # TorchScript gives a tuple of its own
 
 
 @torch.inference_mode()
@@ -145,18 +145,17 @@ def _plan(network: MoENetwork, head: list[Parameter], optimizer: ExpertAdam) -> 
     rest = [*chain.from_iterable(biases), *head]
     gradients = {parameter: torch.zeros_like(parameter) for parameter in rest}
     states = [optimizer.state_of(parameter) for parameter in rest]
-    adam = AdamStep(
-        [parameter.detach() for parameter in rest], list(gradients.values()),
-        *([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step")), 0.0, 0.0, 0.0, 0.0,
-    )  # fmt: skip
+    first, second, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+    own = [parameter.detach() for parameter in rest]
+    adam = AdamStep(own, list(gradients.values()), first, second, steps, 0.0, 0.0, 0.0, 0.0)
     mlps = [
         _mlp(optimizer, of_weights, of_biases, [gradients[bias] for bias in of_biases])
         for of_weights, of_biases in zip(weights, biases, strict=True)
     ]
     idle = [optimizer.idle_steps(weight) for weight in weights[0] if len(weight) > 1]
     counters = [*adam.steps, *chain.from_iterable(mlp.steps for mlp in mlps)]
-    own = [parameter.detach() for parameter in head]
-    return _Plan(_Learner(mlps, idle, own, [gradients[p] for p in head], adam, counters), weights, rest)
+    of_head = [gradients[parameter] for parameter in head]
+    return _Plan(_Learner(mlps, idle, own[len(own) - len(head) :], of_head, adam, counters), weights, rest)
 
 
 def _mlp(optimizer: ExpertAdam, weights: list[Parameter], biases: list[Parameter], grad_biases: list[Tensor]) -> Mlp:
@@ -285,7 +284,7 @@ def _logits_gradient(found: Assigned, gating: Gating, grad_gate: Tensor) -> Tens
 @scripted
 def _improve(
     learner: _Learner, gating: Gating, samples: Samples, rules: Rules, form: FeaturePenalty, num_lanes: int
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor, list[list[int]]]:
+) -> tuple[Improved, list[list[int]]]:
     mlps, rows = learner.mlps, samples.observation
     n, gated = rows.size(0), len(mlps) > 1
     gate_outputs = [rows]
@@ -335,7 +334,7 @@ def _improve(
     for expert in idle_experts(idle, found.counts, experts.first, experts.second, learner.adam.beta2, rules.rest):
         due.append((0, expert, 0, 0))
     norm, relative = _take(learner, given, due, form, rules.max_norm, num_lanes)
-    return statistics, norm, penalty, relative if form.mode == "grad" else strength, idle
+    return Improved(statistics, norm, penalty, relative if form.mode == "grad" else strength), idle
 
 
 @scripted
