@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sphere_rl import sweeps
 from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig
-from sphere_rl.direct import begin_regression, is_plain
+from sphere_rl.direct import begin_regression, is_plain, regression
 from sphere_rl.lanes import two_lanes
 from sphere_rl.networks import KINDS, GaussianHead, MoENetwork, NetworkOptions, make_actor
 from sphere_rl.optimizer import REST, ExpertAdam
@@ -182,7 +182,7 @@ def test_regression_steps_are_those_of_autograd_and_torchs_adam(max_norm: float)
     for seed in range(20):
         samples = minibatch(seed)
         x, target = samples.observation, samples.value_target
-        loss, norm = begin_regression(own, optimizer, x, target, 0.7, max_norm, keep=True)()
+        loss, norm = begin_regression(regression(own, optimizer, x, target, 0.7, max_norm, keep=True))()
         expected = (other(x).squeeze(1) - target).square().mean()
         peer.zero_grad()
         (0.7 * expected).backward()

@@ -7,7 +7,7 @@ gradients (`sphere_rl.sweeps`). Only for networks that are plain chains of layer
 autograd, with the same result.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from typing import NamedTuple
@@ -57,13 +57,14 @@ class Rules(NamedTuple):
 
 class Improved(NamedTuple):
     """Policy loss, KL, share of clipped ratios and entropy; the gradient's norm before it was clipped; the penalty, and
-    what it was multiplied by.
+    what it was multiplied by; of a regression beside it, mean square and norm.
     """
 
     statistics: list[Tensor]
     norm: Tensor
     penalty: Tensor
     strength: Tensor
+    regression: list[Tensor]
 
 
 class _Learner(NamedTuple):
@@ -79,6 +80,16 @@ class _Learner(NamedTuple):
     of_head: list[Tensor]
     adam: AdamStep
     counters: list[Tensor]
+
+
+class Regression(NamedTuple):
+    """A network's step on coefficient · mean (output − target)², before it is taken."""
+
+    learner: _Learner
+    observation: Tensor
+    target: Tensor
+    coefficient: float
+    max_norm: float
 
 
 class _Plan(NamedTuple):
@@ -107,19 +118,28 @@ def is_plain(network: MoENetwork) -> bool:
 
 @torch.inference_mode()
 def improve(
-    actor: Actor, optimizer: ExpertAdam, samples: Samples, rules: Rules, penalty: FeaturePenalty, keep: bool
+    actor: Actor,
+    optimizer: ExpertAdam,
+    samples: Samples,
+    rules: Rules,
+    penalty: FeaturePenalty,
+    keep: bool,
+    regressions: Sequence[Regression] = (),
 ) -> Improved:
-    """One step of a plain actor on PPO's loss and a penalty; ``keep``: let parameters carry their gradients."""
+    """One step of a plain actor on PPO's loss and a penalty, and beside it at most one of a critic.
+
+    ``keep``: let parameters carry their gradients.
+    """
     plan = optimizer.kept(partial(_plan, actor, list(actor.head.parameters()), optimizer))
     learner = _learner(plan, optimizer, keep)
-    improved, idle = _improve(learner, actor.gating, samples, rules, penalty, lanes())
+    steps = learner, actor.gating, samples, rules, penalty, lanes(), list(regressions)
+    improved, idle = begin(_improve, _start_improving, *steps)()
     for own, steps in zip(plan.learner.idle, idle, strict=True):
         own[:] = steps
     return Improved(*improved)  # TorchScript gives a tuple of its own
 
 
-@torch.inference_mode()
-def begin_regression(
+def regression(
     network: MoENetwork,
     optimizer: ExpertAdam,
     observation: Float[Tensor, "N D"],
@@ -127,13 +147,16 @@ def begin_regression(
     coefficient: float,
     max_norm: float,
     keep: bool,
-) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Begin one step of a plain network of a single expert on coefficient · mean (output − target)².
-
-    Call what this returns for the mean square and the gradient's norm. ``keep``: let parameters carry their gradients.
-    """
+) -> Regression:
+    """A step of a plain network of a single expert; ``keep``: let parameters carry their gradients."""
     learner = _learner(optimizer.kept(partial(_plan, network, [], optimizer)), optimizer, keep)
-    return begin(_regress, _start_regression, learner, observation, target, coefficient, max_norm)
+    return Regression(learner, observation, target, coefficient, max_norm)
+
+
+@torch.inference_mode()
+def begin_regression(step: Regression) -> Callable[[], list[Tensor]]:
+    """Begin a step; call what this returns for the mean square and the gradient's norm."""
+    return begin(_regress, _start_regression, step)
 
 
 @torch.inference_mode(False)
@@ -282,9 +305,36 @@ def _logits_gradient(found: Assigned, gating: Gating, grad_gate: Tensor) -> Tens
 
 
 @scripted
+def _regress(step: Regression) -> list[Tensor]:
+    n, target = step.target.size(0), step.target
+    outputs = _forward(step.learner.mlps[0], step.observation, [(0, 0, n)], 1)
+    error = outputs[-1].squeeze(1) - target
+    of_error = (error * (2 * step.coefficient / n)).unsqueeze(1)
+    given = Given(outputs[:-1], of_error, [target.new_empty(0)] * (len(outputs) - 1))
+    form = FeaturePenalty([], "fixed", 0.0, False)
+    norm, _ = _take(step.learner, [given], [(0, 0, 0, n)], form, step.max_norm, 1)
+    return [error.square().mean(), norm]
+
+
+@scripted
+def _start_regression(step: Regression) -> torch.jit.Future[list[Tensor]]:
+    return torch.jit.fork(_regress, step)  # type: ignore[reportReturnType]
+
+
+@scripted
 def _improve(
-    learner: _Learner, gating: Gating, samples: Samples, rules: Rules, form: FeaturePenalty, num_lanes: int
+    learner: _Learner,
+    gating: Gating,
+    samples: Samples,
+    rules: Rules,
+    form: FeaturePenalty,
+    num_lanes: int,
+    regressions: list[Regression],
 ) -> tuple[Improved, list[list[int]]]:
+    elsewhere: list[torch.jit.Future[list[Tensor]]] = []
+    if num_lanes > 1:
+        for regression in regressions:
+            elsewhere.append(torch.jit.fork(_regress, regression))  # type: ignore[reportArgumentType]
     mlps, rows = learner.mlps, samples.observation
     n, gated = rows.size(0), len(mlps) > 1
     gate_outputs = [rows]
@@ -334,24 +384,24 @@ def _improve(
     for expert in idle_experts(idle, found.counts, experts.first, experts.second, learner.adam.beta2, rules.rest):
         due.append((0, expert, 0, 0))
     norm, relative = _take(learner, given, due, form, rules.max_norm, num_lanes)
-    return Improved(statistics, norm, penalty, relative if form.mode == "grad" else strength), idle
+    of_regression: list[Tensor] = []
+    if num_lanes > 1:
+        for other in elsewhere:
+            of_regression.extend(torch.jit.wait(other))
+    else:
+        for regression in regressions:
+            of_regression.extend(_regress(regression))
+    return Improved(statistics, norm, penalty, relative if form.mode == "grad" else strength, of_regression), idle
 
 
 @scripted
-def _regress(
-    learner: _Learner, observation: Tensor, target: Tensor, coefficient: float, max_norm: float
-) -> tuple[Tensor, Tensor]:
-    outputs = _forward(learner.mlps[0], observation, [(0, 0, target.size(0))], 1)
-    error = outputs[-1].squeeze(1) - target
-    of_error = (error * (2 * coefficient / len(error))).unsqueeze(1)
-    given = Given(outputs[:-1], of_error, [target.new_empty(0)] * (len(outputs) - 1))
-    form = FeaturePenalty([], "fixed", 0.0, False)
-    norm, _ = _take(learner, [given], [(0, 0, 0, target.size(0))], form, max_norm, 1)
-    return error.square().mean(), norm
-
-
-@scripted
-def _start_regression(
-    learner: _Learner, observation: Tensor, target: Tensor, coefficient: float, max_norm: float
-) -> torch.jit.Future[tuple[Tensor, Tensor]]:
-    return torch.jit.fork(_regress, learner, observation, target, coefficient, max_norm)  # type: ignore[reportReturnType]
+def _start_improving(
+    learner: _Learner,
+    gating: Gating,
+    samples: Samples,
+    rules: Rules,
+    form: FeaturePenalty,
+    num_lanes: int,
+    regressions: list[Regression],
+) -> torch.jit.Future[tuple[Improved, list[list[int]]]]:
+    return torch.jit.fork(_improve, learner, gating, samples, rules, form, num_lanes, regressions)  # type: ignore[reportReturnType]

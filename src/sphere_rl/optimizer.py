@@ -1,7 +1,5 @@
 """Adam that leaves resting experts alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,7 +33,7 @@ class AdamStep(NamedTuple):
     beta2: float
     eps: float
 
-    def share(self, lanes: int) -> list[AdamStep]:
+    def share(self, lanes: int) -> "list[AdamStep]":
         """As many steps, about equal in work."""
         if lanes == 1:
             return [self]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sphere_rl.agent import Agent
 from sphere_rl.config import TrainConfig
-from sphere_rl.direct import NO_PENALTY, Rules, begin_regression, improve, is_plain
+from sphere_rl.direct import NO_PENALTY, Regression, Rules, begin_regression, improve, is_plain, regression
 from sphere_rl.errors import TrainingError
 from sphere_rl.gradients import scale_, total_norm
 from sphere_rl.lanes import beside
@@ -120,6 +120,9 @@ def minibatch_step(agent: Agent, batch: Minibatch, config: TrainConfig, keep: bo
     """
     direct = is_plain(agent.actor) and type(agent.actor_optimizer) is ExpertAdam
     direct = direct and all(method.is_direct for method in agent.methods)
+    critic = critic_regression(agent, batch, config, keep) if direct else None
+    if critic is not None:
+        return torch.stack(direct_actor_step(agent, batch, config, keep, [critic]))
     of_critic = begin_critic_step(agent, batch, config, keep)
     of_actor = direct_actor_step(agent, batch, config, keep) if direct else actor_step(agent, batch, config)
     return torch.stack([*of_actor, *of_critic()])
@@ -140,8 +143,13 @@ def actor_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Tens
     return [*statistics, norm]
 
 
-def direct_actor_step(agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool) -> list[Tensor]:
-    """The same step without a graph, where methods do no more than their `feature_penalty` says."""
+def direct_actor_step(
+    agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool, regressions: Sequence[Regression] = ()
+) -> list[Tensor]:
+    """The same step without a graph, where methods do no more than their `feature_penalty` says.
+
+    A critic's step may be taken beside it; its statistics follow.
+    """
     assert isinstance(agent.actor_optimizer, ExpertAdam)
     found = {method: method.feature_penalty(agent.actor, batch.observation) for method in agent.methods}
     penalties = {method: penalty for method, penalty in found.items() if penalty is not None}
@@ -152,10 +160,11 @@ def direct_actor_step(agent: Agent, batch: Minibatch, config: TrainConfig, keep:
         Rules(config.clip, config.entropy_coefficient, config.max_grad_norm),
         next(iter(penalties.values()), NO_PENALTY),
         keep,
+        regressions,
     )
     for method in penalties:
         method.penalised(improved)
-    return [*improved.statistics, improved.norm]
+    return [*improved.statistics, improved.norm, *improved.regression]
 
 
 def actor_loss(
@@ -173,12 +182,18 @@ def actor_loss(
 def begin_critic_step(
     agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool = False
 ) -> Callable[[], Sequence[Tensor]]:
-    """Begin one gradient step of the critic, without autograd where nothing but the value loss is differentiated."""
+    """Begin one gradient step of the critic, without autograd where that is enough."""
+    step = critic_regression(agent, batch, config, keep)
+    return beside(partial(critic_step, agent, batch, config)) if step is None else begin_regression(step)
+
+
+def critic_regression(agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool) -> Regression | None:
+    """The critic's step where nothing but the value loss of plain layers is differentiated."""
     critic, optimizer = agent.critic, agent.critic_optimizer
     penalised = any(method.uses_critic_penalty for method in agent.methods)
     if penalised or critic.gate is not None or not is_plain(critic) or type(optimizer) is not ExpertAdam:
-        return beside(partial(critic_step, agent, batch, config))
-    return begin_regression(
+        return None
+    return regression(
         critic, optimizer, batch.observation, batch.value_target, config.value_coefficient, config.max_grad_norm, keep
     )
 
