@@ -1,8 +1,9 @@
-"""Where the time of training goes: one table of an iteration, each part without the parts inside it.
+"""Where the time of training goes: a table of an iteration, each part without the parts inside it, and one of a step.
 
 python benchmarks/breakdown.py --suite cw10 --method sphere
 
-The learner runs on one lane: on two, parts overlap. ``--threads`` are those of the environments.
+The learner runs on one lane: on two, parts overlap. ``--threads`` are those of the environments. Steps without autograd
+are one call of TorchScript; what it does is PyTorch's profiler's account, which weighs small operations too heavily.
 (A file called profile.py would hide the standard library's from every script in this folder.)
 """
 
@@ -20,7 +21,7 @@ from sphere_rl import direct, ppo
 from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override, preset
 from sphere_rl.experts import RoutedFeatures
-from sphere_rl.rollout import Collector
+from sphere_rl.rollout import Collector, Rollout
 from sphere_rl.runtime import tune_process
 from sphere_rl.suites import make_suite
 
@@ -65,8 +66,7 @@ def instrument(watch: Stopwatch, agent: Agent, collector: Collector) -> None:
     watch.wrap(torch.autograd, "grad", "backward")
     watch.wrap(ppo, "total_norm", "gradient norm")
     watch.wrap(RoutedFeatures, "sphere_penalty", "SPHERE penalty")
-    watch.wrap(direct, "_regress", "critic's step, one call")
-    watch.wrap(direct, "_improve", "actor's step, one call")
+    watch.wrap(direct, "_improve", "steps of actor and critic, one call")
     for optimizer in (agent.actor_optimizer, agent.critic_optimizer):
         watch.wrap(optimizer, "step", "Adam")
     for method in agent.methods:
@@ -81,15 +81,15 @@ def profile(config: TrainConfig, task: str, iterations: int, clock: str) -> str:
     instrument(watch, agent, collector)
     train = watch.timed(ppo.update, "losses, minibatches, the rest")
     collect = watch.timed(collector.collect, "the rest")
-    start = 0.0
+    start, rollouts = 0.0, list[Rollout]()
     for iteration in range(iterations + 1):
         if iteration == 1:  # the first one warms up
             watch.reset()
             start = watch.now()
         watch.phase = "rollout"
-        rollout = collect(agent.actor, agent.critic, config.num_steps, agent.generator)
+        rollouts.append(collect(agent.actor, agent.critic, config.num_steps, agent.generator))
         watch.phase = "learner"
-        train(agent, rollout, config)
+        train(agent, rollouts[-1], config)
     total = watch.now() - start
     envs.close()
     rows = [
@@ -98,7 +98,24 @@ def profile(config: TrainConfig, task: str, iterations: int, clock: str) -> str:
     ]
     rate = iterations * config.steps_per_iteration / total
     title = f"{config.suite}, {task}, {config.actor}, {'+'.join(config.method)}: {rate:.0f} env steps/s"
-    return f"{title}\n\n{markdown(('part', 'calls', 'ms an iteration', 'share'), rows)}\n"
+    table = markdown(("part", "calls", "ms an iteration", "share"), rows)
+    return f"{title}\n\n{table}\n\n{operations(agent, rollouts[-1], config)}\n"
+
+
+def operations(agent: Agent, rollout: Rollout, config: TrainConfig, count: int = 16) -> str:
+    """PyTorch's operations in as many minibatches, each without those inside it."""
+    batch = ppo.flatten(rollout, rollout.reward)[torch.arange(config.minibatch_size)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(count):
+            ppo.minibatch_step(agent, batch, config)
+    found = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in found)
+    rows = [
+        (event.key, event.count // count, f"{event.self_cpu_time_total / count:.0f}",
+         f"{100 * event.self_cpu_time_total / total:.1f} %")
+        for event in found[:12]
+    ]  # fmt: skip
+    return markdown(("operation in a minibatch", "calls", "µs", "share"), rows)
 
 
 def main() -> None:

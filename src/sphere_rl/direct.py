@@ -8,20 +8,18 @@ autograd, with the same result.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
-from itertools import chain
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import Parameter
 
 from sphere_rl.chain import Forward, begin, forward_blocks, split_blocks
 from sphere_rl.experts import ExpertMLP
 from sphere_rl.lanes import lanes, split_rows
+from sphere_rl.learner import Learner, learner_of
 from sphere_rl.networks import Actor, MoENetwork
-from sphere_rl.optimizer import REST, AdamStep, ExpertAdam, adam_step, clip_scale, count_step, idle_experts
+from sphere_rl.optimizer import REST, ExpertAdam, adam_step, clip_scale, count_step, idle_experts
 from sphere_rl.routed_gram import penalty_and_gradient
 from sphere_rl.routing import Assigned, Gating, blocks_of, route
 from sphere_rl.scripting import SCRIPTED, scripted
@@ -67,37 +65,22 @@ class Improved(NamedTuple):
     regression: list[Tensor]
 
 
-class _Learner(NamedTuple):
-    """A network's MLPs, experts before the gate, and Adam's step of all that is not their weights, with its gradients.
-
-    idle: of each layer of the experts, each expert's steps without rows; empty where there is only one. head: what the
-    policy has beside its networks, with its gradients.
-    """
-
-    mlps: list[Mlp]
-    idle: list[list[int]]
-    head: list[Tensor]
-    of_head: list[Tensor]
-    adam: AdamStep
-    counters: list[Tensor]
-
-
 class Regression(NamedTuple):
     """A network's step on coefficient · mean (output − target)², before it is taken."""
 
-    learner: _Learner
+    learner: Learner
     observation: Tensor
     target: Tensor
     coefficient: float
     max_norm: float
 
 
-class _Plan(NamedTuple):
-    """A learner and the parameters behind it: each MLP's weights, and all else."""
+class _Pass(NamedTuple):
+    """A forward pass: which rows go where, and inputs and outputs of all layers of the gate and of the experts."""
 
-    learner: _Learner
-    weights: list[list[Parameter]]
-    rest: list[Parameter]
+    assigned: Assigned
+    gate: list[Tensor]
+    experts: list[Tensor]
 
 
 _Penalised = tuple[Tensor, Tensor, list[Tensor]]
@@ -130,11 +113,10 @@ def improve(
 
     ``keep``: let parameters carry their gradients.
     """
-    plan = optimizer.kept(partial(_plan, actor, list(actor.head.parameters()), optimizer))
-    learner = _learner(plan, optimizer, keep)
-    steps = learner, actor.gating, samples, rules, penalty, lanes(), list(regressions)
-    improved, idle = begin(_improve, _start_improving, *steps)()
-    for own, steps in zip(plan.learner.idle, idle, strict=True):
+    learner = learner_of(actor, optimizer, keep, actor.head)
+    given = learner, actor.gating, samples, rules, penalty, lanes(), list(regressions)
+    improved, idle = begin(_improve, _start_improving, *given)()
+    for own, steps in zip(learner.idle, idle, strict=True):
         own[:] = steps
     return Improved(*improved)  # TorchScript gives a tuple of its own
 
@@ -149,7 +131,7 @@ def regression(
     keep: bool,
 ) -> Regression:
     """A step of a plain network of a single expert; ``keep``: let parameters carry their gradients."""
-    learner = _learner(optimizer.kept(partial(_plan, network, [], optimizer)), optimizer, keep)
+    learner = learner_of(network, optimizer, keep)
     return Regression(learner, observation, target, coefficient, max_norm)
 
 
@@ -157,56 +139,6 @@ def regression(
 def begin_regression(step: Regression) -> Callable[[], list[Tensor]]:
     """Begin a step; call what this returns for the mean square and the gradient's norm."""
     return begin(_regress, _start_regression, step)
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def _plan(network: MoENetwork, head: list[Parameter], optimizer: ExpertAdam) -> _Plan:
-    parts = [mlp for mlp in (network.experts, network.gate) if mlp is not None]
-    weights = [[layer.weight for layer in mlp.layers] for mlp in parts]
-    biases = [[layer.bias for layer in mlp.layers] for mlp in parts]
-    rest = [*chain.from_iterable(biases), *head]
-    gradients = {parameter: torch.zeros_like(parameter) for parameter in rest}
-    states = [optimizer.state_of(parameter) for parameter in rest]
-    first, second, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
-    own = [parameter.detach() for parameter in rest]
-    adam = AdamStep(own, list(gradients.values()), first, second, steps, 0.0, 0.0, 0.0, 0.0)
-    mlps = [
-        _mlp(optimizer, of_weights, of_biases, [gradients[bias] for bias in of_biases])
-        for of_weights, of_biases in zip(weights, biases, strict=True)
-    ]
-    idle = [optimizer.idle_steps(weight) for weight in weights[0] if len(weight) > 1]
-    counters = [*adam.steps, *chain.from_iterable(mlp.steps for mlp in mlps)]
-    of_head = [gradients[parameter] for parameter in head]
-    return _Plan(_Learner(mlps, idle, own[len(own) - len(head) :], of_head, adam, counters), weights, rest)
-
-
-def _mlp(optimizer: ExpertAdam, weights: list[Parameter], biases: list[Parameter], grad_biases: list[Tensor]) -> Mlp:
-    experts = zip(*(optimizer.experts_of(weight) for weight in weights), strict=True)
-    of_experts = [[list(tensors) for tensors in zip(*layers, strict=True)] for layers in experts]
-    own, first, second = map(list, zip(*of_experts, strict=True))
-    whole, steps = [weight.detach() for weight in weights], [optimizer.state_of(weight)["step"] for weight in weights]
-    return Mlp(whole, [bias.detach() for bias in biases], own, first, second, steps, grad_biases, [])
-
-
-def _learner(plan: _Plan, optimizer: ExpertAdam, keep: bool) -> _Learner:
-    """Adam's present numbers, and with ``keep`` memory for gradients that the parameters carry from now on."""
-    (group,) = optimizer.param_groups
-    learner, numbers = plan.learner, optimizer.numbers(group)
-    learner = learner._replace(adam=AdamStep(*learner.adam[:5], *numbers))
-    if not keep:
-        return learner
-    for parameter, gradient in zip(plan.rest, learner.adam.gradients, strict=True):
-        parameter.grad = gradient
-    of_weights = [[_zeroed(weight) for weight in weights] for weights in plan.weights]
-    kept = [mlp._replace(grad_weights=own) for mlp, own in zip(learner.mlps, of_weights, strict=True)]
-    return learner._replace(mlps=kept)
-
-
-@torch.inference_mode(False)
-def _zeroed(parameter: Parameter) -> Tensor:
-    parameter.grad = torch.zeros_like(parameter, requires_grad=False)
-    return parameter.grad
 
 
 @scripted
@@ -252,7 +184,7 @@ def _strength(products: Tensor, form: FeaturePenalty) -> tuple[Tensor, Tensor, T
 
 @scripted
 def _take(
-    learner: _Learner, given: list[Given], blocks: list[Block], form: FeaturePenalty, max_norm: float, num_lanes: int
+    learner: Learner, given: list[Given], blocks: list[Block], form: FeaturePenalty, max_norm: float, num_lanes: int
 ) -> tuple[Tensor, Tensor]:
     """Both sweeps and Adam: the gradient's norm, and what the penalty's gradient was multiplied by in mode grad."""
     k, mlps = 2 if form.mode == "grad" else 1, learner.mlps
@@ -322,8 +254,39 @@ def _start_regression(step: Regression) -> torch.jit.Future[list[Tensor]]:
 
 
 @scripted
+def _pass(learner: Learner, gating: Gating, rows: Tensor, num_lanes: int) -> _Pass:
+    """Forward through gate and experts."""
+    n = rows.size(0)
+    if len(learner.mlps) > 1:
+        gate = _forward(learner.mlps[1], rows, [(0, 0, n)], 1)
+        found = route(gate[-1], gating)
+        rows = rows.index_select(0, found.sample)
+    else:
+        gate = [rows]
+        ones, sample = rows.new_ones(n, 1), torch.arange(n, device=rows.device)
+        found = Assigned(ones, torch.zeros_like(sample), sample, ones[:, 0], [n])
+    return _Pass(found, gate, _forward(learner.mlps[0], rows, blocks_of(found.counts), num_lanes))
+
+
+@scripted
+def _loss(learner: Learner, found: _Pass, samples: Samples, rules: Rules) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Loss, statistics, and ∂loss for the weighted sum of each row's experts; the head's gradients are filled."""
+    rows, assigned = found.experts[-1], found.assigned
+    output = rows.new_zeros(samples.observation.size(0), rows.size(1))
+    output.index_add_(0, assigned.sample, rows * assigned.gate.unsqueeze(1))
+    if len(learner.head) > 0:
+        loss, statistics, gradients = gaussian_loss(
+            output, learner.head[0], samples, rules.clip, rules.entropy_coefficient
+        )
+        learner.of_head[0].copy_(gradients[1])
+    else:
+        loss, statistics, gradients = categorical_loss(output, samples, rules.clip, rules.entropy_coefficient)
+    return loss, statistics, gradients[0].index_select(0, assigned.sample)
+
+
+@scripted
 def _improve(
-    learner: _Learner,
+    learner: Learner,
     gating: Gating,
     samples: Samples,
     rules: Rules,
@@ -332,38 +295,17 @@ def _improve(
     regressions: list[Regression],
 ) -> tuple[Improved, list[list[int]]]:
     elsewhere: list[torch.jit.Future[list[Tensor]]] = []
+    begun: list[torch.jit.Future[_Penalised]] = []
     if num_lanes > 1:
         for regression in regressions:
             elsewhere.append(torch.jit.fork(_regress, regression))  # type: ignore[reportArgumentType]
-    mlps, rows = learner.mlps, samples.observation
-    n, gated = rows.size(0), len(mlps) > 1
-    gate_outputs = [rows]
-    if gated:
-        gate_outputs = _forward(mlps[1], rows, [(0, 0, n)], 1)
-        found = route(gate_outputs[-1], gating)
-        rows = rows.index_select(0, found.sample)
-    else:
-        ones, sample = rows.new_ones(n, 1), torch.arange(n, device=rows.device)
-        found = Assigned(ones, torch.zeros_like(sample), sample, ones[:, 0], [n])
-    blocks = blocks_of(found.counts)
-    outputs = _forward(mlps[0], rows, blocks, num_lanes)
-    features, layers = outputs[1:-1], form.layers
-    begun: list[torch.jit.Future[_Penalised]] = []
-    if num_lanes > 1 and any(layers):
-        begun.append(torch.jit.fork(_penalise, features, found, layers))  # type: ignore[reportArgumentType]
-    gate = found.gate.unsqueeze(1)
-    output = rows.new_zeros(n, outputs[-1].size(1)).index_add_(0, found.sample, outputs[-1] * gate)
-    if len(learner.head) > 0:
-        loss, statistics, of_output = gaussian_loss(
-            output, learner.head[0], samples, rules.clip, rules.entropy_coefficient
-        )
-        learner.of_head[0].copy_(of_output[1])
-    else:
-        loss, statistics, of_output = categorical_loss(output, samples, rules.clip, rules.entropy_coefficient)
-    of_rows = of_output[0].index_select(0, found.sample)
-    penalty, of_gate_too, of_penalty = (
-        torch.jit.wait(begun[0]) if len(begun) > 0 else _penalise(features, found, layers)
-    )
+    found = _pass(learner, gating, samples.observation, num_lanes)
+    assigned, features, gated = found.assigned, found.experts[1:-1], len(learner.mlps) > 1
+    if num_lanes > 1 and any(form.layers):
+        begun.append(torch.jit.fork(_penalise, features, assigned, form.layers))  # type: ignore[reportArgumentType]
+    loss, statistics, of_rows = _loss(learner, found, samples, rules)
+    penalised = torch.jit.wait(begun[0]) if len(begun) > 0 else _penalise(features, assigned, form.layers)
+    penalty, of_gate_too, of_penalty = penalised
     strength = torch.full_like(loss, form.share)
     if form.mode == "loss":
         strength = form.share * loss.abs() / (penalty + 1e-8)
@@ -371,17 +313,17 @@ def _improve(
         for grad in of_penalty:
             grad.mul_(strength)
         of_gate_too.mul_(strength)
-    given = [Given(outputs[:-1], of_rows * gate, of_penalty)]
-    due = [(0, expert, start, end) for expert, start, end in blocks]
+    given = [Given(found.experts[:-1], of_rows * assigned.gate.unsqueeze(1), of_penalty)]
+    due = [(0, expert, start, end) for expert, start, end in blocks_of(assigned.counts)]
     if gated:
-        of_gate_layers = [loss.new_empty(0)] * (len(gate_outputs) - 1)
-        if any(layers):
-            of_gate_layers[-1] = _logits_gradient(found, gating, of_gate_too)
-        of_logits = _logits_gradient(found, gating, (of_rows * outputs[-1]).sum(1))
-        given.append(Given(gate_outputs[:-1], of_logits, of_gate_layers))
-        due.append((1, 0, 0, n))
-    idle, experts = learner.idle, mlps[0]
-    for expert in idle_experts(idle, found.counts, experts.first, experts.second, learner.adam.beta2, rules.rest):
+        of_gate_layers = [loss.new_empty(0)] * (len(found.gate) - 1)
+        if any(form.layers):
+            of_gate_layers[-1] = _logits_gradient(assigned, gating, of_gate_too)
+        of_logits = _logits_gradient(assigned, gating, (of_rows * found.experts[-1]).sum(1))
+        given.append(Given(found.gate[:-1], of_logits, of_gate_layers))
+        due.append((1, 0, 0, len(samples.observation)))
+    idle, mlp = learner.idle, learner.mlps[0]
+    for expert in idle_experts(idle, assigned.counts, mlp.first, mlp.second, learner.adam.beta2, rules.rest):
         due.append((0, expert, 0, 0))
     norm, relative = _take(learner, given, due, form, rules.max_norm, num_lanes)
     of_regression: list[Tensor] = []
@@ -396,7 +338,7 @@ def _improve(
 
 @scripted
 def _start_improving(
-    learner: _Learner,
+    learner: Learner,
     gating: Gating,
     samples: Samples,
     rules: Rules,
