@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -139,6 +140,23 @@ def test_experts_that_rest_and_come_back_move_as_with_adam() -> None:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("moved", ["moments", "weights"])
+def test_what_is_kept_between_steps_follows_moments_and_weights_that_move(moved: str) -> None:
+    """A checkpoint loaded in the middle brings new moments; ``data`` may be replaced."""
+    config = make_config(network=NETWORK, learning_rate=1e-2)
+    own, peer = double_agent(config), double_agent(config)
+    for seed in range(6):
+        if seed == 3 and moved == "moments":
+            own.actor_optimizer.load_state_dict(deepcopy(own.actor_optimizer.state_dict()))
+        if seed == 3 and moved == "weights":
+            for parameter in own.actor_parameters:
+                parameter.data = parameter.data.clone()
+        directly(own, minibatch(seed), keep=False)
+        by_autograd(peer, minibatch(seed))
+    for mine, theirs in zip(own.actor_parameters, peer.actor_parameters, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-11)
+
+
 def test_the_gaussian_loss_is_autograds() -> None:
     config, head = make_config(entropy_coefficient=0.3), GaussianHead(A).double()
     head.log_std.data += torch.tensor([-0.5, 0.1, 0.4])
@@ -161,7 +179,8 @@ def test_the_gaussian_loss_is_autograds() -> None:
 
 
 @pytest.mark.parametrize(
-    "option", [{"layer_norm": True}, {"crelu": True}, {"spectral_norm": True}, {"layerwise": True}, {"hook": True}]
+    "option",
+    [{"layer_norm": True}, {"crelu": True}, {"spectral_norm": True}, {"layerwise": True}, {"hook": 0}, {"hook": 1}],
 )
 def test_networks_with_something_between_their_layers_are_not_plain(option: dict[str, bool]) -> None:
     options = {key: value for key, value in option.items() if key not in ("layerwise", "hook")}
@@ -169,7 +188,7 @@ def test_networks_with_something_between_their_layers_are_not_plain(option: dict
     if "layerwise" in option:
         actor.experts.layerwise = True
     if "hook" in option:
-        actor.experts.hidden[0].register_forward_hook(lambda *_: None)
+        (actor.experts.hidden[0], actor.experts)[option["hook"]].register_forward_hook(lambda *_: None)
     assert not is_plain(actor)
     assert is_plain(make_actor("topk_moe", D, A, width=8, depth=2, num_experts=3))
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sphere_rl.experts import GroupedLinear, Routing
 from sphere_rl.gradients import GradientStore, active_experts
-from sphere_rl.optimizer import REST, ExpertAdam
+from sphere_rl.optimizer import REST, ExpertAdam, idle_experts
 
 EXPERTS = 4
 
@@ -132,3 +132,17 @@ def test_gradients_are_divided_by_the_scale_and_stay_known() -> None:
     for mine, theirs in zip(own.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
         torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_layers_of_an_expert_rest_together() -> None:
+    """Layer 0 could rest one step earlier than layer 1; Adam moves both until both can, and counts no step twice."""
+    idle = [[REST - 2], [REST - 3]]
+    first, second = ([[torch.ones(2), torch.ones(2)]] for _ in range(2))
+    found = [idle_experts(idle, [0], first, second, 0.9, REST) for _ in range(4)]
+    assert found == [[0], [0], [], []]
+    assert idle == [[REST + 1], [REST + 1]]
+    assert not first[0][0].any()
+    assert not first[0][1].any()
+    assert idle_experts(idle, [3], first, second, 0.9, REST) == []
+    assert idle == [[0], [0]]
+    torch.testing.assert_close(second[0][0], torch.full((2,), 0.9**2))
