@@ -142,12 +142,16 @@ def test_experts_that_rest_and_come_back_move_as_with_adam() -> None:
 
 @pytest.mark.parametrize("moved", ["moments", "weights"])
 def test_what_is_kept_between_steps_follows_moments_and_weights_that_move(moved: str) -> None:
-    """A checkpoint loaded in the middle brings new moments; ``data`` may be replaced."""
+    """A checkpoint loaded in the middle brings other moments; ``data`` may be replaced."""
     config = make_config(network=NETWORK, learning_rate=1e-2)
     own, peer = double_agent(config), double_agent(config)
+    earlier = []
     for seed in range(6):
+        if seed == 1:
+            earlier = [deepcopy(agent.actor_optimizer.state_dict()) for agent in (own, peer)]
         if seed == 3 and moved == "moments":
-            own.actor_optimizer.load_state_dict(deepcopy(own.actor_optimizer.state_dict()))
+            for agent, state in zip((own, peer), earlier, strict=True):
+                agent.actor_optimizer.load_state_dict(state)
         if seed == 3 and moved == "weights":
             for parameter in own.actor_parameters:
                 parameter.data = parameter.data.clone()
