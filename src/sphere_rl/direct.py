@@ -75,6 +75,18 @@ class Regression(NamedTuple):
     max_norm: float
 
 
+class _Improvement(NamedTuple):
+    """A policy's step, before it is taken, and at most one of a critic beside it."""
+
+    learner: Learner
+    gating: Gating
+    samples: Samples
+    rules: Rules
+    form: FeaturePenalty
+    num_lanes: int
+    regressions: list[Regression]
+
+
 class _Pass(NamedTuple):
     """A forward pass: which rows go where, and inputs and outputs of all layers of the gate and of the experts."""
 
@@ -114,8 +126,8 @@ def improve(
     ``keep``: let parameters carry their gradients.
     """
     learner = learner_of(actor, optimizer, keep, actor.head)
-    given = learner, actor.gating, samples, rules, penalty, lanes(), list(regressions)
-    improved, idle = begin(_improve, _start_improving, *given)()
+    step = _Improvement(learner, actor.gating, samples, rules, penalty, lanes(), list(regressions))
+    improved, idle = begin(_improve, _start_improving, step)()
     for own, steps in zip(learner.idle, idle, strict=True):
         own[:] = steps
     return Improved(*improved)  # TorchScript gives a tuple of its own
@@ -285,15 +297,8 @@ def _loss(learner: Learner, found: _Pass, samples: Samples, rules: Rules) -> tup
 
 
 @scripted
-def _improve(
-    learner: Learner,
-    gating: Gating,
-    samples: Samples,
-    rules: Rules,
-    form: FeaturePenalty,
-    num_lanes: int,
-    regressions: list[Regression],
-) -> tuple[Improved, list[list[int]]]:
+def _improve(step: _Improvement) -> tuple[Improved, list[list[int]]]:
+    learner, gating, samples, rules, form, num_lanes, regressions = step
     elsewhere: list[torch.jit.Future[list[Tensor]]] = []
     begun: list[torch.jit.Future[_Penalised]] = []
     if num_lanes > 1:
@@ -337,13 +342,5 @@ def _improve(
 
 
 @scripted
-def _start_improving(
-    learner: Learner,
-    gating: Gating,
-    samples: Samples,
-    rules: Rules,
-    form: FeaturePenalty,
-    num_lanes: int,
-    regressions: list[Regression],
-) -> torch.jit.Future[tuple[Improved, list[list[int]]]]:
-    return torch.jit.fork(_improve, learner, gating, samples, rules, form, num_lanes, regressions)  # type: ignore[reportReturnType]
+def _start_improving(step: _Improvement) -> torch.jit.Future[tuple[Improved, list[list[int]]]]:
+    return torch.jit.fork(_improve, step)  # type: ignore[reportReturnType]
