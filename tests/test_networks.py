@@ -143,3 +143,25 @@ def test_categorical_head_is_the_categorical() -> None:
     draws = head.sample(logits[:1].expand(20_000, 4), torch.Generator().manual_seed(0))
     torch.testing.assert_close(draws.bincount(minlength=4) / 20_000, new.probs[0], atol=0.02, rtol=0)
     assert torch.equal(head.mode(logits), logits.argmax(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("options", [{}, {"spectral_norm": True}, {"layer_norm": True}, {"num_shared": 2}], ids=str)
+def test_output_without_a_graph_is_that_of_the_trace(kind: str, options: dict[str, Any]) -> None:
+    actor = make_actor(kind, 5, 3, width=8, depth=2, num_experts=5, **options)
+    observation = torch.randn(17, 5)
+    recorded = actor(observation)
+    assert recorded.requires_grad
+    with torch.no_grad():
+        assert torch.equal(actor(observation), recorded)
+        assert torch.equal(actor(observation[:1]), actor.trace(observation[:1]).output)
+
+
+def test_hooks_see_what_runs_without_a_graph() -> None:
+    actor, seen = make_actor("topk_moe", 5, 3, width=8, depth=2, num_experts=4), []
+    for module in (actor.experts, actor.experts.hidden[0]):
+        handle = module.register_forward_hook(lambda *call: seen.append(call[0]))
+        with torch.no_grad():
+            actor(torch.zeros(2, 5))
+        handle.remove()
+    assert seen == [actor.experts, actor.experts.hidden[0]]

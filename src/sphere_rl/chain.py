@@ -42,6 +42,11 @@ def expert_chain(
     return _ExpertChain.apply(routing, rows, *weights, *biases)
 
 
+def is_unrecorded() -> bool:
+    """Whether operations are neither recorded for autograd nor transformed by `torch.func`."""
+    return not (torch.is_grad_enabled() or torch._C._are_functorch_transforms_active())
+
+
 class _ExpertChain(torch.autograd.Function):
     """`expert_chain` with its backward pass."""
 
@@ -79,14 +84,12 @@ class _ExpertChain(torch.autograd.Function):
 
 
 def _lanes() -> int:
+    """Lanes for TorchScript, which is what forks."""
     return lanes() if SCRIPTED else 1
 
 
 def _outputs(rows: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], routing: Routing) -> list[Tensor]:
-    outputs = [rows.new_empty(len(rows), bias.shape[1]) for bias in biases]
-    blocks = split_blocks(list(routing.blocks), _lanes())
-    forward_blocks(*blocks, Forward([rows, *outputs], list(weights), list(biases)))
-    return outputs
+    return chain_outputs(rows, list(weights), list(biases), list(routing.blocks), _lanes())[1:]
 
 
 @scriptable
@@ -188,6 +191,19 @@ def forward_blocks(mine: list[tuple[int, int, int]], others: list[tuple[int, int
         torch.jit.wait(other)
     else:
         forward_some(mine, p)
+
+
+@scripted
+def chain_outputs(
+    rows: Tensor, weights: list[Tensor], biases: list[Tensor], blocks: list[tuple[int, int, int]], num_lanes: int
+) -> list[Tensor]:
+    """Rows sorted by expert and the output of each layer."""
+    outputs = [rows]
+    for bias in biases:
+        outputs.append(rows.new_empty(rows.size(0), bias.size(1)))
+    mine, others = split_blocks(blocks, num_lanes)
+    forward_blocks(mine, others, Forward(outputs, weights, biases))
+    return outputs
 
 
 @scripted

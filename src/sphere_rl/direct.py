@@ -14,17 +14,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sphere_rl.chain import Forward, begin, forward_blocks, split_blocks
-from sphere_rl.experts import ExpertMLP
+from sphere_rl.chain import begin, chain_outputs
 from sphere_rl.lanes import lanes, split_rows
 from sphere_rl.learner import Learner, learner_of
+from sphere_rl.mixture import Passed, mixed, mixture_pass
 from sphere_rl.networks import Actor, MoENetwork
 from sphere_rl.optimizer import REST, ExpertAdam, adam_step, clip_scale, count_step, idle_experts
 from sphere_rl.routed_gram import penalty_and_gradient
-from sphere_rl.routing import Assigned, Gating, blocks_of, route
+from sphere_rl.routing import Assigned, Gating, blocks_of
 from sphere_rl.scripting import SCRIPTED, scripted
 from sphere_rl.surrogate import Samples, categorical_loss, gaussian_loss
-from sphere_rl.sweeps import Block, Given, Mlp, ascend, descend
+from sphere_rl.sweeps import Block, Given, ascend, descend
 
 
 class FeaturePenalty(NamedTuple):
@@ -87,27 +87,14 @@ class _Improvement(NamedTuple):
     regressions: list[Regression]
 
 
-class _Pass(NamedTuple):
-    """A forward pass: which rows go where, and inputs and outputs of all layers of the gate and of the experts."""
-
-    assigned: Assigned
-    gate: list[Tensor]
-    experts: list[Tensor]
-
-
 _Penalised = tuple[Tensor, Tensor, list[Tensor]]
 """Penalties, summed, and their gradients for the gate's weights [M] and for each layer's rows, empty where zero."""
 
 
 def is_plain(network: MoENetwork) -> bool:
-    """Whether a network is linear layers and ReLU, with nothing in between."""
-    return SCRIPTED and all(
-        type(mlp) is ExpertMLP
-        and mlp.is_chain
-        and not mlp._forward_hooks
-        and not any(layer.spectral_norm for layer in mlp.layers)
-        for mlp in (network.gate, network.experts)
-        if mlp is not None
+    """Whether a network is linear layers and ReLU, with nothing in between, and can be a TorchScript call."""
+    return (
+        SCRIPTED and network.is_plain and not any(layer.spectral_norm for mlp in network.parts for layer in mlp.layers)
     )
 
 
@@ -154,17 +141,6 @@ def begin_regression(step: Regression) -> Callable[[], list[Tensor]]:
 
 
 @scripted
-def _forward(mlp: Mlp, rows: Tensor, blocks: list[tuple[int, int, int]], num_lanes: int) -> list[Tensor]:
-    """Rows and the output of each layer."""
-    outputs = [rows]
-    for bias in mlp.biases:
-        outputs.append(rows.new_empty(rows.size(0), bias.size(1)))
-    mine, others = split_blocks(blocks, num_lanes)
-    forward_blocks(mine, others, Forward(outputs, mlp.whole, mlp.biases))
-    return outputs
-
-
-@scripted
 def _penalise(features: list[Tensor], found: Assigned, layers: list[bool]) -> _Penalised:
     """The penalty of these hidden layers."""
     penalty, of_gate = found.gate.new_zeros([]), torch.zeros_like(found.gate)
@@ -206,7 +182,7 @@ def _take(
     signals_there: list[Tensor] = []
     gradients_there: list[Tensor] = []
     for mlp in mlps:
-        inner.append(mlp.whole[0].new_zeros(len(mlp.weights), k, k))
+        inner.append(mlp.layers.weights[0].new_zeros(len(mlp.weights), k, k))
         for grad in mlp.grad_biases:
             grad.zero_()
     positions, positions_there = split_rows([end - start for _, _, start, end in blocks], num_lanes)
@@ -251,7 +227,8 @@ def _logits_gradient(found: Assigned, gating: Gating, grad_gate: Tensor) -> Tens
 @scripted
 def _regress(step: Regression) -> list[Tensor]:
     n, target = step.target.size(0), step.target
-    outputs = _forward(step.learner.mlps[0], step.observation, [(0, 0, n)], 1)
+    layers = step.learner.mlps[0].layers
+    outputs = chain_outputs(step.observation, layers.weights, layers.biases, [(0, 0, n)], 1)
     error = outputs[-1].squeeze(1) - target
     of_error = (error * (2 * step.coefficient / n)).unsqueeze(1)
     given = Given(outputs[:-1], of_error, [target.new_empty(0)] * (len(outputs) - 1))
@@ -266,26 +243,9 @@ def _start_regression(step: Regression) -> torch.jit.Future[list[Tensor]]:
 
 
 @scripted
-def _pass(learner: Learner, gating: Gating, rows: Tensor, num_lanes: int) -> _Pass:
-    """Forward through gate and experts."""
-    n = rows.size(0)
-    if len(learner.mlps) > 1:
-        gate = _forward(learner.mlps[1], rows, [(0, 0, n)], 1)
-        found = route(gate[-1], gating)
-        rows = rows.index_select(0, found.sample)
-    else:
-        gate = [rows]
-        ones, sample = rows.new_ones(n, 1), torch.arange(n, device=rows.device)
-        found = Assigned(ones, torch.zeros_like(sample), sample, ones[:, 0], [n])
-    return _Pass(found, gate, _forward(learner.mlps[0], rows, blocks_of(found.counts), num_lanes))
-
-
-@scripted
-def _loss(learner: Learner, found: _Pass, samples: Samples, rules: Rules) -> tuple[Tensor, list[Tensor], Tensor]:
+def _loss(learner: Learner, found: Passed, samples: Samples, rules: Rules) -> tuple[Tensor, list[Tensor], Tensor]:
     """Loss, statistics, and ∂loss for the weighted sum of each row's experts; the head's gradients are filled."""
-    rows, assigned = found.experts[-1], found.assigned
-    output = rows.new_zeros(samples.observation.size(0), rows.size(1))
-    output.index_add_(0, assigned.sample, rows * assigned.gate.unsqueeze(1))
+    output = mixed(found, samples.observation.size(0))
     if len(learner.head) > 0:
         loss, statistics, gradients = gaussian_loss(
             output, learner.head[0], samples, rules.clip, rules.entropy_coefficient
@@ -293,7 +253,7 @@ def _loss(learner: Learner, found: _Pass, samples: Samples, rules: Rules) -> tup
         learner.of_head[0].copy_(gradients[1])
     else:
         loss, statistics, gradients = categorical_loss(output, samples, rules.clip, rules.entropy_coefficient)
-    return loss, statistics, gradients[0].index_select(0, assigned.sample)
+    return loss, statistics, gradients[0].index_select(0, found.assigned.sample)
 
 
 @scripted
@@ -304,7 +264,7 @@ def _improve(step: _Improvement) -> tuple[Improved, list[list[int]]]:
     if num_lanes > 1:
         for regression in regressions:
             elsewhere.append(torch.jit.fork(_regress, regression))  # type: ignore[reportArgumentType]
-    found = _pass(learner, gating, samples.observation, num_lanes)
+    found = mixture_pass([mlp.layers for mlp in learner.mlps], gating, samples.observation, num_lanes)
     assigned, features, gated = found.assigned, found.experts[1:-1], len(learner.mlps) > 1
     if num_lanes > 1 and any(form.layers):
         begun.append(torch.jit.fork(_penalise, features, assigned, form.layers))  # type: ignore[reportArgumentType]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sphere_rl.chain import expert_chain
+from sphere_rl.mixture import Layers
 from sphere_rl.routed_gram import routed_penalty
 from sphere_rl.routing import Gating, blocks_of, route
 
@@ -281,9 +282,12 @@ class ExpertMLP(nn.Module):
         plain = not (self.layerwise or self.layer_norm or self.crelu)
         return plain and not any(layer._forward_hooks for layer in self.layers)
 
+    def effective(self) -> Layers:
+        """Weights and biases that rows are multiplied by."""
+        return Layers(*map(list, zip(*(layer.effective() for layer in self.layers), strict=True)))
+
     def _all_layers(self, rows: Tensor, routing: Routing) -> Sequence[Tensor]:
-        weights, biases = zip(*(layer.effective() for layer in self.layers), strict=True)
-        return expert_chain(rows, weights, biases, routing)
+        return expert_chain(rows, *self.effective(), routing)
 
     def _layer_by_layer(self, h: Tensor, routing: Routing) -> Sequence[Tensor]:
         outputs = []

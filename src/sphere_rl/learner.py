@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from sphere_rl.mixture import Layers
 from sphere_rl.networks import MoENetwork
 from sphere_rl.optimizer import AdamStep, ExpertAdam
 from sphere_rl.sweeps import Mlp
@@ -48,9 +49,8 @@ def learner_of(network: MoENetwork, optimizer: ExpertAdam, keep: bool, head: nn.
 @torch.inference_mode(False)
 @torch.no_grad()
 def _plan(network: MoENetwork, head: list[Parameter], optimizer: ExpertAdam) -> _Plan:
-    parts = [mlp for mlp in (network.experts, network.gate) if mlp is not None]
-    weights = [[layer.weight for layer in mlp.layers] for mlp in parts]
-    biases = [[layer.bias for layer in mlp.layers] for mlp in parts]
+    weights = [[layer.weight for layer in mlp.layers] for mlp in network.parts]
+    biases = [[layer.bias for layer in mlp.layers] for mlp in network.parts]
     rest = [*chain.from_iterable(biases), *head]
     gradients = {parameter: torch.zeros_like(parameter) for parameter in rest}
     states = [optimizer.state_of(parameter) for parameter in rest]
@@ -71,8 +71,9 @@ def _mlp(optimizer: ExpertAdam, weights: list[Parameter], biases: list[Parameter
     experts = zip(*(optimizer.experts_of(weight) for weight in weights), strict=True)
     of_experts = [[list(tensors) for tensors in zip(*layers, strict=True)] for layers in experts]
     own, first, second = map(list, zip(*of_experts, strict=True))
-    whole, steps = [weight.detach() for weight in weights], [optimizer.state_of(weight)["step"] for weight in weights]
-    return Mlp(whole, [bias.detach() for bias in biases], own, first, second, steps, grad_biases, [])
+    layers = Layers([weight.detach() for weight in weights], [bias.detach() for bias in biases])
+    steps = [optimizer.state_of(weight)["step"] for weight in weights]
+    return Mlp(layers, own, first, second, steps, grad_biases, [])
 
 
 def _present(plan: _Plan, optimizer: ExpertAdam, keep: bool) -> Learner:

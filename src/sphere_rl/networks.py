@@ -15,8 +15,10 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from sphere_rl.chain import is_unrecorded
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts import ExpertMLP, RoutedFeatures, gated_routing, single_routing
+from sphere_rl.mixture import mixture_output
 from sphere_rl.routing import Gating
 
 
@@ -121,7 +123,22 @@ class MoENetwork(nn.Module):
 
     def forward(self, observation: Float[Tensor, "N D"]) -> Float[Tensor, "N A"]:
         """The output alone."""
-        return self.trace(observation).output
+        if not (self.is_plain and is_unrecorded()):
+            return self.trace(observation).output
+        return mixture_output([mlp.effective() for mlp in self.parts], self.gating, observation, 1)
+
+    @property
+    def parts(self) -> list[ExpertMLP]:
+        """The experts and, if there is one, the gate."""
+        return [mlp for mlp in (self.experts, self.gate) if mlp is not None]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether both are chains of linear layers and ReLU, unseen by forward hooks."""
+        return all(
+            mlp is None or (type(mlp) is ExpertMLP and mlp.is_chain and not mlp._forward_hooks)
+            for mlp in (self.experts, self.gate)
+        )
 
     @property
     def gating(self) -> Gating:

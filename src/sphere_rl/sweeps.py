@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sphere_rl.mixture import Layers
 from sphere_rl.optimizer import AdamStep, adam_step
 from sphere_rl.scripting import scripted
 
@@ -22,13 +23,12 @@ Block = tuple[int, int, int, int]
 
 
 class Mlp(NamedTuple):
-    """Parameters of each layer [E, …]; of each expert, each layer's weights [out, in] and their moments.
+    """Parameters of all experts; of each expert, each layer's weights [out, in] and their moments.
 
     Of each layer, grad_biases [E, out] are filled; so are grad_weights [E, out, in], where there are any.
     """
 
-    whole: list[Tensor]
-    biases: list[Tensor]
+    layers: Layers
     weights: list[list[Tensor]]
     first: list[list[Tensor]]
     second: list[list[Tensor]]
