@@ -24,7 +24,7 @@ from sphere_rl.routed_gram import penalty_and_gradient
 from sphere_rl.routing import Assigned, Gating, blocks_of
 from sphere_rl.scripting import SCRIPTED, scripted
 from sphere_rl.surrogate import Samples, categorical_loss, gaussian_loss
-from sphere_rl.sweeps import Block, Given, ascend, descend
+from sphere_rl.sweeps import Block, Given, ascend, descend, inner_products, move, nothing_found
 
 
 class FeaturePenalty(NamedTuple):
@@ -176,24 +176,18 @@ def _take(
 ) -> tuple[Tensor, Tensor]:
     """Both sweeps and Adam: the gradient's norm, and what the penalty's gradient was multiplied by in mode grad."""
     k, mlps = 2 if form.mode == "grad" else 1, learner.mlps
-    inner: list[Tensor] = []
-    signals: list[Tensor] = []
-    gradients: list[Tensor] = []
-    signals_there: list[Tensor] = []
-    gradients_there: list[Tensor] = []
     for mlp in mlps:
-        inner.append(mlp.layers.weights[0].new_zeros(len(mlp.weights), k, k))
         for grad in mlp.grad_biases:
             grad.zero_()
-    positions, positions_there = split_rows([end - start for _, _, start, end in blocks], num_lanes)
-    mine, others = [blocks[position] for position in positions], [blocks[position] for position in positions_there]
+    mine, others = split_rows([end - start for _, _, start, end in blocks], num_lanes)
+    found = nothing_found(blocks, mlps)
     there: list[torch.jit.Future[int]] = []
     if len(others) > 0:
-        there.append(torch.jit.fork(descend, others, mlps, given, k, inner, signals_there, gradients_there))  # type: ignore[reportArgumentType]
-    descend(mine, mlps, given, k, inner, signals, gradients)
+        there.append(torch.jit.fork(descend, others, blocks, mlps, given, k, True, found))  # type: ignore[reportArgumentType]
+    descend(mine, blocks, mlps, given, k, num_lanes > 1, found)
     for other in there:
         torch.jit.wait(other)
-    products = torch.cat(inner).sum(0)
+    products = inner_products(found)
     for gradient in learner.of_head:
         products[0, 0].add_(gradient.square().sum())
     kept, strength, square = torch.ones_like(products[0, 0]), torch.zeros_like(products[0, 0]), products[0, 0]
@@ -204,15 +198,22 @@ def _take(
     factors = [kept / scale, strength / scale][:k]
     for gradient in learner.of_head:
         gradient.mul_(factors[0])
-    count_step(learner.counters)
     there.clear()
     if len(others) > 0:
-        there.append(torch.jit.fork(ascend, others, mlps, given, signals_there, gradients_there, factors, learner.adam))  # type: ignore[reportArgumentType]
-    ascend(mine, mlps, given, signals, gradients, factors, learner.adam)
+        there.append(torch.jit.fork(ascend, others, blocks, mlps, given, found, factors, learner.adam))  # type: ignore[reportArgumentType]
+    ascend(mine, blocks, mlps, given, found, factors, learner.adam)
     for other in there:
         torch.jit.wait(other)
     adam_step(learner.adam, None)
     return norm, strength
+
+
+@scripted
+def _drift(learner: Learner, idle: list[int]) -> list[Tensor]:
+    """Adam's step of experts without rows."""
+    for expert in idle:
+        move(learner.mlps[0], expert, learner.zeros, learner.adam)
+    return []
 
 
 @scripted
@@ -225,16 +226,31 @@ def _logits_gradient(found: Assigned, gating: Gating, grad_gate: Tensor) -> Tens
 
 
 @scripted
-def _regress(step: Regression) -> list[Tensor]:
+def _predict(step: Regression) -> list[Tensor]:
+    layers, n = step.learner.mlps[0].layers, step.target.size(0)
+    return chain_outputs(step.observation, layers.weights, layers.biases, [(0, 0, n)], 1)
+
+
+@scripted
+def _fit(step: Regression, outputs: list[Tensor], num_lanes: int) -> list[Tensor]:
     n, target = step.target.size(0), step.target
-    layers = step.learner.mlps[0].layers
-    outputs = chain_outputs(step.observation, layers.weights, layers.biases, [(0, 0, n)], 1)
     error = outputs[-1].squeeze(1) - target
     of_error = (error * (2 * step.coefficient / n)).unsqueeze(1)
     given = Given(outputs[:-1], of_error, [target.new_empty(0)] * (len(outputs) - 1))
     form = FeaturePenalty([], "fixed", 0.0, False)
-    norm, _ = _take(step.learner, [given], [(0, 0, 0, n)], form, step.max_norm, 1)
+    count_step(step.learner.counters)
+    norm, _ = _take(step.learner, [given], [(0, 0, 0, n)], form, step.max_norm, num_lanes)
     return [error.square().mean(), norm]
+
+
+@scripted
+def _regress(step: Regression) -> list[Tensor]:
+    return _fit(step, _predict(step), 1)
+
+
+@scripted
+def _fit_predicted(step: Regression, predicted: torch.jit.Future[list[Tensor]]) -> list[Tensor]:
+    return _fit(step, torch.jit.wait(predicted), 2)
 
 
 @scripted
@@ -259,15 +275,23 @@ def _loss(learner: Learner, found: Passed, samples: Samples, rules: Rules) -> tu
 @scripted
 def _improve(step: _Improvement) -> tuple[Improved, list[list[int]]]:
     learner, gating, samples, rules, form, num_lanes, regressions = step
-    elsewhere: list[torch.jit.Future[list[Tensor]]] = []
+    predicted: list[torch.jit.Future[list[Tensor]]] = []
     begun: list[torch.jit.Future[_Penalised]] = []
+    elsewhere: list[torch.jit.Future[list[Tensor]]] = []
     if num_lanes > 1:
         for regression in regressions:
-            elsewhere.append(torch.jit.fork(_regress, regression))  # type: ignore[reportArgumentType]
+            predicted.append(torch.jit.fork(_predict, regression))  # type: ignore[reportArgumentType]
+    count_step(learner.counters)
     found = mixture_pass([mlp.layers for mlp in learner.mlps], gating, samples.observation, num_lanes)
     assigned, features, gated = found.assigned, found.experts[1:-1], len(learner.mlps) > 1
-    if num_lanes > 1 and any(form.layers):
-        begun.append(torch.jit.fork(_penalise, features, assigned, form.layers))  # type: ignore[reportArgumentType]
+    idle, mlp = learner.idle, learner.mlps[0]
+    drifting = idle_experts(idle, assigned.counts, mlp.first, mlp.second, learner.adam.beta2, rules.rest)
+    if num_lanes > 1:  # while this lane has the loss
+        if any(form.layers):
+            begun.append(torch.jit.fork(_penalise, features, assigned, form.layers))  # type: ignore[reportArgumentType]
+        for regression, outputs in zip(regressions, predicted):  # noqa: B905
+            elsewhere.append(torch.jit.fork(_fit_predicted, regression, outputs))  # type: ignore[reportArgumentType]
+        elsewhere.append(torch.jit.fork(_drift, learner, drifting))  # type: ignore[reportArgumentType]
     loss, statistics, of_rows = _loss(learner, found, samples, rules)
     penalised = torch.jit.wait(begun[0]) if len(begun) > 0 else _penalise(features, assigned, form.layers)
     penalty, of_gate_too, of_penalty = penalised
@@ -287,17 +311,14 @@ def _improve(step: _Improvement) -> tuple[Improved, list[list[int]]]:
         of_logits = _logits_gradient(assigned, gating, (of_rows * found.experts[-1]).sum(1))
         given.append(Given(found.gate[:-1], of_logits, of_gate_layers))
         due.append((1, 0, 0, len(samples.observation)))
-    idle, mlp = learner.idle, learner.mlps[0]
-    for expert in idle_experts(idle, assigned.counts, mlp.first, mlp.second, learner.adam.beta2, rules.rest):
-        due.append((0, expert, 0, 0))
     norm, relative = _take(learner, given, due, form, rules.max_norm, num_lanes)
     of_regression: list[Tensor] = []
-    if num_lanes > 1:
-        for other in elsewhere:
-            of_regression.extend(torch.jit.wait(other))
-    else:
+    for other in elsewhere:
+        of_regression.extend(torch.jit.wait(other))
+    if num_lanes == 1:
         for regression in regressions:
             of_regression.extend(_regress(regression))
+        _drift(learner, drifting)
     return Improved(statistics, norm, penalty, relative if form.mode == "grad" else strength, of_regression), idle
 
 

@@ -17,12 +17,13 @@ from sphere_rl.sweeps import Mlp
 class Learner(NamedTuple):
     """A network's MLPs, experts before the gate, and Adam's step of all that is not their weights, with its gradients.
 
-    idle: of each layer of the experts, each expert's steps without rows; empty where there is only one. head: what the
-    policy has beside its networks, with its gradients.
+    idle: of each layer of the experts, each expert's steps without rows; empty where there is only one. zeros: of each
+    layer, the gradient of an expert without rows. head: what the policy has beside its networks, with its gradients.
     """
 
     mlps: list[Mlp]
     idle: list[list[int]]
+    zeros: list[Tensor]
     head: list[Tensor]
     of_head: list[Tensor]
     adam: AdamStep
@@ -64,7 +65,8 @@ def _plan(network: MoENetwork, head: list[Parameter], optimizer: ExpertAdam) -> 
     idle = [optimizer.idle_steps(weight) for weight in weights[0] if len(weight) > 1]
     counters = [*adam.steps, *chain.from_iterable(mlp.steps for mlp in mlps)]
     of_head = [gradients[parameter] for parameter in head]
-    return _Plan(Learner(mlps, idle, own[len(own) - len(head) :], of_head, adam, counters), weights, rest)
+    zeros = [torch.zeros_like(weight[0], requires_grad=False) for weight in weights[0]]
+    return _Plan(Learner(mlps, idle, zeros, own[len(own) - len(head) :], of_head, adam, counters), weights, rest)
 
 
 def _mlp(optimizer: ExpertAdam, weights: list[Parameter], biases: list[Parameter], grad_biases: list[Tensor]) -> Mlp:

@@ -19,7 +19,7 @@ from sphere_rl.optimizer import AdamStep, adam_step
 from sphere_rl.scripting import scripted
 
 Block = tuple[int, int, int, int]
-"""(MLP, expert, first row, end row)."""
+"""(MLP, expert, first row, end row) of rows of one expert."""
 
 
 class Mlp(NamedTuple):
@@ -57,43 +57,57 @@ def _is_brief(n: int, k: int, out: int, width: int) -> bool:
     return n * n * (width + k * out) < ((k - 1) * n + 20 * k) * out * width
 
 
+class Found(NamedTuple):
+    """Of each block and each of its layers: signals [k, n, out], gradients [k, out, in], which are empty where brief,
+    and the inner products [k, k] of its k gradients.
+    """
+
+    signals: list[list[Tensor]]
+    gradients: list[list[Tensor]]
+    inner: list[list[Tensor]]
+
+
 @scripted
-def _inner(signals: Tensor, gradients: Tensor, inputs: Tensor) -> Tensor:
-    """Inner products [k, k] of the k gradients of a layer's weights and bias."""
-    k = signals.size(0)
-    if gradients.numel() > 0:
-        flat, bias = gradients.view(k, -1), signals.sum(1)
-        return torch.mm(flat, flat.t()).addmm_(bias, bias.t())
+def nothing_found(blocks: list[Block], mlps: list[Mlp]) -> Found:
+    """What `descend` fills."""
+    none = mlps[0].steps[0].new_empty(0)
+    depths = [len(mlps[index].steps) for index, _, _, _ in blocks]
+    signals, gradients, inner = [[[none] * depth for depth in depths] for _ in range(3)]
+    return Found(signals, gradients, inner)
+
+
+@scripted
+def _brief_inner(signals: Tensor, inputs: Tensor) -> Tensor:
+    """Inner products of the gradients of a layer's weights and bias, which are not made."""
     samples = torch.mm(inputs, inputs.t()).add_(1.0)  # the bias is the weight of an input that is 1
+    k = signals.size(0)
     return torch.mm(signals.view(k, -1), torch.matmul(samples, signals).view(k, -1).t())
 
 
 @scripted
-def descend(
-    blocks: list[Block],
-    mlps: list[Mlp],
-    given: list[Given],
-    k: int,
-    inner: list[Tensor],
-    signals_found: list[Tensor],
-    gradients_found: list[Tensor],
-) -> int:
-    """From the outputs to the first layer; ``inner[mlp]`` [E, k, k] gets each expert's inner products.
+def _gradients(signals: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of a layer's weights, and their inner products with those of its bias."""
+    k, n = signals.size(0), signals.size(1)
+    gradients = torch.bmm(signals.transpose(1, 2), inputs.expand(k, n, inputs.size(1)))
+    flat, bias = gradients.view(k, -1), signals.sum(1)
+    return gradients, torch.mm(flat, flat.t()).addmm_(bias, bias.t())
 
-    Gradient 0 is the loss's and gradient k − 1 the penalty's; with k = 1 they are one, their sum. Block after block and
-    layer after layer from the last, signals [k, n, out] are appended and gradients [k, out, in], empty where brief.
-    A block without rows has gradients of zero.
+
+@scripted
+def descend(
+    chosen: list[int], blocks: list[Block], mlps: list[Mlp], given: list[Given], k: int, apart: bool, found: Found
+) -> int:
+    """From the outputs of the chosen blocks to their first layer; ``apart``: gradients on another thread, too.
+
+    Gradient 0 is the loss's and gradient k − 1 the penalty's; with k = 1 they are one, their sum.
     """
-    for index, expert, start, end in blocks:
+    later: list[tuple[int, int, torch.jit.Future[tuple[Tensor, Tensor]]]] = []
+    for block in chosen:
+        index, expert, start, end = blocks[block]
         own, weights = given[index], mlps[index].weights[expert]
-        n, depth, none = end - start, len(weights), inner[index].new_empty(0)
-        if n == 0:
-            signals_found.extend([none] * depth)
-            gradients_found.extend([none] * depth)
-            continue
+        n, depth = end - start, len(weights)
         signals = own.loss.new_zeros(k, n, own.loss.size(1))
         signals[0].copy_(own.loss[start:end])
-        products: list[Tensor] = []
         for back in range(depth):
             layer = depth - 1 - back
             out, width = weights[layer].size(0), weights[layer].size(1)
@@ -103,14 +117,26 @@ def descend(
                 signals[k - 1].add_(own.penalty[layer][start:end])
             if back > 0:
                 signals = torch.ops.aten.threshold_backward(signals, own.inputs[layer + 1][start:end], 0)
-            inputs, gradients = own.inputs[layer][start:end], none
-            if not _is_brief(n, k, out, width):
-                gradients = torch.bmm(signals.transpose(1, 2), inputs.expand(k, n, width))
-            products.append(_inner(signals, gradients, inputs))
-            signals_found.append(signals)
-            gradients_found.append(gradients)
-        torch.sum(torch.stack(products), [0], False, out=inner[index][expert])
+            inputs = own.inputs[layer][start:end]
+            found.signals[block][layer] = signals
+            if _is_brief(n, k, out, width):
+                found.inner[block][layer] = _brief_inner(signals, inputs)
+            elif apart:
+                later.append((block, layer, torch.jit.fork(_gradients, signals, inputs)))  # type: ignore[reportArgumentType]
+            else:
+                found.gradients[block][layer], found.inner[block][layer] = _gradients(signals, inputs)
+    for block, layer, other in later:
+        found.gradients[block][layer], found.inner[block][layer] = torch.jit.wait(other)
     return 0
+
+
+@scripted
+def inner_products(found: Found) -> Tensor:
+    """Those [k, k] of the whole gradients."""
+    each: list[Tensor] = []
+    for layers in found.inner:
+        each.extend(layers)
+    return torch.stack(each).sum(0)
 
 
 @scripted
@@ -123,38 +149,37 @@ def _combined(tensors: Tensor, factors: list[Tensor]) -> Tensor:
 
 
 @scripted
+def move(mlp: Mlp, expert: int, gradients: list[Tensor], adam: AdamStep) -> None:
+    """Adam's step of an expert's weights."""
+    # Lists that come from outside: PyTorch takes what is written to the tensors of a new list for dead code.
+    weights, first, second = mlp.weights[expert], mlp.first[expert], mlp.second[expert]
+    adam_step(AdamStep(weights, gradients, first, second, mlp.steps, adam.rate, adam.beta1, adam.beta2, adam.eps), None)
+
+
+@scripted
 def ascend(
+    chosen: list[int],
     blocks: list[Block],
     mlps: list[Mlp],
     given: list[Given],
-    signals_found: list[Tensor],
-    gradients_found: list[Tensor],
+    found: Found,
     factors: list[Tensor],
     adam: AdamStep,
 ) -> int:
     """Adam's step of the weights of these blocks on Σ_i factors[i] · gradient i; the biases' gradients are filled."""
-    position = 0
-    for index, expert, start, end in blocks:
-        mlp, none = mlps[index], factors[0].new_empty(0)
-        depth = len(mlp.steps)
-        gradients = [none] * depth
-        for back in range(depth):
-            layer = depth - 1 - back
-            if start == end:
-                gradients[layer] = torch.zeros_like(mlp.weights[expert][layer])
+    for block in chosen:
+        index, expert, start, end = blocks[block]
+        mlp = mlps[index]
+        gradients = [signals[0] for signals in found.signals[block]]  # any tensors
+        for back in range(len(gradients)):
+            layer = len(gradients) - 1 - back
+            signals = _combined(found.signals[block][layer], factors)
+            torch.sum(signals, [0], False, out=mlp.grad_biases[layer][expert])
+            if found.gradients[block][layer].numel() > 0:
+                gradients[layer] = _combined(found.gradients[block][layer], factors)
             else:
-                signals = _combined(signals_found[position], factors)
-                torch.sum(signals, [0], False, out=mlp.grad_biases[layer][expert])
-                if gradients_found[position].numel() > 0:
-                    gradients[layer] = _combined(gradients_found[position], factors)
-                else:
-                    gradients[layer] = torch.mm(signals.t(), given[index].inputs[layer][start:end])
-                if len(mlp.grad_weights) > 0:
-                    mlp.grad_weights[layer][expert].copy_(gradients[layer])
-            position += 1
-        # Lists that come from outside: PyTorch takes what is written to the tensors of a new list for dead code.
-        weights, first, second = mlp.weights[expert], mlp.first[expert], mlp.second[expert]
-        adam_step(
-            AdamStep(weights, gradients, first, second, mlp.steps, adam.rate, adam.beta1, adam.beta2, adam.eps), None
-        )
+                gradients[layer] = torch.mm(signals.t(), given[index].inputs[layer][start:end])
+            if len(mlp.grad_weights) > 0:
+                mlp.grad_weights[layer][expert].copy_(gradients[layer])
+        move(mlp, expert, gradients, adam)
     return 0
