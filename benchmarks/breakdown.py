@@ -2,8 +2,9 @@
 
 python benchmarks/breakdown.py --suite cw10 --method sphere
 
-The learner runs on one lane: on two, parts overlap. ``--threads`` are those of the environments. Steps without autograd
-are one call of TorchScript; what it does is PyTorch's profiler's account, which weighs small operations too heavily.
+The learner runs on one lane: on two, parts overlap. ``--threads`` are those of the environments. An epoch
+without autograd is one call of TorchScript; what it does is PyTorch's profiler's account, which weighs small operations
+too heavily.
 (A file called profile.py would hide the standard library's from every script in this folder.)
 """
 
@@ -60,13 +61,15 @@ class Stopwatch:
 
 def instrument(watch: Stopwatch, agent: Agent, collector: Collector) -> None:
     watch.wrap(collector.envs, "step", "environments")
-    watch.wrap(agent.actor, "trace", "actor forward")
-    watch.wrap(agent.critic, "trace", "critic forward")
+    watch.wrap(agent.actor, "forward", "actor forward")
+    watch.wrap(agent.critic, "forward", "critic forward")
+    watch.wrap(agent.actor, "trace", "actor forward with features")
+    watch.wrap(agent.critic, "trace", "critic forward with features")
     watch.wrap(agent.actor.head, "sample", "sample actions")
     watch.wrap(torch.autograd, "grad", "backward")
     watch.wrap(ppo, "total_norm", "gradient norm")
     watch.wrap(RoutedFeatures, "sphere_penalty", "SPHERE penalty")
-    watch.wrap(direct, "_improve", "steps of actor and critic, one call")
+    watch.wrap(direct, "_improve_on", "steps of actor and critic, one call an epoch")
     for optimizer in (agent.actor_optimizer, agent.critic_optimizer):
         watch.wrap(optimizer, "step", "Adam")
     for method in agent.methods:
@@ -104,14 +107,13 @@ def profile(config: TrainConfig, task: str, iterations: int, clock: str) -> str:
 
 def operations(agent: Agent, rollout: Rollout, config: TrainConfig, count: int = 16) -> str:
     """PyTorch's operations in as many minibatches, each without those inside it."""
-    batch = ppo.flatten(rollout, rollout.reward)[torch.arange(config.minibatch_size)]
+    batch, order = ppo.flatten(rollout, rollout.reward), [torch.arange(config.minibatch_size)] * count
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        for _ in range(count):
-            ppo.minibatch_step(agent, batch, config)
+        ppo.minibatch_steps(agent, batch, order, config)
     found = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in found)
     rows = [
-        (event.key, event.count // count, f"{event.self_cpu_time_total / count:.0f}",
+        (event.key, f"{event.count / count:g}", f"{event.self_cpu_time_total / count:.0f}",
          f"{100 * event.self_cpu_time_total / total:.1f} %")
         for event in found[:12]
     ]  # fmt: skip

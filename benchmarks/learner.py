@@ -25,12 +25,12 @@ from torch import nn
 from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override
 from sphere_rl.lanes import two_lanes
-from sphere_rl.ppo import Minibatch, minibatch_step
+from sphere_rl.ppo import Minibatch, minibatch_steps
 from sphere_rl.runtime import tune_process
 
 OBSERVATION_DIM, ACTION_DIM, WIDTH, EXPERTS, TOP_K = 51, 19, 256, 10, 2
 INNER = 8
-"""Minibatches of each learner at a time."""
+"""Minibatches of each learner at a time, as in a short epoch."""
 TARGETS = (
     "targets: reference/topk_moe at least 1.8 at 64 and 2.5 at 256; SPHERE at most +10 % (fixed, loss), +60 % (grad)"
 )
@@ -68,21 +68,22 @@ def learner(batch: Minibatch, changes: dict[str, object], threads: int = 1) -> t
     config = override(TrainConfig(), changes)
     agent = Agent(config, Spaces(OBSERVATION_DIM, ACTION_DIM, discrete=False), seed=0)
 
+    order = [torch.arange(len(batch))] * INNER
+
     def step() -> None:
         with two_lanes(threads):
-            for _ in range(INNER):
-                minibatch_step(agent, batch, config)
+            minibatch_steps(agent, batch, order, config)
 
     return agent, step
 
 
 def reference(batch: Minibatch, agent: Agent, sphere: bool) -> Callable[[], None]:
     """The same minibatches in plain PyTorch."""
-    learner = Reference(agent.actor)
+    learner, order = Reference(agent.actor), [torch.arange(len(batch))] * INNER
 
     def step() -> None:
-        for _ in range(INNER):
-            learner.minibatch(batch, sphere)
+        for index in order:
+            learner.minibatch(batch[index], sphere)
 
     return step
 

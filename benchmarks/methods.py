@@ -38,12 +38,13 @@ def minibatch_step(actor: str, size: int, method: str, changes: dict[str, object
     config = override(TrainConfig(), {"actor": actor, "method": (method,), **changes})
     agent = Agent(config, Spaces(OBSERVATION_DIM, ACTION_DIM, discrete=False), seed=0)
     batch = sample_batch(size, OBSERVATION_DIM, ACTION_DIM)
+    order = [torch.arange(len(batch))]
     agent.set_learning_rate(0.0)  # the routing stays that of a fresh gate
     for each in agent.methods:
         each.on_task_start(agent, 0)
 
     def step() -> None:
-        ppo.minibatch_step(agent, batch, config)
+        ppo.minibatch_steps(agent, batch, order, config)
         for each in agent.methods:
             each.after_minibatch(agent, batch)
 

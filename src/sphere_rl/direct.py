@@ -1,4 +1,4 @@
-"""Steps of actor and critic without autograd, each one TorchScript call.
+"""Steps of actor and critic without autograd, those of many minibatches as one TorchScript call.
 
 Two threads wait for each other at Python's lock between their operations, and after every product Python itself has to
 come back into the cache. What runs here needs Python only to begin and to end: that is what a second lane
@@ -11,19 +11,19 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from sphere_rl.chain import begin, chain_outputs
 from sphere_rl.lanes import lanes, split_rows
-from sphere_rl.learner import Learner, learner_of
+from sphere_rl.learner import Learner, at_rate, learner_of
 from sphere_rl.mixture import Passed, mixed, mixture_pass
 from sphere_rl.networks import Actor, MoENetwork
 from sphere_rl.optimizer import REST, ExpertAdam, adam_step, clip_scale, count_step, idle_experts
 from sphere_rl.routed_gram import penalty_and_gradient
 from sphere_rl.routing import Assigned, Gating, blocks_of
 from sphere_rl.scripting import SCRIPTED, scripted
-from sphere_rl.surrogate import Samples, categorical_loss, gaussian_loss
+from sphere_rl.surrogate import Samples, adapt_learning_rate, categorical_loss, gaussian_loss
 from sphere_rl.sweeps import Block, Given, ascend, descend, inner_products, move, nothing_found
 
 
@@ -45,24 +45,28 @@ NO_PENALTY = FeaturePenalty([], "fixed", 0.0, pcgrad=False)
 
 
 class Rules(NamedTuple):
-    """PPO's clip, the weight of its entropy, and the longest gradient; when experts rest."""
+    """PPO's clip, the weight of its entropy, and the longest gradient; the KL that the learning rate follows, if it is
+    above 0, and the rates that it stays between; when experts rest.
+    """
 
     clip: float
     entropy_coefficient: float
     max_norm: float
+    kl_target: float = 0.0
+    rate_bounds: tuple[float, float] = (0.0, 0.0)
     rest: int = REST
 
 
 class Improved(NamedTuple):
-    """Policy loss, KL, share of clipped ratios and entropy; the gradient's norm before it was clipped; the penalty, and
-    what it was multiplied by; of a regression beside it, mean square and norm.
+    """Of U minibatches, policy loss, KL, share of clipped ratios, entropy, and the gradient's norm before it was
+    clipped; of a regression beside them, mean square and norm: [U, …]. Of the last one, the penalty and what it was
+    multiplied by. The learning rate that follows.
     """
 
-    statistics: list[Tensor]
-    norm: Tensor
+    statistics: Tensor
     penalty: Tensor
     strength: Tensor
-    regression: list[Tensor]
+    rate: float
 
 
 class Regression(NamedTuple):
@@ -76,7 +80,7 @@ class Regression(NamedTuple):
 
 
 class _Improvement(NamedTuple):
-    """A policy's step, before it is taken, and at most one of a critic beside it."""
+    """A policy's step on a minibatch, before it is taken, and at most one of a critic beside it."""
 
     learner: Learner
     gating: Gating
@@ -103,18 +107,19 @@ def improve(
     actor: Actor,
     optimizer: ExpertAdam,
     samples: Samples,
+    order: Sequence[Int[Tensor, "_"]],
     rules: Rules,
     penalty: FeaturePenalty,
     keep: bool,
     regressions: Sequence[Regression] = (),
 ) -> Improved:
-    """One step of a plain actor on PPO's loss and a penalty, and beside it at most one of a critic.
+    """A step on each minibatch, the samples of these rows, of a plain actor on PPO's loss and a penalty.
 
-    ``keep``: let parameters carry their gradients.
+    Beside each, a step of at most one regression on the same rows. ``keep``: let parameters carry their gradients.
     """
     learner = learner_of(actor, optimizer, keep, actor.head)
     step = _Improvement(learner, actor.gating, samples, rules, penalty, lanes(), list(regressions))
-    improved, idle = begin(_improve, _start_improving, step)()
+    improved, idle = begin(_improve_on, _start_improving, step, list(order))()
     for own, steps in zip(learner.idle, idle, strict=True):
         own[:] = steps
     return Improved(*improved)  # TorchScript gives a tuple of its own
@@ -273,7 +278,8 @@ def _loss(learner: Learner, found: Passed, samples: Samples, rules: Rules) -> tu
 
 
 @scripted
-def _improve(step: _Improvement) -> tuple[Improved, list[list[int]]]:
+def _improve(step: _Improvement) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Statistics, the penalty, and what it was multiplied by."""
     learner, gating, samples, rules, form, num_lanes, regressions = step
     predicted: list[torch.jit.Future[list[Tensor]]] = []
     begun: list[torch.jit.Future[_Penalised]] = []
@@ -284,8 +290,8 @@ def _improve(step: _Improvement) -> tuple[Improved, list[list[int]]]:
     count_step(learner.counters)
     found = mixture_pass([mlp.layers for mlp in learner.mlps], gating, samples.observation, num_lanes)
     assigned, features, gated = found.assigned, found.experts[1:-1], len(learner.mlps) > 1
-    idle, mlp = learner.idle, learner.mlps[0]
-    drifting = idle_experts(idle, assigned.counts, mlp.first, mlp.second, learner.adam.beta2, rules.rest)
+    mlp = learner.mlps[0]
+    drifting = idle_experts(learner.idle, assigned.counts, mlp.first, mlp.second, learner.adam.beta2, rules.rest)
     if num_lanes > 1:  # while this lane has the loss
         if any(form.layers):
             begun.append(torch.jit.fork(_penalise, features, assigned, form.layers))  # type: ignore[reportArgumentType]
@@ -312,16 +318,48 @@ def _improve(step: _Improvement) -> tuple[Improved, list[list[int]]]:
         given.append(Given(found.gate[:-1], of_logits, of_gate_layers))
         due.append((1, 0, 0, len(samples.observation)))
     norm, relative = _take(learner, given, due, form, rules.max_norm, num_lanes)
-    of_regression: list[Tensor] = []
+    statistics.append(norm)
     for other in elsewhere:
-        of_regression.extend(torch.jit.wait(other))
+        statistics.extend(torch.jit.wait(other))
     if num_lanes == 1:
         for regression in regressions:
-            of_regression.extend(_regress(regression))
+            statistics.extend(_regress(regression))
         _drift(learner, drifting)
-    return Improved(statistics, norm, penalty, relative if form.mode == "grad" else strength, of_regression), idle
+    return statistics, penalty, relative if form.mode == "grad" else strength
 
 
 @scripted
-def _start_improving(step: _Improvement) -> torch.jit.Future[tuple[Improved, list[list[int]]]]:
-    return torch.jit.fork(_improve, step)  # type: ignore[reportReturnType]
+def _improve_on(step: _Improvement, order: list[Tensor]) -> tuple[Improved, list[list[int]]]:
+    """Minibatch after minibatch."""
+    every, rules, rate = step.samples, step.rules, step.learner.adam.rate
+    each: list[Tensor] = []
+    penalty = strength = torch.zeros_like(every.log_prob[0])
+    for index in order:
+        samples = Samples(
+            every.observation.index_select(0, index),
+            every.action.index_select(0, index),
+            every.policy.index_select(0, index),
+            every.log_prob.index_select(0, index),
+            every.advantage.index_select(0, index),
+        )
+        regressions = [
+            Regression(
+                at_rate(other.learner, rate), samples.observation, other.target.index_select(0, index),
+                other.coefficient, other.max_norm,
+            )
+            for other in step.regressions
+        ]  # fmt: skip
+        statistics, penalty, strength = _improve(
+            _Improvement(
+                at_rate(step.learner, rate), step.gating, samples, rules, step.form, step.num_lanes, regressions
+            )
+        )
+        each.append(torch.stack(statistics))
+        if rules.kl_target > 0:
+            rate = adapt_learning_rate(rate, float(statistics[1]), rules.kl_target, rules.rate_bounds)
+    return Improved(torch.stack(each), penalty, strength, rate), step.learner.idle
+
+
+@scripted
+def _start_improving(step: _Improvement, order: list[Tensor]) -> torch.jit.Future[tuple[Improved, list[list[int]]]]:
+    return torch.jit.fork(_improve_on, step, order)  # type: ignore[reportReturnType]

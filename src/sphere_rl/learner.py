@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from sphere_rl.mixture import Layers
 from sphere_rl.networks import MoENetwork
 from sphere_rl.optimizer import AdamStep, ExpertAdam
+from sphere_rl.scripting import scripted
 from sphere_rl.sweeps import Mlp
 
 
@@ -28,6 +29,19 @@ class Learner(NamedTuple):
     of_head: list[Tensor]
     adam: AdamStep
     counters: list[Tensor]
+
+
+@scripted
+def at_rate(learner: Learner, rate: float) -> Learner:
+    """With another learning rate."""
+    adam = learner.adam
+    return Learner(
+        learner.mlps, learner.idle, learner.zeros, learner.head, learner.of_head,
+        AdamStep(
+            adam.parameters, adam.gradients, adam.first, adam.second, adam.steps, rate, adam.beta1, adam.beta2, adam.eps
+        ),
+        learner.counters,
+    )  # fmt: skip
 
 
 class _Plan(NamedTuple):

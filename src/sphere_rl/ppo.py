@@ -5,9 +5,8 @@ Actor and critic have their own Adam and their own global-norm clip; advantages 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -24,7 +23,7 @@ from sphere_rl.methods import ActorStep
 from sphere_rl.networks import CategoricalHead, GaussianHead
 from sphere_rl.optimizer import ExpertAdam, clip_scale
 from sphere_rl.rollout import Rollout, gae
-from sphere_rl.surrogate import Samples, normalize
+from sphere_rl.surrogate import Samples, adapt_learning_rate, normalize
 
 
 @dataclass(frozen=True)
@@ -60,15 +59,6 @@ def value_loss(value: Float[Tensor, "N"], target: Float[Tensor, "N"]) -> Float[T
     return (value - target).square().mean()
 
 
-def adapt_learning_rate(rate: float, kl: float, target: float, bounds: tuple[float, float]) -> float:
-    """×1.5 where KL < target/2, ÷1.5 where KL > 2·target, within bounds."""
-    if kl > 2 * target:
-        return max(bounds[0], rate / 1.5)
-    if kl < target / 2:
-        return min(bounds[1], rate * 1.5)
-    return rate
-
-
 def update(agent: Agent, rollout: Rollout, config: TrainConfig) -> dict[str, float]:
     """Train on one rollout for all epochs; return the means of each minibatch's statistics.
 
@@ -80,16 +70,16 @@ def update(agent: Agent, rollout: Rollout, config: TrainConfig) -> dict[str, flo
         config.gamma, config.gae_lambda,
     )  # fmt: skip
     batch = flatten(rollout, advantage)
-    statistics, minibatches = [], config.num_epochs * math.ceil(len(batch) / config.minibatch_size)
-    for _ in range(config.num_epochs):
-        order = torch.randperm(len(batch), generator=agent.generator, device=agent.device)
-        for index in order.split(config.minibatch_size):
-            minibatch, last = batch[index], len(statistics) + 1 == minibatches
-            statistics.append(minibatch_step(agent, minibatch, config, keep=last))
-            if config.learning_rate_schedule == "kl":
-                kl = float(statistics[-1][STATISTICS.index("kl")])
-                rate = adapt_learning_rate(agent.learning_rate, kl, config.kl_target, config.learning_rate_bounds)
-                agent.set_learning_rate(rate)
+    apart, statistics = any(method.acts_between_minibatches for method in agent.methods), []
+    for epoch in range(config.num_epochs):
+        order = torch.randperm(len(batch), generator=agent.generator, device=agent.device).split(config.minibatch_size)
+        last = epoch == config.num_epochs - 1
+        if not apart:
+            statistics += minibatch_steps(agent, batch, order, config, keep=last)
+            continue
+        for position, index in enumerate(order, start=1):
+            statistics += minibatch_steps(agent, batch, [index], config, keep=last and position == len(order))
+            minibatch = batch[index]
             for method in agent.methods:
                 method.after_minibatch(agent, minibatch)
     for method in agent.methods:
@@ -112,19 +102,44 @@ def flatten(rollout: Rollout, advantage: Float[Tensor, "T B"]) -> Minibatch:
 STATISTICS = ("policy_loss", "kl", "clip_fraction", "entropy", "actor_grad_norm", "value_loss", "critic_grad_norm")
 
 
-def minibatch_step(agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool = False) -> Float[Tensor, "S"]:
-    """One gradient step of the actor and one of the critic; `STATISTICS`.
+def minibatch_steps(
+    agent: Agent, batch: Minibatch, order: Sequence[Int[Tensor, "_"]], config: TrainConfig, keep: bool = False
+) -> list[Float[Tensor, "S"]]:
+    """A gradient step of the actor and one of the critic on each minibatch, the samples of these rows; `STATISTICS`.
+
+    The learning rate follows the KL from one to the next where it is told to. ``keep``: parameters must carry their
+    gradients afterwards.
+    """
+    if keep and len(order) > 1:
+        before = minibatch_steps(agent, batch, order[:-1], config)
+        return before + minibatch_steps(agent, batch, order[-1:], config, keep)
+    critic = critic_regression(agent, batch, config, keep) if is_direct(agent) else None
+    if critic is not None:
+        return direct_steps(agent, batch, order, config, keep, [critic])
+    found = []
+    for index in order:
+        found.append(minibatch_step(agent, batch[index], config, keep))
+        if config.learning_rate_schedule == "kl":
+            kl = float(found[-1][STATISTICS.index("kl")])
+            agent.set_learning_rate(
+                adapt_learning_rate(agent.learning_rate, kl, config.kl_target, config.learning_rate_bounds)
+            )
+    return found
+
+
+def is_direct(agent: Agent) -> bool:
+    """Whether the actor's steps need no autograd."""
+    plain = is_plain(agent.actor) and type(agent.actor_optimizer) is ExpertAdam
+    return plain and all(method.is_direct for method in agent.methods)
+
+
+def minibatch_step(agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool) -> Float[Tensor, "S"]:
+    """A step of each where one needs autograd.
 
     The critic's goes on, with two lanes, beside what the actor cannot share between them: its gate and its loss.
-    ``keep``: parameters must carry their gradients afterwards.
     """
-    direct = is_plain(agent.actor) and type(agent.actor_optimizer) is ExpertAdam
-    direct = direct and all(method.is_direct for method in agent.methods)
-    critic = critic_regression(agent, batch, config, keep) if direct else None
-    if critic is not None:
-        return torch.stack(direct_actor_step(agent, batch, config, keep, [critic]))
     of_critic = begin_critic_step(agent, batch, config, keep)
-    of_actor = direct_actor_step(agent, batch, config, keep) if direct else actor_step(agent, batch, config)
+    of_actor = direct_actor_step(agent, batch, config, keep) if is_direct(agent) else actor_step(agent, batch, config)
     return torch.stack([*of_actor, *of_critic()])
 
 
@@ -143,28 +158,45 @@ def actor_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Tens
     return [*statistics, norm]
 
 
-def direct_actor_step(
-    agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool, regressions: Sequence[Regression] = ()
-) -> list[Tensor]:
-    """The same step without a graph, where methods do no more than their `feature_penalty` says.
+def direct_actor_step(agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool) -> list[Tensor]:
+    """The same step without a graph, where methods do no more than their `feature_penalty` says."""
+    order = [torch.arange(len(batch), device=agent.device)]
+    (statistics,) = direct_steps(agent, batch, order, replace(config, learning_rate_schedule="constant"), keep)
+    return list(statistics.unbind())
 
-    A critic's step may be taken beside it; its statistics follow.
-    """
+
+def direct_steps(
+    agent: Agent,
+    batch: Minibatch,
+    order: Sequence[Int[Tensor, "_"]],
+    config: TrainConfig,
+    keep: bool,
+    regressions: Sequence[Regression] = (),
+) -> list[Float[Tensor, "S"]]:
+    """Steps of the actor on minibatches without a graph. A critic's may be taken beside each; its statistics follow."""
     assert isinstance(agent.actor_optimizer, ExpertAdam)
-    found = {method: method.feature_penalty(agent.actor, batch.observation) for method in agent.methods}
+    first = batch.observation[order[0]]
+    found = {method: method.feature_penalty(agent.actor, first) for method in agent.methods}
     penalties = {method: penalty for method, penalty in found.items() if penalty is not None}
+    follow = config.learning_rate_schedule == "kl"
     improved = improve(
         agent.actor,
         agent.actor_optimizer,
         Samples(batch.observation, batch.action, batch.policy, batch.log_prob, batch.advantage),
-        Rules(config.clip, config.entropy_coefficient, config.max_grad_norm),
+        order,
+        Rules(
+            config.clip, config.entropy_coefficient, config.max_grad_norm,
+            config.kl_target if follow else 0.0, config.learning_rate_bounds,
+        ),
         next(iter(penalties.values()), NO_PENALTY),
         keep,
         regressions,
-    )
+    )  # fmt: skip
     for method in penalties:
         method.penalised(improved)
-    return [*improved.statistics, improved.norm, *improved.regression]
+    if follow:
+        agent.set_learning_rate(improved.rate)
+    return list(improved.statistics.unbind())
 
 
 def actor_loss(

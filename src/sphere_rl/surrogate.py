@@ -24,6 +24,16 @@ def normalize(advantage: Tensor) -> Tensor:
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
 
 
+@scriptable
+def adapt_learning_rate(rate: float, kl: float, target: float, bounds: tuple[float, float]) -> float:
+    """×1.5 where KL < target/2, ÷1.5 where KL > 2·target, within bounds."""
+    if kl > 2 * target:
+        return max(bounds[0], rate / 1.5)
+    if kl < target / 2:
+        return min(bounds[1], rate * 1.5)
+    return rate
+
+
 @scripted
 def _clipped(log_prob: Tensor, samples: Samples, clip: float) -> tuple[Tensor, Tensor, Tensor]:
     """The clipped loss, the share of ratios outside the clip, and ∂loss/∂log π [N, 1]."""

@@ -101,11 +101,14 @@ class Method:
         return None
 
     def feature_penalty(self, actor: Actor, observation: Tensor) -> FeaturePenalty | None:
-        """Say what `actor_penalty` and `actor_gradients` would do, where `is_direct` and one of them does something."""
+        """Say what `actor_penalty` and `actor_gradients` would do, where `is_direct` and one of them does something.
+
+        It holds for some minibatches, of which this one is the first.
+        """
         return None
 
     def penalised(self, improved: Improved) -> None:
-        """The step with what `feature_penalty` said has been taken."""
+        """The steps with what `feature_penalty` said have been taken."""
 
     def critic_penalty(self, agent: Agent, batch: Minibatch, trace: Trace) -> Tensor | None:
         """Compute a scalar to add to the critic's loss; perhaps while the actor's hooks run."""
@@ -131,6 +134,11 @@ class Method:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
+
+    @property
+    def acts_between_minibatches(self) -> bool:
+        """Whether `after_minibatch` is overridden."""
+        return getattr(self.after_minibatch, "__func__", None) is not Method.after_minibatch
 
     @property
     def uses_actor_gradients(self) -> bool:
