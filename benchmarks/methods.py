@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+import torch
 from learner import sample_batch
 from measure import CLOCKS, interleaved, machine, markdown
 

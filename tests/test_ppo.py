@@ -13,7 +13,6 @@ from sphere_rl.errors import TrainingError
 from sphere_rl.ppo import (
     Minibatch,
     actor_step,
-    adapt_learning_rate,
     apply_gradients,
     critic_step,
     direct_actor_step,
@@ -23,7 +22,7 @@ from sphere_rl.ppo import (
 )
 from sphere_rl.rollout import Collector, Rollout
 from sphere_rl.suites import make_suite
-from sphere_rl.surrogate import normalize
+from sphere_rl.surrogate import adapt_learning_rate, normalize
 
 
 def test_policy_loss_by_hand() -> None:
@@ -130,6 +129,25 @@ def test_update_with_the_kl_schedule_moves_the_rate_within_the_iteration(tiny: T
     update(agent, rollout_of(agent), config)
     assert agent.learning_rate > 1e-4  # the first minibatches have nearly no KL
     assert {group["lr"] for group in agent.critic_optimizer.param_groups} == {agent.learning_rate}
+
+
+@pytest.mark.parametrize("schedule", ["constant", "kl"])
+@pytest.mark.parametrize("actor", ["dense", "topk_moe"])
+def test_an_epoch_in_one_call_is_its_minibatches_one_by_one(actor: str, schedule: str, tiny: TrainConfig) -> None:
+    changes = {"actor": actor, "method": ("sphere",), "learning_rate_schedule": schedule, "network.num_experts": 5}
+    config, results = override(tiny, changes), []
+    for apart in (False, True):
+        agent = Agent(config, Spaces(3, 1, discrete=False), seed=0)
+        if apart:  # something happens between minibatches: each is a call of its own
+            agent.methods[0].after_minibatch = lambda agent, batch: None  # type: ignore[method-assign]
+        statistics = [update(agent, rollout_of(agent), config) for _ in range(2)]
+        idle = [agent.actor_optimizer.state[p].get("idle") for p in agent.actor_parameters]
+        carried = [p.grad for p in agent.actor_parameters + agent.critic_parameters]
+        state = [*agent.actor_parameters, *agent.critic_parameters, *carried]
+        results.append((statistics, agent.learning_rate, agent.methods[0].metrics(), idle, state))
+    (*one, own), (*each, others) = results
+    assert one == each
+    assert all(torch.equal(a, b) for a, b in zip(own, others, strict=True))
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_names_the_minibatch(agent: Agent, tiny: TrainConfig) -> None:
