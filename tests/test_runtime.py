@@ -29,3 +29,20 @@ def test_denormals_are_flushed_and_freed_gradients_stay_in_the_process():
     threads, denormals, page_faults = map(int, result.stdout.split())
     assert (threads, denormals) == (1, 0)
     assert page_faults < 640  # 8 MB in 4 KiB pages 20 times are 38 400 where memory goes back to the system
+
+
+LANES = """
+import torch
+from sphere_rl.runtime import tune_process
+
+asked, ask = [], torch.set_num_interop_threads
+torch.set_num_interop_threads = lambda number: (asked.append(number), ask(number))
+for threads in (1, 2, 4):
+    tune_process(threads)
+print(asked, torch.get_num_interop_threads())
+"""
+
+
+def test_two_lanes_have_two_threads_and_a_second_request_is_no_error():
+    result = subprocess.run([sys.executable, "-c", LANES], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[2, 2] 2"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from contextlib import suppress
 
 import torch
 
@@ -19,9 +20,13 @@ def tune_process(torch_threads: int) -> None:
     Memory: gradients are megabytes that are freed and allocated again in every minibatch; glibc would give them back
     to the system and page them in anew, 1 to 2 ms a minibatch. Larger blocks go back at once, and all threads share
     one arena: else the environments that are made and closed for evaluations leave holes that only grow.
+    Lanes: PyTorch makes as many inter-op threads as there are cores; two lanes (`sphere_rl.lanes`) use two.
     """
     torch.set_flush_denormal(True)
     torch.set_num_threads(torch_threads)
+    if torch_threads > 1:
+        with suppress(RuntimeError):  # they run already
+            torch.set_num_interop_threads(2)
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_TRIM_THRESHOLD, KEEP_FREED)
