@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sphere_rl import sweeps
 from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig
-from sphere_rl.direct import begin_regression, is_plain, regression
+from sphere_rl.direct import is_plain
 from sphere_rl.lanes import two_lanes
 from sphere_rl.networks import KINDS, GaussianHead, MoENetwork, NetworkOptions, make_actor
 from sphere_rl.optimizer import REST, ExpertAdam
@@ -27,6 +27,7 @@ from sphere_rl.ppo import (
     critic_step,
     direct_actor_step,
 )
+from sphere_rl.regression import begin_regression, regression
 from sphere_rl.scripting import SCRIPTED
 from sphere_rl.surrogate import Samples, gaussian_loss
 

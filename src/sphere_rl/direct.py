@@ -7,24 +7,25 @@ gradients (`sphere_rl.sweeps`). Only for networks that are plain chains of layer
 autograd, with the same result.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from sphere_rl.chain import begin, chain_outputs
-from sphere_rl.lanes import lanes, split_rows
-from sphere_rl.learner import Learner, at_rate, learner_of
+from sphere_rl.chain import begin
+from sphere_rl.lanes import lanes
+from sphere_rl.learner import Learner, at_rate, down, drift, learner_of, up
 from sphere_rl.mixture import Passed, mixed, mixture_pass
 from sphere_rl.networks import Actor, MoENetwork
-from sphere_rl.optimizer import REST, ExpertAdam, adam_step, clip_scale, count_step, idle_experts
+from sphere_rl.optimizer import REST, ExpertAdam, clip_scale, count_step, idle_experts
+from sphere_rl.regression import Predicted, Regression, predict, regress, settle
 from sphere_rl.routed_gram import penalty_and_gradient
 from sphere_rl.routing import Assigned, Gating, blocks_of
 from sphere_rl.scripting import SCRIPTED, scripted
 from sphere_rl.surrogate import Samples, adapt_learning_rate, categorical_loss, gaussian_loss
-from sphere_rl.sweeps import Block, Given, ascend, descend, inner_products, move, nothing_found
+from sphere_rl.sweeps import Block, Given, inner_products
 
 
 class FeaturePenalty(NamedTuple):
@@ -67,16 +68,6 @@ class Improved(NamedTuple):
     penalty: Tensor
     strength: Tensor
     rate: float
-
-
-class Regression(NamedTuple):
-    """A network's step on coefficient · mean (output − target)², before it is taken."""
-
-    learner: Learner
-    observation: Tensor
-    target: Tensor
-    coefficient: float
-    max_norm: float
 
 
 class _Improvement(NamedTuple):
@@ -125,26 +116,6 @@ def improve(
     return Improved(*improved)  # TorchScript gives a tuple of its own
 
 
-def regression(
-    network: MoENetwork,
-    optimizer: ExpertAdam,
-    observation: Float[Tensor, "N D"],
-    target: Float[Tensor, "N"],
-    coefficient: float,
-    max_norm: float,
-    keep: bool,
-) -> Regression:
-    """A step of a plain network of a single expert; ``keep``: let parameters carry their gradients."""
-    learner = learner_of(network, optimizer, keep)
-    return Regression(learner, observation, target, coefficient, max_norm)
-
-
-@torch.inference_mode()
-def begin_regression(step: Regression) -> Callable[[], list[Tensor]]:
-    """Begin a step; call what this returns for the mean square and the gradient's norm."""
-    return begin(_regress, _start_regression, step)
-
-
 @scripted
 def _penalise(features: list[Tensor], found: Assigned, layers: list[bool]) -> _Penalised:
     """The penalty of these hidden layers."""
@@ -161,64 +132,23 @@ def _penalise(features: list[Tensor], found: Assigned, layers: list[bool]) -> _P
 
 
 @scripted
-def _strength(products: Tensor, form: FeaturePenalty) -> tuple[Tensor, Tensor, Tensor]:
-    """Mode grad, from the inner products [2, 2] of loss's and penalty's gradients: what each is multiplied by in the
-    step, and the square of the sum's norm.
+def _clip(products: Tensor, form: FeaturePenalty, max_norm: float) -> tuple[Tensor, list[Tensor], Tensor]:
+    """From the inner products [k, k] of the gradients, the norm of what the step would be without a clip, what each
+    gradient is multiplied by in the step, and, in mode grad, the penalty's without the clip.
     """
-    of_loss, cross, of_penalty = products[0, 0], products[0, 1], products[1, 1]
-    along = torch.zeros_like(cross)
-    if form.pcgrad:  # the penalty's gradient less this multiple of the loss's
-        along = cross.clamp(max=0.0) / (of_loss + 1e-8)
-    rest = of_penalty - along * (2 * cross - along * of_loss)
-    strength = form.share * of_loss.sqrt() / (rest.clamp(min=0.0).sqrt() + 1e-8)
-    kept = 1 - strength * along
-    return kept, strength, kept * (kept * of_loss + 2 * strength * cross) + strength.square() * of_penalty
-
-
-@scripted
-def _take(
-    learner: Learner, given: list[Given], blocks: list[Block], form: FeaturePenalty, max_norm: float, num_lanes: int
-) -> tuple[Tensor, Tensor]:
-    """Both sweeps and Adam: the gradient's norm, and what the penalty's gradient was multiplied by in mode grad."""
-    k, mlps = 2 if form.mode == "grad" else 1, learner.mlps
-    for mlp in mlps:
-        for grad in mlp.grad_biases:
-            grad.zero_()
-    mine, others = split_rows([end - start for _, _, start, end in blocks], num_lanes)
-    found = nothing_found(blocks, mlps)
-    there: list[torch.jit.Future[int]] = []
-    if len(others) > 0:
-        there.append(torch.jit.fork(descend, others, blocks, mlps, given, k, True, found))  # type: ignore[reportArgumentType]
-    descend(mine, blocks, mlps, given, k, num_lanes > 1, found)
-    for other in there:
-        torch.jit.wait(other)
-    products = inner_products(found)
-    for gradient in learner.of_head:
-        products[0, 0].add_(gradient.square().sum())
-    kept, strength, square = torch.ones_like(products[0, 0]), torch.zeros_like(products[0, 0]), products[0, 0]
+    of_loss, cross, of_penalty = products[0, 0], products[0, -1], products[-1, -1]
+    kept, strength, square = torch.ones_like(cross), torch.zeros_like(cross), of_loss
     if form.mode == "grad":
-        kept, strength, square = _strength(products, form)
+        along = torch.zeros_like(cross)
+        if form.pcgrad:  # the penalty's gradient less this multiple of the loss's
+            along = cross.clamp(max=0.0) / (of_loss + 1e-8)
+        rest = of_penalty - along * (2 * cross - along * of_loss)
+        strength = form.share * of_loss.sqrt() / (rest.clamp(min=0.0).sqrt() + 1e-8)
+        kept = 1 - strength * along
+        square = kept * (kept * of_loss + 2 * strength * cross) + strength.square() * of_penalty
     norm = square.clamp(min=0.0).sqrt()
     scale = clip_scale(norm, max_norm)
-    factors = [kept / scale, strength / scale][:k]
-    for gradient in learner.of_head:
-        gradient.mul_(factors[0])
-    there.clear()
-    if len(others) > 0:
-        there.append(torch.jit.fork(ascend, others, blocks, mlps, given, found, factors, learner.adam))  # type: ignore[reportArgumentType]
-    ascend(mine, blocks, mlps, given, found, factors, learner.adam)
-    for other in there:
-        torch.jit.wait(other)
-    adam_step(learner.adam, None)
-    return norm, strength
-
-
-@scripted
-def _drift(learner: Learner, idle: list[int]) -> list[Tensor]:
-    """Adam's step of experts without rows."""
-    for expert in idle:
-        move(learner.mlps[0], expert, learner.zeros, learner.adam)
-    return []
+    return norm, [kept / scale, strength / scale][: products.size(0)], strength
 
 
 @scripted
@@ -228,39 +158,6 @@ def _logits_gradient(found: Assigned, gating: Gating, grad_gate: Tensor) -> Tens
     grad.view(-1).index_copy_(0, found.sample * experts + found.expert, grad_gate)
     weights, grad = found.weights[:, gating.shared :], grad[:, gating.shared :]
     return weights * (grad - (weights * grad).sum(1, keepdim=True)) / gating.temperature
-
-
-@scripted
-def _predict(step: Regression) -> list[Tensor]:
-    layers, n = step.learner.mlps[0].layers, step.target.size(0)
-    return chain_outputs(step.observation, layers.weights, layers.biases, [(0, 0, n)], 1)
-
-
-@scripted
-def _fit(step: Regression, outputs: list[Tensor], num_lanes: int) -> list[Tensor]:
-    n, target = step.target.size(0), step.target
-    error = outputs[-1].squeeze(1) - target
-    of_error = (error * (2 * step.coefficient / n)).unsqueeze(1)
-    given = Given(outputs[:-1], of_error, [target.new_empty(0)] * (len(outputs) - 1))
-    form = FeaturePenalty([], "fixed", 0.0, False)
-    count_step(step.learner.counters)
-    norm, _ = _take(step.learner, [given], [(0, 0, 0, n)], form, step.max_norm, num_lanes)
-    return [error.square().mean(), norm]
-
-
-@scripted
-def _regress(step: Regression) -> list[Tensor]:
-    return _fit(step, _predict(step), 1)
-
-
-@scripted
-def _fit_predicted(step: Regression, predicted: torch.jit.Future[list[Tensor]]) -> list[Tensor]:
-    return _fit(step, torch.jit.wait(predicted), 2)
-
-
-@scripted
-def _start_regression(step: Regression) -> torch.jit.Future[list[Tensor]]:
-    return torch.jit.fork(_regress, step)  # type: ignore[reportReturnType]
 
 
 @scripted
@@ -278,54 +175,75 @@ def _loss(learner: Learner, found: Passed, samples: Samples, rules: Rules) -> tu
 
 
 @scripted
-def _improve(step: _Improvement) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Statistics, the penalty, and what it was multiplied by."""
-    learner, gating, samples, rules, form, num_lanes, regressions = step
-    predicted: list[torch.jit.Future[list[Tensor]]] = []
-    begun: list[torch.jit.Future[_Penalised]] = []
-    elsewhere: list[torch.jit.Future[list[Tensor]]] = []
-    if num_lanes > 1:
-        for regression in regressions:
-            predicted.append(torch.jit.fork(_predict, regression))  # type: ignore[reportArgumentType]
-    count_step(learner.counters)
-    found = mixture_pass([mlp.layers for mlp in learner.mlps], gating, samples.observation, num_lanes)
-    assigned, features, gated = found.assigned, found.experts[1:-1], len(learner.mlps) > 1
-    mlp = learner.mlps[0]
-    drifting = idle_experts(learner.idle, assigned.counts, mlp.first, mlp.second, learner.adam.beta2, rules.rest)
-    if num_lanes > 1:  # while this lane has the loss
-        if any(form.layers):
-            begun.append(torch.jit.fork(_penalise, features, assigned, form.layers))  # type: ignore[reportArgumentType]
-        for regression, outputs in zip(regressions, predicted):  # noqa: B905
-            elsewhere.append(torch.jit.fork(_fit_predicted, regression, outputs))  # type: ignore[reportArgumentType]
-        elsewhere.append(torch.jit.fork(_drift, learner, drifting))  # type: ignore[reportArgumentType]
-    loss, statistics, of_rows = _loss(learner, found, samples, rules)
-    penalised = torch.jit.wait(begun[0]) if len(begun) > 0 else _penalise(features, assigned, form.layers)
-    penalty, of_gate_too, of_penalty = penalised
+def _weigh(penalised: _Penalised, loss: Tensor, form: FeaturePenalty) -> Tensor:
+    """What the penalty is multiplied by; so are its gradients, but in mode grad that has to wait for both norms."""
+    penalty, of_gate, of_rows = penalised
     strength = torch.full_like(loss, form.share)
     if form.mode == "loss":
         strength = form.share * loss.abs() / (penalty + 1e-8)
     if form.mode != "grad":
-        for grad in of_penalty:
+        of_gate.mul_(strength)
+        for grad in of_rows:
             grad.mul_(strength)
-        of_gate_too.mul_(strength)
+    return strength
+
+
+@scripted
+def _prepare(
+    found: Passed, gating: Gating, of_rows: Tensor, penalised: _Penalised, form: FeaturePenalty
+) -> tuple[list[Given], list[Block]]:
+    """What both sweeps read, and the blocks of rows of experts and gate."""
+    assigned, (_, of_gate, of_penalty) = found.assigned, penalised
     given = [Given(found.experts[:-1], of_rows * assigned.gate.unsqueeze(1), of_penalty)]
-    due = [(0, expert, start, end) for expert, start, end in blocks_of(assigned.counts)]
-    if gated:
-        of_gate_layers = [loss.new_empty(0)] * (len(found.gate) - 1)
+    blocks = [(0, expert, start, end) for expert, start, end in blocks_of(assigned.counts)]
+    if len(found.gate) > 1:
+        of_layers = [of_gate.new_empty(0)] * (len(found.gate) - 1)
         if any(form.layers):
-            of_gate_layers[-1] = _logits_gradient(assigned, gating, of_gate_too)
+            of_layers[-1] = _logits_gradient(assigned, gating, of_gate)
         of_logits = _logits_gradient(assigned, gating, (of_rows * found.experts[-1]).sum(1))
-        given.append(Given(found.gate[:-1], of_logits, of_gate_layers))
-        due.append((1, 0, 0, len(samples.observation)))
-    norm, relative = _take(learner, given, due, form, rules.max_norm, num_lanes)
+        given.append(Given(found.gate[:-1], of_logits, of_layers))
+        blocks.append((1, 0, 0, of_logits.size(0)))
+    return given, blocks
+
+
+@scripted
+def _improve(step: _Improvement) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Statistics, the penalty, and what it was multiplied by."""
+    learner, gating, samples, rules, form, num_lanes, regressions = step
+    predicted: list[torch.jit.Future[Predicted]] = []
+    begun: list[torch.jit.Future[_Penalised]] = []
+    elsewhere: list[torch.jit.Future[list[Tensor]]] = []
+    if num_lanes > 1:  # beside the gate
+        for regression in regressions:
+            predicted.append(torch.jit.fork(predict, regression))  # type: ignore[reportArgumentType]
+    count_step(learner.counters)
+    found = mixture_pass([mlp.layers for mlp in learner.mlps], gating, samples.observation, num_lanes)
+    assigned, mlp = found.assigned, learner.mlps[0]
+    idle = idle_experts(learner.idle, assigned.counts, mlp.first, mlp.second, learner.adam.beta2, rules.rest)
+    if num_lanes > 1:  # beside the loss
+        if any(form.layers):
+            begun.append(torch.jit.fork(_penalise, found.experts[1:-1], assigned, form.layers))  # type: ignore[reportArgumentType]
+        for regression, before in zip(regressions, predicted):  # noqa: B905
+            elsewhere.append(torch.jit.fork(settle, regression, before))  # type: ignore[reportArgumentType]
+        elsewhere.append(torch.jit.fork(drift, learner, idle))  # type: ignore[reportArgumentType]
+    loss, statistics, of_rows = _loss(learner, found, samples, rules)
+    penalised = torch.jit.wait(begun[0]) if len(begun) > 0 else _penalise(found.experts[1:-1], assigned, form.layers)
+    strength = _weigh(penalised, loss, form)
+    given, blocks = _prepare(found, gating, of_rows, penalised, form)
+    swept = down(learner, given, blocks, 2 if form.mode == "grad" else 1, num_lanes)
+    products = inner_products(swept)
+    for gradient in learner.of_head:
+        products[0, 0].add_(gradient.square().sum())
+    norm, factors, relative = _clip(products, form, rules.max_norm)
+    up(learner, given, blocks, swept, factors, num_lanes)
     statistics.append(norm)
     for other in elsewhere:
         statistics.extend(torch.jit.wait(other))
     if num_lanes == 1:
         for regression in regressions:
-            statistics.extend(_regress(regression))
-        _drift(learner, drifting)
-    return statistics, penalty, relative if form.mode == "grad" else strength
+            statistics.extend(regress(regression))
+        drift(learner, idle)
+    return statistics, penalised[0], relative if form.mode == "grad" else strength
 
 
 @scripted

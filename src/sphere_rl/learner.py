@@ -1,4 +1,6 @@
-"""A network and its optimiser as TorchScript takes them: tensors in lists, made once for many steps."""
+"""A network and its optimiser as TorchScript takes them: tensors in lists, made once for many steps; and both sweeps of
+a step (`sphere_rl.sweeps`) on one or two lanes.
+"""
 
 from functools import partial
 from itertools import chain
@@ -8,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from sphere_rl.lanes import split_rows
 from sphere_rl.mixture import Layers
 from sphere_rl.networks import MoENetwork
-from sphere_rl.optimizer import AdamStep, ExpertAdam
+from sphere_rl.optimizer import AdamStep, ExpertAdam, adam_step
 from sphere_rl.scripting import scripted
-from sphere_rl.sweeps import Mlp
+from sphere_rl.sweeps import Block, Found, Given, Mlp, ascend, descend, move, nothing_found
 
 
 class Learner(NamedTuple):
@@ -110,3 +113,48 @@ def _present(plan: _Plan, optimizer: ExpertAdam, keep: bool) -> Learner:
 def _zeroed(parameter: Parameter) -> Tensor:
     parameter.grad = torch.zeros_like(parameter, requires_grad=False)
     return parameter.grad
+
+
+@scripted
+def down(learner: Learner, given: list[Given], blocks: list[Block], k: int, num_lanes: int) -> Found:
+    """The first sweep, through all blocks."""
+    mine, others = split_rows([end - start for _, _, start, end in blocks], num_lanes)
+    found = nothing_found(blocks, learner.mlps)
+    there: list[torch.jit.Future[int]] = []
+    if len(others) > 0:
+        there.append(torch.jit.fork(descend, others, blocks, learner.mlps, given, k, True, found))  # type: ignore[reportArgumentType]
+    descend(mine, blocks, learner.mlps, given, k, num_lanes > 1, found)
+    for other in there:
+        torch.jit.wait(other)
+    return found
+
+
+@scripted
+def up(
+    learner: Learner, given: list[Given], blocks: list[Block], found: Found, factors: list[Tensor], num_lanes: int
+) -> None:
+    """The second one: Adam's step on Σ_i factors[i] · gradient i of all parameters but the resting experts' weights.
+
+    What the policy has beside its networks is in the first gradient alone.
+    """
+    for mlp in learner.mlps:
+        for grad in mlp.grad_biases:
+            grad.zero_()
+    mine, others = split_rows([end - start for _, _, start, end in blocks], num_lanes)
+    there: list[torch.jit.Future[int]] = []
+    if len(others) > 0:
+        there.append(torch.jit.fork(ascend, others, blocks, learner.mlps, given, found, factors, learner.adam))  # type: ignore[reportArgumentType]
+    ascend(mine, blocks, learner.mlps, given, found, factors, learner.adam)
+    for other in there:
+        torch.jit.wait(other)
+    for gradient in learner.of_head:
+        gradient.mul_(factors[0])
+    adam_step(learner.adam, None)
+
+
+@scripted
+def drift(learner: Learner, idle: list[int]) -> list[Tensor]:
+    """Adam's step of the weights of experts without rows."""
+    for expert in idle:
+        move(learner.mlps[0], expert, learner.zeros, learner.adam)
+    return []

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from sphere_rl.agent import Agent
 from sphere_rl.config import TrainConfig
-from sphere_rl.direct import NO_PENALTY, Regression, Rules, begin_regression, improve, is_plain, regression
+from sphere_rl.direct import NO_PENALTY, Rules, improve, is_plain
 from sphere_rl.errors import TrainingError
 from sphere_rl.gradients import scale_, total_norm
 from sphere_rl.lanes import beside
 from sphere_rl.methods import ActorStep
 from sphere_rl.networks import CategoricalHead, GaussianHead
 from sphere_rl.optimizer import ExpertAdam, clip_scale
+from sphere_rl.regression import Regression, begin_regression, regression
 from sphere_rl.rollout import Rollout, gae
 from sphere_rl.surrogate import Samples, adapt_learning_rate, normalize
 
