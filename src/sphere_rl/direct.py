@@ -20,11 +20,11 @@ from sphere_rl.learner import Learner, at_rate, down, drift, learner_of, up
 from sphere_rl.mixture import Passed, mixed, mixture_pass
 from sphere_rl.networks import Actor, MoENetwork
 from sphere_rl.optimizer import REST, ExpertAdam, clip_scale, count_step, idle_experts
-from sphere_rl.regression import Predicted, Regression, predict, regress, settle
+from sphere_rl.regression import Predicted, Regression, part_of, predict, regress, settle
 from sphere_rl.routed_gram import penalty_and_gradient
 from sphere_rl.routing import Assigned, Gating, blocks_of
 from sphere_rl.scripting import SCRIPTED, scripted
-from sphere_rl.surrogate import Samples, adapt_learning_rate, categorical_loss, gaussian_loss
+from sphere_rl.surrogate import Samples, adapt_learning_rate, categorical_loss, gaussian_loss, samples_of
 from sphere_rl.sweeps import Block, Given, inner_products
 
 
@@ -253,25 +253,10 @@ def _improve_on(step: _Improvement, order: list[Tensor]) -> tuple[Improved, list
     each: list[Tensor] = []
     penalty = strength = torch.zeros_like(every.log_prob[0])
     for index in order:
-        samples = Samples(
-            every.observation.index_select(0, index),
-            every.action.index_select(0, index),
-            every.policy.index_select(0, index),
-            every.log_prob.index_select(0, index),
-            every.advantage.index_select(0, index),
-        )
-        regressions = [
-            Regression(
-                at_rate(other.learner, rate), samples.observation, other.target.index_select(0, index),
-                other.coefficient, other.max_norm,
-            )
-            for other in step.regressions
-        ]  # fmt: skip
-        statistics, penalty, strength = _improve(
-            _Improvement(
-                at_rate(step.learner, rate), step.gating, samples, rules, step.form, step.num_lanes, regressions
-            )
-        )
+        samples, learner = samples_of(every, index), at_rate(step.learner, rate)
+        regressions = [part_of(other, samples.observation, index, rate) for other in step.regressions]
+        part = _Improvement(learner, step.gating, samples, rules, step.form, step.num_lanes, regressions)
+        statistics, penalty, strength = _improve(part)
         each.append(torch.stack(statistics))
         if rules.kl_target > 0:
             rate = adapt_learning_rate(rate, float(statistics[1]), rules.kl_target, rules.rate_bounds)

@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sphere_rl.chain import begin, chain_outputs
-from sphere_rl.learner import Learner, down, learner_of, up
+from sphere_rl.learner import Learner, at_rate, down, learner_of, up
 from sphere_rl.networks import MoENetwork
 from sphere_rl.optimizer import ExpertAdam, clip_scale, count_step
-from sphere_rl.scripting import scripted
+from sphere_rl.scripting import scriptable, scripted
 from sphere_rl.sweeps import Given, inner_products
 
 
@@ -44,6 +44,13 @@ def regression(
     """A step of a plain network of a single expert; ``keep``: let parameters carry their gradients."""
     learner = learner_of(network, optimizer, keep)
     return Regression(learner, observation, target, coefficient, max_norm)
+
+
+@scriptable
+def part_of(every: Regression, observation: Tensor, index: Tensor, rate: float) -> Regression:
+    """The step on these rows, of which these are the observations, at another learning rate."""
+    learner, target = at_rate(every.learner, rate), every.target.index_select(0, index)
+    return Regression(learner, observation, target, every.coefficient, every.max_norm)
 
 
 @torch.inference_mode()

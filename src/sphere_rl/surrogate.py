@@ -19,6 +19,18 @@ class Samples(NamedTuple):
 
 
 @scriptable
+def samples_of(every: Samples, index: Tensor) -> Samples:
+    """The samples of these rows."""
+    return Samples(
+        every.observation.index_select(0, index),
+        every.action.index_select(0, index),
+        every.policy.index_select(0, index),
+        every.log_prob.index_select(0, index),
+        every.advantage.index_select(0, index),
+    )
+
+
+@scriptable
 def normalize(advantage: Tensor) -> Tensor:
     """Zero mean, unit standard deviation."""
     return (advantage - advantage.mean()) / (advantage.std() + 1e-8)
