@@ -21,7 +21,7 @@ from sphere_rl.mixture import Passed, mixed, mixture_pass
 from sphere_rl.networks import Actor, MoENetwork
 from sphere_rl.optimizer import REST, ExpertAdam, clip_scale, count_step, idle_experts
 from sphere_rl.regression import Predicted, Regression, part_of, predict, regress, settle
-from sphere_rl.routed_gram import penalty_and_gradient
+from sphere_rl.routed_gram import centred_gram, gram_gradients
 from sphere_rl.routing import Assigned, Gating, blocks_of
 from sphere_rl.scripting import SCRIPTED, scripted
 from sphere_rl.surrogate import Samples, adapt_learning_rate, categorical_loss, gaussian_loss, samples_of
@@ -124,10 +124,11 @@ def _penalise(features: list[Tensor], found: Assigned, layers: list[bool]) -> _P
     n, experts, blocks = found.weights.size(0), found.weights.size(1), blocks_of(found.counts)
     for layer in range(len(layers)):
         if layers[layer]:
-            own, grad = penalty_and_gradient(features[layer], found.gate, found.sample, blocks, n, experts)
-            penalty = penalty + own
-            of_gate += (grad * features[layer]).sum(1)
-            of_rows[layer] = grad.mul_(found.gate.unsqueeze(1))
+            values = features[layer]
+            own, gram, entries = centred_gram(values, found.gate, found.sample, blocks, n, experts)
+            of_values, of_weights = gram_gradients(values, found.gate, found.sample, blocks, gram, entries)
+            penalty, of_rows[layer] = penalty + own, of_values
+            of_gate += of_weights
     return penalty, of_gate, of_rows
 
 
@@ -176,32 +177,28 @@ def _loss(learner: Learner, found: Passed, samples: Samples, rules: Rules) -> tu
 
 @scripted
 def _weigh(penalised: _Penalised, loss: Tensor, form: FeaturePenalty) -> Tensor:
-    """What the penalty is multiplied by; so are its gradients, but in mode grad that has to wait for both norms."""
-    penalty, of_gate, of_rows = penalised
-    strength = torch.full_like(loss, form.share)
+    """What the penalty is multiplied by before the sweeps; in mode grad that has to wait for both norms."""
+    if form.mode == "grad":
+        return torch.ones_like(loss)
     if form.mode == "loss":
-        strength = form.share * loss.abs() / (penalty + 1e-8)
-    if form.mode != "grad":
-        of_gate.mul_(strength)
-        for grad in of_rows:
-            grad.mul_(strength)
-    return strength
+        return form.share * loss.abs() / (penalised[0] + 1e-8)
+    return torch.full_like(loss, form.share)
 
 
 @scripted
 def _prepare(
-    found: Passed, gating: Gating, of_rows: Tensor, penalised: _Penalised, form: FeaturePenalty
+    found: Passed, gating: Gating, of_rows: Tensor, penalised: _Penalised, form: FeaturePenalty, strength: Tensor
 ) -> tuple[list[Given], list[Block]]:
     """What both sweeps read, and the blocks of rows of experts and gate."""
     assigned, (_, of_gate, of_penalty) = found.assigned, penalised
-    given = [Given(found.experts[:-1], of_rows * assigned.gate.unsqueeze(1), of_penalty)]
+    given = [Given(found.experts[:-1], of_rows * assigned.gate.unsqueeze(1), of_penalty, strength)]
     blocks = [(0, expert, start, end) for expert, start, end in blocks_of(assigned.counts)]
     if len(found.gate) > 1:
         of_layers = [of_gate.new_empty(0)] * (len(found.gate) - 1)
         if any(form.layers):
             of_layers[-1] = _logits_gradient(assigned, gating, of_gate)
         of_logits = _logits_gradient(assigned, gating, (of_rows * found.experts[-1]).sum(1))
-        given.append(Given(found.gate[:-1], of_logits, of_layers))
+        given.append(Given(found.gate[:-1], of_logits, of_layers, strength))
         blocks.append((1, 0, 0, of_logits.size(0)))
     return given, blocks
 
@@ -229,7 +226,7 @@ def _improve(step: _Improvement) -> tuple[list[Tensor], Tensor, Tensor]:
     loss, statistics, of_rows = _loss(learner, found, samples, rules)
     penalised = torch.jit.wait(begun[0]) if len(begun) > 0 else _penalise(found.experts[1:-1], assigned, form.layers)
     strength = _weigh(penalised, loss, form)
-    given, blocks = _prepare(found, gating, of_rows, penalised, form)
+    given, blocks = _prepare(found, gating, of_rows, penalised, form, strength)
     swept = down(learner, given, blocks, 2 if form.mode == "grad" else 1, num_lanes)
     products = inner_products(swept)
     for gradient in learner.of_head:

@@ -66,7 +66,8 @@ def predict(step: Regression) -> Predicted:
     outputs = chain_outputs(step.observation, layers.weights, layers.biases, [(0, 0, n)], 1)
     error = outputs[-1].squeeze(1) - target
     of_error = (error * (2 * step.coefficient / n)).unsqueeze(1)
-    return Predicted(error.square().mean(), [Given(outputs[:-1], of_error, [target.new_empty(0)] * (len(outputs) - 1))])
+    none = [target.new_empty(0)] * (len(outputs) - 1)
+    return Predicted(error.square().mean(), [Given(outputs[:-1], of_error, none, target.new_empty(0))])
 
 
 @scripted

@@ -17,30 +17,26 @@ class _RoutedPenalty(torch.autograd.Function):
     """‖S − cI‖_F² + (m − N)c² with S = ΦΦᵀ/N, c = tr S/m; its gradient is 4/N (S − cI)Φ.
 
     A sum of squares: ‖A‖² − (tr A)²/m would cancel where the spectrum is almost flat. Two samples meet in S only
-    through experts they share, so expert e adds the products of its own rows Φ_e. An expert that sees most
-    samples does so as an N × N product, the others through the index of their c_e² entries.
+    through experts they share, so expert e adds the c_e² products of its own rows Φ_e = g F_e.
     """
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, gate: Tensor, routing: Routing) -> Tensor:
         blocks = list(routing.blocks)
-        weighted, centred, entries, penalty = _centred_gram(
+        penalty, centred, entries = centred_gram(
             values, gate, routing.sample, blocks, routing.num_samples, routing.num_experts
         )
         ctx.save_for_backward(values, gate, routing.sample)
-        ctx.kept = weighted, blocks, centred, entries
+        ctx.kept = blocks, centred, entries
         return penalty
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
         if torch.is_grad_enabled():
             raise RuntimeError("create_graph: use sphere_rl.sphere_penalty(features.weighted()) in its place")
         (grad,) = grad_outputs
-        values, gate, sample = ctx.saved_tensors
-        weighted, blocks, centred, entries = ctx.kept
-        grad_weighted = _times_gram(weighted, sample, blocks, centred, entries).mul_(grad * (4 / len(centred)))
-        grad_gate = (grad_weighted * values).sum(1) if ctx.needs_input_grad[1] else None
-        return grad_weighted.mul_(gate[:, None]), grad_gate, None
+        of_values, of_gate = gram_gradients(*ctx.saved_tensors, *ctx.kept)
+        return of_values.mul_(grad), of_gate.mul_(grad), None
 
 
 def routed_penalty(values: Tensor, gate: Tensor, routing: Routing) -> Tensor:
@@ -49,60 +45,51 @@ def routed_penalty(values: Tensor, gate: Tensor, routing: Routing) -> Tensor:
 
 
 @scripted
-def _gram(weighted: Tensor, sample: Tensor, blocks: list[tuple[int, int, int]], n: int) -> tuple[Tensor, list[Tensor]]:
-    """ΦΦᵀ/N of rows sorted by expert, and for each block the index of its entries, empty for an N × N product."""
-    gram = weighted.new_zeros(n, n)
+def centred_gram(
+    values: Tensor, gate: Tensor, sample: Tensor, blocks: list[tuple[int, int, int]], n: int, experts: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The penalty of N samples, N(S − cI), and of each block the index of its entries there, empty where it has more
+    than half of the samples. ``values`` are F, the features before they are weighted.
+    """
+    gram = values.new_zeros(n, n)
     entries: list[Tensor] = []
     for _, start, end in blocks:
-        block, rows = weighted[start:end], sample[start:end]
-        if 4 * (end - start) > 3 * n:
-            whole = block if end - start == n else weighted.new_zeros(n, block.size(1)).index_copy_(0, rows, block)
-            gram.addmm_(whole, whole.t())
-            entries.append(sample[:0])
+        block, rows, weight = values[start:end], sample[start:end], gate[start:end]
+        weighted, index = torch.mm(block, block.t()).mul_(weight).mul_(weight.unsqueeze(1)), rows[:0]
+        if end - start == n:
+            gram.add_(weighted)
+        elif 2 * (end - start) > n:
+            gram.index_add_(1, rows, gram.new_zeros(n, end - start).index_copy_(0, rows, weighted))
         else:
             index = rows.mul(n).unsqueeze(1).add(rows).view(-1)
-            gram.view(-1).scatter_add_(0, index, torch.mm(block, block.t()).view(-1))
-            entries.append(index)
-    return gram.div_(n), entries
+            gram.view(-1).scatter_add_(0, index, weighted.view(-1))
+        entries.append(index)
+    m = experts * values.size(1)
+    mean = gram.trace() / m
+    gram.diagonal().sub_(mean)
+    penalty = (torch.dot(gram.view(-1), gram.view(-1)) + (m - n) * mean.square()) / n**2
+    return penalty, gram, entries
 
 
 @scripted
-def _times_gram(
-    weighted: Tensor, sample: Tensor, blocks: list[tuple[int, int, int]], gram: Tensor, entries: list[Tensor]
-) -> Tensor:
-    """Each block's rows of the symmetric matrix ``gram`` times Φ_e, one row for each of ``weighted``."""
-    out, n = torch.empty_like(weighted), gram.size(0)
+def gram_gradients(
+    values: Tensor,
+    gate: Tensor,
+    sample: Tensor,
+    blocks: list[tuple[int, int, int]],
+    gram: Tensor,
+    entries: list[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The penalty's gradients for ``values`` [M, H] and ``gate`` [M], from what `centred_gram` found."""
+    of_values, n = torch.empty_like(values), gram.size(0)
     for i in range(len(blocks)):
         _, start, end = blocks[i]
-        block, rows = weighted[start:end], sample[start:end]
+        rows, own = sample[start:end], gram
         if entries[i].numel() > 0:
             own = gram.view(-1).index_select(0, entries[i]).view(end - start, end - start)
-            torch.mm(own, block, out=out[start:end])
-        elif end - start == n:
-            torch.mm(gram, block, out=out[start:end])
-        else:
-            torch.mm(gram.index_select(0, rows).index_select(1, rows), block, out=out[start:end])
-    return out
-
-
-@scripted
-def _centred_gram(
-    values: Tensor, gate: Tensor, sample: Tensor, blocks: list[tuple[int, int, int]], n: int, experts: int
-) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
-    """Φ's rows, S − cI, the entries of its blocks, and the penalty."""
-    m = experts * values.size(1)
-    weighted = values * gate.unsqueeze(1)
-    centred, entries = _gram(weighted, sample, blocks, n)
-    mean = centred.trace() / m
-    centred.diagonal().sub_(mean)
-    penalty = torch.dot(centred.view(-1), centred.view(-1)) + (m - n) * mean.square()
-    return weighted, centred, entries, penalty
-
-
-@scripted
-def penalty_and_gradient(
-    values: Tensor, gate: Tensor, sample: Tensor, blocks: list[tuple[int, int, int]], n: int, experts: int
-) -> tuple[Tensor, Tensor]:
-    """The penalty of N samples and its gradient for the rows of Φ [M, H]."""
-    weighted, centred, entries, penalty = _centred_gram(values, gate, sample, blocks, n, experts)
-    return penalty, _times_gram(weighted, sample, blocks, centred, entries).mul_(4 / n)
+        elif end - start < n:
+            own = gram.index_select(0, rows).index_select(1, rows)
+        torch.mm(own * gate[start:end], values[start:end], out=of_values[start:end])
+    factor = 4 / n**2
+    of_gate = (of_values * values).sum(1).mul_(factor)
+    return of_values.mul_((gate * factor).unsqueeze(1)), of_gate

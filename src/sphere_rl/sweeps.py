@@ -40,12 +40,14 @@ class Mlp(NamedTuple):
 class Given(NamedTuple):
     """Inputs [M, in] of each layer, sorted by expert, and gradients of the loss for the rows of the last one [M, out].
 
-    Those of the penalty are for the rows of each layer and empty where zero; of hidden ones, for what ReLU returns.
+    Those of the penalty, to be multiplied by its strength, are for the rows of each layer and empty where zero; of
+    hidden ones, for what ReLU returns.
     """
 
     inputs: list[Tensor]
     loss: Tensor
     penalty: list[Tensor]
+    strength: Tensor
 
 
 @scripted
@@ -114,7 +116,7 @@ def descend(
             if back > 0:
                 signals = torch.mm(signals.view(k * n, -1), weights[layer + 1]).view(k, n, out)
             if own.penalty[layer].numel() > 0:
-                signals[k - 1].add_(own.penalty[layer][start:end])
+                signals[k - 1].addcmul_(own.penalty[layer][start:end], own.strength)
             if back > 0:
                 signals = torch.ops.aten.threshold_backward(signals, own.inputs[layer + 1][start:end], 0)
             inputs = own.inputs[layer][start:end]
