@@ -50,15 +50,6 @@ class Given(NamedTuple):
     strength: Tensor
 
 
-@scripted
-def _is_brief(n: int, k: int, out: int, width: int) -> bool:
-    """Whether gradients of n rows are best made when they are used.
-
-    To write one to memory and read it again takes about as long as the arithmetic of 20 rows.
-    """
-    return n * n * (width + k * out) < ((k - 1) * n + 20 * k) * out * width
-
-
 class Found(NamedTuple):
     """Of each block and each of its layers: signals [k, n, out], gradients [k, out, in], which are empty where brief,
     and the inner products [k, k] of its k gradients.
@@ -67,6 +58,15 @@ class Found(NamedTuple):
     signals: list[list[Tensor]]
     gradients: list[list[Tensor]]
     inner: list[list[Tensor]]
+
+
+@scripted
+def _is_brief(n: int, k: int, out: int, width: int) -> bool:
+    """Whether gradients of n rows are best made when they are used.
+
+    To write one to memory and read it again takes about as long as the arithmetic of 20 rows.
+    """
+    return n * n * (width + k * out) < ((k - 1) * n + 20 * k) * out * width
 
 
 @scripted
