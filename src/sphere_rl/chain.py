@@ -35,10 +35,10 @@ def expert_chain(
     Only experts with rows are computed. One output cannot be differentiated with respect to another: compute layer by
     layer where that is needed.
     """
+    if is_unrecorded():
+        return _outputs(rows, weights, biases, routing)
     if torch._C._are_functorch_transforms_active():
         return _composed(rows, weights, biases, routing)
-    if not torch.is_grad_enabled():
-        return _outputs(rows, weights, biases, routing)
     return _ExpertChain.apply(routing, rows, *weights, *biases)
 
 

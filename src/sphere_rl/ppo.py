@@ -114,12 +114,13 @@ def minibatch_steps(
     if keep and len(order) > 1:
         before = minibatch_steps(agent, batch, order[:-1], config)
         return before + minibatch_steps(agent, batch, order[-1:], config, keep)
-    critic = critic_regression(agent, batch, config, keep) if is_direct(agent) else None
+    direct = is_direct(agent)
+    critic = critic_regression(agent, batch, config, keep) if direct else None
     if critic is not None:
         return direct_steps(agent, batch, order, config, keep, [critic])
     found = []
     for index in order:
-        found.append(minibatch_step(agent, batch[index], config, keep))
+        found.append(minibatch_step(agent, batch[index], config, keep, direct))
         if config.learning_rate_schedule == "kl":
             kl = float(found[-1][STATISTICS.index("kl")])
             agent.set_learning_rate(
@@ -134,13 +135,13 @@ def is_direct(agent: Agent) -> bool:
     return plain and all(method.is_direct for method in agent.methods)
 
 
-def minibatch_step(agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool) -> Float[Tensor, "S"]:
-    """A step of each where one needs autograd.
+def minibatch_step(agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool, direct: bool) -> Float[Tensor, "S"]:
+    """A step of each where one needs autograd; ``direct``: the actor's does not.
 
     The critic's goes on, with two lanes, beside what the actor cannot share between them: its gate and its loss.
     """
     of_critic = begin_critic_step(agent, batch, config, keep)
-    of_actor = direct_actor_step(agent, batch, config, keep) if is_direct(agent) else actor_step(agent, batch, config)
+    of_actor = direct_actor_step(agent, batch, config, keep) if direct else actor_step(agent, batch, config)
     return torch.stack([*of_actor, *of_critic()])
 
 

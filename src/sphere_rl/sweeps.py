@@ -172,13 +172,13 @@ def ascend(
     for block in chosen:
         index, expert, start, end = blocks[block]
         mlp = mlps[index]
-        gradients = [signals[0] for signals in found.signals[block]]  # any tensors
+        gradients = list(found.gradients[block])  # a copy: what is made here is freed with the block
         for back in range(len(gradients)):
             layer = len(gradients) - 1 - back
             signals = _combined(found.signals[block][layer], factors)
             torch.sum(signals, [0], False, out=mlp.grad_biases[layer][expert])
-            if found.gradients[block][layer].numel() > 0:
-                gradients[layer] = _combined(found.gradients[block][layer], factors)
+            if gradients[layer].numel() > 0:
+                gradients[layer] = _combined(gradients[layer], factors)
             else:
                 gradients[layer] = torch.mm(signals.t(), given[index].inputs[layer][start:end])
             if len(mlp.grad_weights) > 0:
