@@ -7,7 +7,8 @@ import torch
 from sphere_rl.agent import Policy
 from sphere_rl.evaluation import evaluate, summarize
 from sphere_rl.networks import make_actor
-from sphere_rl.rollout import Episode, ObservationNormalizer
+from sphere_rl.normalizer import ObservationNormalizer
+from sphere_rl.rollout import Episode
 from sphere_rl.suites import make_suite
 
 

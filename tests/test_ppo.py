@@ -16,7 +16,9 @@ from sphere_rl.ppo import (
     apply_gradients,
     critic_step,
     direct_actor_step,
+    flatten,
     policy_loss,
+    train_epochs,
     update,
     value_loss,
 )
@@ -148,6 +150,61 @@ def test_an_epoch_in_one_call_is_its_minibatches_one_by_one(actor: str, schedule
     (*one, own), (*each, others) = results
     assert one == each
     assert all(torch.equal(a, b) for a, b in zip(own, others, strict=True))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("method", ["none", "sphere", "l2_init"])  # the step with and without autograd
+def test_a_target_kl_ends_the_update_before_the_step_that_goes_too_far(
+    method: str, apart: bool, tiny: TrainConfig
+) -> None:
+    """Up to there it is the update without a target; the policy is that of the minibatch before."""
+    results, states = [], []
+    for target in (0.0, 0.002):
+        changes = {"method": (method,), "learning_rate": 3e-3, "target_kl": target, "num_epochs": 6}
+        config = override(tiny, changes)
+        agent = Agent(config, Spaces(3, 1, discrete=False), seed=0)
+        taken: list[dict] = []
+        if apart:
+            follow = lambda agent, batch, taken=taken: taken.append(  # noqa: E731
+                {name: value.clone() for name, value in agent.actor.state_dict().items()}
+            )
+            agent.methods[0].after_minibatch = follow  # type: ignore[method-assign]
+        rollout = rollout_of(agent)
+        batch = flatten(rollout, torch.arange(128.0).view(64, 2))
+        results.append(train_epochs(agent, batch, config))
+        states.append((taken, agent))
+    (every, none), (some, stopped) = results
+    limit = 1.5 * 0.002
+    kl = [float(row[1]) for row in every]
+    first = next(i for i, value in enumerate(kl) if value > limit)
+    assert 0 < first < len(every) - 1
+    assert none == 0
+    assert stopped == 6 - first // 4  # 128 samples in minibatches of 32
+    assert len(some) == first + 1
+    torch.testing.assert_close(torch.stack(some), torch.stack(every[: first + 1]))
+    taken, agent = states[1]
+    if apart:
+        assert len(taken) == first
+        before = states[0][0][first - 1]
+        assert all(torch.equal(value, before[name]) for name, value in agent.actor.state_dict().items())
+        assert all(torch.equal(value, taken[-1][name]) for name, value in agent.actor.state_dict().items())
+    assert all(p.grad is not None for p in agent.actor_parameters + agent.critic_parameters)
+    (step,) = {float(state["step"]) for state in agent.actor_optimizer.state.values()}
+    assert step == first
+
+
+def test_an_update_counts_routings_that_flip(tiny: TrainConfig) -> None:
+    config = override(tiny, {"learning_rate": 3e-2})
+    agent = Agent(config, Spaces(3, 1, discrete=False), seed=0)
+    rollout = rollout_of(agent)
+    rows = rollout.observation.flatten(0, 1)
+    before = agent.actor.trace(rows).gates > 0
+    found = update(agent, rollout, config)
+    flipped = (before != (agent.actor.trace(rows).gates > 0)).any(1).double().mean()
+    assert 0 < found["routing_flips"] == pytest.approx(flipped.item())
+    assert found["stopped_epochs"] == 0
+    dense = override(tiny, {"actor": "dense"})
+    assert "routing_flips" not in update(Agent(dense, agent.spaces, seed=0), rollout, dense)
 
 
 def test_a_loss_that_is_not_finite_stops_training_and_names_the_minibatch(agent: Agent, tiny: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""An agent: actor, critic, their optimisers, the observation normaliser, its methods and its random stream."""
+"""An agent: actor, critic, their optimisers, normalisers, its methods and its random stream."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sphere_rl.config import TrainConfig
 from sphere_rl.gradients import GradientStore
 from sphere_rl.methods import Method, methods
 from sphere_rl.networks import Actor, MoENetwork, NetworkOptions
+from sphere_rl.normalizer import EPSILON, ObservationNormalizer, RewardNormalizer
 from sphere_rl.optimizer import ExpertAdam
-from sphere_rl.rollout import ObservationNormalizer
 from sphere_rl.seeding import derive_seed
 
 
@@ -61,6 +61,7 @@ class Agent:
             if config.normalize_observations
             else None
         )
+        self.reward_normalizer = RewardNormalizer(config.gamma) if config.normalize_rewards else None
         for method in self.methods:
             method.start(self)
 
@@ -110,6 +111,7 @@ class Agent:
             "actor_optimizer": self.actor_optimizer.state_dict(),
             "critic_optimizer": self.critic_optimizer.state_dict(),
             "normalizer": self.normalizer.state_dict() if self.normalizer else None,
+            "reward_normalizer": self.reward_normalizer.state_dict() if self.reward_normalizer else None,
             "generator": self.generator.get_state(),
             "learning_rate": self.learning_rate,
             "methods": {method.name: method.state_dict() for method in self.methods},
@@ -125,6 +127,8 @@ class Agent:
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         if self.normalizer:
             self.normalizer.load_state_dict(state["normalizer"])
+        if self.reward_normalizer:
+            self.reward_normalizer.load_state_dict(state["reward_normalizer"])
         self.generator.set_state(state["generator"])
         self.set_learning_rate(state["learning_rate"])
 
@@ -153,7 +157,7 @@ class Policy(nn.Module):
         """What the actor sees of raw observations."""
         if self.clip is None:
             return observation
-        scaled = (observation - self.mean) / (self.var + 1e-8).sqrt()  # type: ignore[operator]
+        scaled = (observation - self.mean) / (self.var + EPSILON).sqrt()  # type: ignore[operator]
         return scaled.clip(-self.clip, self.clip).to(next(self.actor.parameters()).dtype)
 
     def forward(self, observation: Tensor) -> Tensor:

@@ -78,6 +78,8 @@ class TrainConfig:
     """Decay of generalised advantage estimation."""
     clip: float = 0.2
     """PPO's clip range of the probability ratio."""
+    target_kl: float = 0.0
+    """End an update at the first minibatch whose KL is above 1.5 times this, before the actor's step; 0: never."""
     value_coefficient: float = 0.5
     """Weight of the mean squared value error."""
     entropy_coefficient: float = 0.0
@@ -88,6 +90,8 @@ class TrainConfig:
     """Normalise observations by running statistics, frozen during a rollout and carried across tasks."""
     observation_clip: float = 10.0
     """Bound on normalised observations."""
+    normalize_rewards: bool = False
+    """Divide the learner's rewards by the running deviation of the discounted return, and clip them at ±10."""
     network: Annotated[NetworkOptions, arg(name="")] = field(default_factory=NetworkOptions)
     """Sizes and layers of actor and critic."""
 
@@ -131,7 +135,7 @@ class TrainConfig:
         for name in POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(name, getattr(self, name), "a finite number above 0")
-        for name in ("seed", "value_coefficient", "entropy_coefficient", "learning_rate_end"):
+        for name in ("seed", "target_kl", "value_coefficient", "entropy_coefficient", "learning_rate_end"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(name, getattr(self, name), "a finite number, 0 or more")
         for name in ("gamma", "gae_lambda"):

@@ -47,7 +47,8 @@ NO_PENALTY = FeaturePenalty([], "fixed", 0.0, pcgrad=False)
 
 class Rules(NamedTuple):
     """PPO's clip, the weight of its entropy, and the longest gradient; the KL that the learning rate follows, if it is
-    above 0, and the rates that it stays between; when experts rest.
+    above 0, and the rates that it stays between; the KL above which the policy takes no more steps, if it is above 0;
+    when experts rest.
     """
 
     clip: float
@@ -55,6 +56,7 @@ class Rules(NamedTuple):
     max_norm: float
     kl_target: float = 0.0
     rate_bounds: tuple[float, float] = (0.0, 0.0)
+    max_kl: float = 0.0
     rest: int = REST
 
 
@@ -106,7 +108,8 @@ def improve(
 ) -> Improved:
     """A step on each minibatch, the samples of these rows, of a plain actor on PPO's loss and a penalty.
 
-    Beside each, a step of at most one regression on the same rows. ``keep``: let parameters carry their gradients.
+    Beside each, a step of at most one regression on the same rows. ``keep``: let parameters carry their gradients. The
+    first minibatch whose KL is above `Rules.max_kl` is the last: the actor takes no step on it, the regression does.
     """
     learner = learner_of(actor, optimizer, keep, actor.head)
     step = _Improvement(learner, actor.gating, samples, rules, penalty, lanes(), list(regressions))
@@ -204,6 +207,12 @@ def _prepare(
 
 
 @scripted
+def _stops(kl: Tensor, rules: Rules) -> bool:
+    """Whether the policy has gone too far from the one that collected the samples."""
+    return rules.max_kl > 0 and float(kl) > rules.max_kl
+
+
+@scripted
 def _improve(step: _Improvement) -> tuple[list[Tensor], Tensor, Tensor]:
     """Statistics, the penalty, and what it was multiplied by."""
     learner, gating, samples, rules, form, num_lanes, regressions = step
@@ -213,16 +222,13 @@ def _improve(step: _Improvement) -> tuple[list[Tensor], Tensor, Tensor]:
     if num_lanes > 1:  # beside the gate
         for regression in regressions:
             predicted.append(torch.jit.fork(predict, regression))  # type: ignore[reportArgumentType]
-    count_step(learner.counters)
     found = mixture_pass([mlp.layers for mlp in learner.mlps], gating, samples.observation, num_lanes)
-    assigned, mlp = found.assigned, learner.mlps[0]
-    idle = idle_experts(learner.idle, assigned.counts, mlp.first, mlp.second, learner.adam.beta2, rules.rest)
+    assigned = found.assigned
     if num_lanes > 1:  # beside the loss
         if any(form.layers):
             begun.append(torch.jit.fork(_penalise, found.experts[1:-1], assigned, form.layers))  # type: ignore[reportArgumentType]
         for regression, before in zip(regressions, predicted):  # noqa: B905
             elsewhere.append(torch.jit.fork(settle, regression, before))  # type: ignore[reportArgumentType]
-        elsewhere.append(torch.jit.fork(drift, learner, idle))  # type: ignore[reportArgumentType]
     loss, statistics, of_rows = _loss(learner, found, samples, rules)
     penalised = torch.jit.wait(begun[0]) if len(begun) > 0 else _penalise(found.experts[1:-1], assigned, form.layers)
     strength = _weigh(penalised, loss, form)
@@ -232,14 +238,21 @@ def _improve(step: _Improvement) -> tuple[list[Tensor], Tensor, Tensor]:
     for gradient in learner.of_head:
         products[0, 0].add_(gradient.square().sum())
     norm, factors, relative = _clip(products, form, rules.max_norm)
-    up(learner, given, blocks, swept, factors, num_lanes)
+    if not _stops(statistics[1], rules):
+        count_step(learner.counters)
+        mlp = learner.mlps[0]
+        idle = idle_experts(learner.idle, assigned.counts, mlp.first, mlp.second, learner.adam.beta2, rules.rest)
+        if num_lanes > 1:
+            elsewhere.append(torch.jit.fork(drift, learner, idle))  # type: ignore[reportArgumentType]
+        up(learner, given, blocks, swept, factors, num_lanes)
+        if num_lanes == 1:
+            drift(learner, idle)
     statistics.append(norm)
     for other in elsewhere:
         statistics.extend(torch.jit.wait(other))
     if num_lanes == 1:
         for regression in regressions:
             statistics.extend(regress(regression))
-        drift(learner, idle)
     return statistics, penalised[0], relative if form.mode == "grad" else strength
 
 
@@ -255,6 +268,8 @@ def _improve_on(step: _Improvement, order: list[Tensor]) -> tuple[Improved, list
         part = _Improvement(learner, step.gating, samples, rules, step.form, step.num_lanes, regressions)
         statistics, penalty, strength = _improve(part)
         each.append(torch.stack(statistics))
+        if _stops(statistics[1], rules):
+            break
         if rules.kl_target > 0:
             rate = adapt_learning_rate(rate, float(statistics[1]), rules.kl_target, rules.rate_bounds)
     return Improved(torch.stack(each), penalty, strength, rate), step.learner.idle

@@ -12,14 +12,14 @@ from math import sqrt
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from sphere_rl.chain import is_unrecorded
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts import ExpertMLP, RoutedFeatures, gated_routing, single_routing
 from sphere_rl.mixture import mixture_output
-from sphere_rl.routing import Gating
+from sphere_rl.routing import Gating, selected
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,19 @@ class MoENetwork(nn.Module):
         if not (self.is_plain and is_unrecorded()):
             return self.trace(observation).output
         return mixture_output([mlp.effective() for mlp in self.parts], self.gating, observation, 1)
+
+    @torch.inference_mode()
+    def selection(self, observation: Float[Tensor, "N D"]) -> Int[Tensor, "N k"] | None:
+        """Experts that the gate selects for each sample, in ascending order; ``None`` where it does not select."""
+        if self.gate is None:
+            return None
+        parts = []
+        for rows in observation.split(4096):  # all at once would hold every hidden layer of a whole rollout
+            logits = self.gate(rows, single_routing(len(rows), device=rows.device, dtype=rows.dtype)).out
+            if self.gating.k >= logits.shape[1]:
+                return None
+            parts.append(selected(logits, self.gating.k))
+        return torch.cat(parts).sort(1).values
 
     @property
     def parts(self) -> list[ExpertMLP]:

@@ -63,6 +63,10 @@ def value_loss(value: Float[Tensor, "N"], target: Float[Tensor, "N"]) -> Float[T
 def update(agent: Agent, rollout: Rollout, config: TrainConfig) -> dict[str, float]:
     """Train on one rollout for all epochs; return the means of each minibatch's statistics.
 
+    With ``target_kl`` the first minibatch whose KL is above 1.5 times it ends the update, as in Stable-Baselines3: the
+    actor takes no step on it. ``stopped_epochs`` are those that were not finished, ``routing_flips`` the share of
+    samples for which the gate selects other experts after the update than before.
+
     Raises:
         TrainingError: a loss or gradient norm was not finite.
     """
@@ -71,21 +75,49 @@ def update(agent: Agent, rollout: Rollout, config: TrainConfig) -> dict[str, flo
         config.gamma, config.gae_lambda,
     )  # fmt: skip
     batch = flatten(rollout, advantage)
+    before = agent.actor.selection(batch.observation)
+    statistics, stopped_epochs = train_epochs(agent, batch, config)
+    for method in agent.methods:
+        method.after_iteration(agent, rollout)
+    found = {**summarize(torch.stack(statistics)), "stopped_epochs": float(stopped_epochs)}
+    after = agent.actor.selection(batch.observation)
+    if before is not None and after is not None:
+        found["routing_flips"] = float((before != after).any(1).double().mean())
+    return found
+
+
+def train_epochs(agent: Agent, batch: Minibatch, config: TrainConfig) -> tuple[list[Float[Tensor, "S"]], int]:
+    """All minibatches of all epochs: `STATISTICS` of each, and how many epochs ``target_kl`` left unfinished."""
     apart, statistics = any(method.acts_between_minibatches for method in agent.methods), []
     for epoch in range(config.num_epochs):
         order = torch.randperm(len(batch), generator=agent.generator, device=agent.device).split(config.minibatch_size)
         last = epoch == config.num_epochs - 1
-        if not apart:
-            statistics += minibatch_steps(agent, batch, order, config, keep=last)
-            continue
-        for position, index in enumerate(order, start=1):
-            statistics += minibatch_steps(agent, batch, [index], config, keep=last and position == len(order))
-            minibatch = batch[index]
-            for method in agent.methods:
-                method.after_minibatch(agent, minibatch)
-    for method in agent.methods:
-        method.after_iteration(agent, rollout)
-    return summarize(torch.stack(statistics))
+        # What acts between minibatches gets them one by one.
+        parts = [[index] for index in order] if apart else [order]
+        for position, part in enumerate(parts, start=1):
+            statistics += minibatch_steps(agent, batch, part, config, keep=last and position == len(parts))
+            if went_too_far(statistics[-1], config):
+                carry_gradients(agent, batch[order[(len(statistics) - 1) % len(order)]], config)
+                return statistics, config.num_epochs - epoch
+            if apart:
+                for method in agent.methods:
+                    method.after_minibatch(agent, batch[part[0]])
+    return statistics, 0
+
+
+def went_too_far(statistics: Float[Tensor, "S"], config: TrainConfig) -> bool:
+    """Whether this minibatch's KL ends the update."""
+    return config.target_kl > 0 and float(statistics[STATISTICS.index("kl")]) > KL_MARGIN * config.target_kl
+
+
+def carry_gradients(agent: Agent, batch: Minibatch, config: TrainConfig) -> None:
+    """Let parameters carry the gradients of the plain losses on a minibatch, for whoever measures them."""
+    policy = actor_loss(agent.actor.head, agent.actor(batch.observation), batch, config)[0]
+    value = value_loss(agent.critic(batch.observation).squeeze(-1), batch.value_target)
+    for loss, parameters in ((policy, agent.actor_parameters), (value, agent.critic_parameters)):
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = torch.zeros_like(parameter) if gradient is None else gradient
 
 
 def flatten(rollout: Rollout, advantage: Float[Tensor, "T B"]) -> Minibatch:
@@ -100,6 +132,9 @@ def flatten(rollout: Rollout, advantage: Float[Tensor, "T B"]) -> Minibatch:
     )
 
 
+KL_MARGIN = 1.5
+"""An update ends where a minibatch's KL is above this times ``target_kl``."""
+
 STATISTICS = ("policy_loss", "kl", "clip_fraction", "entropy", "actor_grad_norm", "value_loss", "critic_grad_norm")
 
 
@@ -109,10 +144,12 @@ def minibatch_steps(
     """A gradient step of the actor and one of the critic on each minibatch, the samples of these rows; `STATISTICS`.
 
     The learning rate follows the KL from one to the next where it is told to. ``keep``: parameters must carry their
-    gradients afterwards.
+    gradients afterwards. Those after a minibatch that `went_too_far` are left out.
     """
     if keep and len(order) > 1:
         before = minibatch_steps(agent, batch, order[:-1], config)
+        if went_too_far(before[-1], config):
+            return before
         return before + minibatch_steps(agent, batch, order[-1:], config, keep)
     direct = is_direct(agent)
     critic = critic_regression(agent, batch, config, keep) if direct else None
@@ -121,6 +158,8 @@ def minibatch_steps(
     found = []
     for index in order:
         found.append(minibatch_step(agent, batch[index], config, keep, direct))
+        if went_too_far(found[-1], config):
+            break
         if config.learning_rate_schedule == "kl":
             kl = float(found[-1][STATISTICS.index("kl")])
             agent.set_learning_rate(
@@ -156,6 +195,8 @@ def actor_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Tens
     gradients = agent.actor_gradients.differentiate(total, agent.actor_parameters, retain_graph=bool(rules))
     for method in rules:
         gradients = method.actor_gradients(step, gradients)
+    if config.target_kl > 0 and float(statistics[1]) > KL_MARGIN * config.target_kl:
+        return [*statistics, total_norm(gradients)]
     norm = apply_gradients(agent.actor_optimizer, agent.actor_parameters, gradients, config.max_grad_norm)
     return [*statistics, norm]
 
@@ -188,7 +229,7 @@ def direct_steps(
         order,
         Rules(
             config.clip, config.entropy_coefficient, config.max_grad_norm,
-            config.kl_target if follow else 0.0, config.learning_rate_bounds,
+            config.kl_target if follow else 0.0, config.learning_rate_bounds, KL_MARGIN * config.target_kl,
         ),
         next(iter(penalties.values()), NO_PENALTY),
         keep,

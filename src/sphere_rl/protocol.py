@@ -160,7 +160,7 @@ class Run:
         if self.progress.iteration == 0:
             self._begin_task(agent)
         if collector is None:
-            collector = self.collector = Collector(envs, agent.normalizer, agent.device)
+            collector = self.collector = Collector(envs, agent.normalizer, agent.device, agent.reward_normalizer)
             if state is not None and state["collector"] is not None:
                 collector.load_state_dict(state["collector"])
         return agent, collector

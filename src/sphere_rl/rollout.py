@@ -1,4 +1,4 @@
-"""Collecting experience: rollouts [T, B, …], their advantages, and the observation normaliser."""
+"""Collecting experience: rollouts [T, B, …] and their advantages."""
 
 from __future__ import annotations
 
@@ -13,35 +13,7 @@ from torch import Tensor
 
 from sphere_rl.errors import TrainingError
 from sphere_rl.networks import Actor, MoENetwork
-
-
-class ObservationNormalizer:
-    """Running mean and variance of all observations seen, frozen while a rollout is collected.
-
-    normalise(o) = clip((o − mean) / √(var + 1e-8), ±clip). Statistics are float64 and merged by Chan's parallel rule.
-    """
-
-    def __init__(self, dim: int, clip: float) -> None:
-        self.mean, self.var, self.count, self.clip = np.zeros(dim), np.ones(dim), 0.0, clip
-
-    def __call__(self, observation: np.ndarray) -> np.ndarray:
-        """Normalise [..., D]."""
-        return np.clip((observation - self.mean) / np.sqrt(self.var + 1e-8), -self.clip, self.clip)
-
-    def update(self, observations: np.ndarray) -> None:
-        """Merge a batch [N, D] into the statistics."""
-        count, mean, var = len(observations), observations.mean(0), observations.var(0)
-        total, delta = self.count + count, mean - self.mean
-        second_moment = self.var * self.count + var * count + delta**2 * self.count * count / total
-        self.mean, self.var, self.count = self.mean + delta * count / total, second_moment / total, total
-
-    def state_dict(self) -> dict[str, Any]:
-        """Statistics as tensors."""
-        return {"mean": torch.from_numpy(self.mean), "var": torch.from_numpy(self.var), "count": self.count}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
-        self.mean, self.var, self.count = state["mean"].numpy(), state["var"].numpy(), state["count"]
+from sphere_rl.normalizer import ObservationNormalizer, RewardNormalizer
 
 
 @dataclass(frozen=True)
@@ -53,7 +25,7 @@ class Rollout:
         action: sampled, before clipping to the action box: [T, B, A], or [T, B] indices of discrete actions.
         policy: parameters of the distribution that each action was drawn from.
         log_prob: log π(a_t | o_t).
-        reward: r_t.
+        reward: r_t, as the learner is to see it (normalised, where that is on).
         value: V(o_t).
         next_value: V of the true next observation, also where the episode ended there.
         terminated: the episode ended by its own rule; nothing is bootstrapped.
@@ -127,8 +99,15 @@ def step_success(done: np.ndarray, info: dict[str, Any]) -> np.ndarray | None:
 class Collector:
     """Steps one vector environment with a policy, from one rollout to the next."""
 
-    def __init__(self, envs: VectorEnv, normalizer: ObservationNormalizer | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        envs: VectorEnv,
+        normalizer: ObservationNormalizer | None,
+        device: torch.device,
+        reward_normalizer: RewardNormalizer | None = None,
+    ) -> None:
         self.envs, self.normalizer, self.device = envs, normalizer, device
+        self.reward_normalizer, self.discounted = reward_normalizer, np.zeros(envs.num_envs)
         self.recorder = EpisodeRecorder(envs.num_envs)
         self.observation, _ = envs.reset()
         space: Any = envs.single_action_space
@@ -139,14 +118,19 @@ class Collector:
         get_state = getattr(self.envs, "get_state", None)
         if get_state is None:
             return None
-        arrays = {"observation": self.observation} | self.recorder.arrays()
+        arrays = {"observation": self.observation} | self._sums()
         return {"envs": get_state()} | {key: torch.as_tensor(array.copy()) for key, array in arrays.items()}
+
+    def _sums(self) -> dict[str, np.ndarray]:
+        """What has been added up of the running episodes, each [B]."""
+        discounted = {} if self.reward_normalizer is None else {"discounted": self.discounted}
+        return self.recorder.arrays() | discounted
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave, into environments made with the same arguments."""
         self.envs.set_state(state["envs"])  # type: ignore[attr-defined]
         self.observation = state["observation"].numpy().copy()
-        for key, array in self.recorder.arrays().items():
+        for key, array in self._sums().items():
             array[:] = state[key].numpy()
 
     @torch.no_grad()
@@ -182,17 +166,20 @@ class Collector:
             next_value[t, torch.from_numpy(ended)] = critic(final).squeeze(-1)
         if self.normalizer is not None:
             self.normalizer.update(np.concatenate(raw).astype(np.float64))
+        reward, done = np.stack(rewards), np.stack(dones)
+        if self.reward_normalizer is not None:
+            reward = self.reward_normalizer(reward, done, self.discounted)
         rows = output.flatten(0, 1)
         return Rollout(
             observation=observation,
             action=action,
             policy=actor.head.parameters_of(rows).unflatten(0, value.shape),
             log_prob=actor.head.log_prob(rows, action.flatten(0, 1)).unflatten(0, value.shape),
-            reward=torch.as_tensor(np.stack(rewards), dtype=torch.float32, device=self.device),
+            reward=torch.as_tensor(reward, dtype=torch.float32, device=self.device),
             value=value,
             next_value=next_value,
             terminated=torch.as_tensor(np.stack(terminations), device=self.device),
-            done=torch.as_tensor(np.stack(dones), device=self.device),
+            done=torch.as_tensor(done, device=self.device),
             episodes=episodes,
         )
 

@@ -27,16 +27,21 @@ class Assigned(NamedTuple):
 
 
 @scriptable
+def selected(logits: Tensor, k: int) -> Tensor:
+    """Indices [N, k] of the k largest logits [N, R] of each sample; of equal ones the lowest wins."""
+    return logits.detach().argsort(dim=1, descending=True, stable=True)[:, :k]
+
+
+@scriptable
 def route(logits: Tensor, gating: Gating) -> Assigned:
     """Assign samples by their logits [N, R]; of equal ones the lowest index wins."""
-    order = logits.detach().argsort(dim=1, descending=True, stable=True)
-    selected = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order[:, : gating.k], True)
-    weights = (logits / gating.temperature).masked_fill(~selected, -float("inf")).softmax(1)
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, selected(logits, gating.k), True)
+    weights = (logits / gating.temperature).masked_fill(~chosen, -float("inf")).softmax(1)
     if gating.shared > 0:
         ones = weights.new_ones(len(weights), gating.shared)
-        weights, selected = torch.cat((ones, weights), 1), torch.cat((ones.to(torch.bool), selected), 1)
-    expert, sample = selected.t().nonzero().unbind(1)
-    counts: list[int] = selected.sum(0).tolist()
+        weights, chosen = torch.cat((ones, weights), 1), torch.cat((ones.to(torch.bool), chosen), 1)
+    expert, sample = chosen.t().nonzero().unbind(1)
+    counts: list[int] = chosen.sum(0).tolist()
     return Assigned(weights, expert, sample, weights[sample, expert], counts)
 
 
