@@ -89,6 +89,61 @@ def test_grid_file(tmp_path: Path) -> None:
     assert (config.steps_per_task, config.network.width, config.learning_rate_bounds) == (4096, 8, (0.1, 0.2))
 
 
+ARMS = """
+suites = ["gym"]
+tasks = ["Pendulum-v1"]
+seeds = [0, 1]
+[train]
+steps_per_task = 4096
+[arms.none]
+[arms.strong]
+method = "sphere"
+sphere.rho = 0.5
+learning_rate = 1e-3
+[arms.both]
+method = ["sphere", "layernorm"]
+"""
+STAGES = """
+[[stages]]
+methods = ["none", "strong"]
+[[stages]]
+protocols = ["rl"]
+methods = ["none", "both"]
+seeds = [0]
+[[stages]]
+"""
+
+
+def test_arms_are_methods_with_options_under_one_name(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(ARMS)
+    runs = plan(Grid(**load_grid(path)), tmp_path)
+    assert [run.name for run in runs] == [
+        f"gym-crl-topk_moe-{arm}-seed{seed}" for seed in (0, 1) for arm in ("none", "strong", "both")
+    ]
+    none, strong, both = (run.config for run in runs[:3])
+    assert (none.method, none.label, strong.method, strong.label) == (("none",), "none", ("sphere",), "strong")
+    assert (strong.options.sphere.rho, strong.learning_rate, both.learning_rate) == (0.5, 1e-3, 3e-4)
+    assert (both.method, both.label) == (("sphere", "layernorm"), "both")
+
+
+def test_stages_go_one_after_the_other_and_nothing_twice(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(ARMS + STAGES)
+    first = [f"gym-crl-topk_moe-{arm}-seed{seed}" for seed in (0, 1) for arm in ("none", "strong")]
+    second = [f"gym-rl-Pendulum-v1-topk_moe-{arm}-seed0" for arm in ("none", "both")]
+    third = [f"gym-crl-topk_moe-both-seed{seed}" for seed in (0, 1)]  # what is left of the whole grid
+    assert [run.name for run in plan(Grid(**load_grid(path)), tmp_path)] == first + second + third
+
+
+def test_flags_win_in_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(ARMS + STAGES)
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match="seed: -1"):
+        command(["--config", str(path), "--seeds", "-1", "--methods", "strong", "--out", str(out), "--dry-run"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -111,7 +166,18 @@ def test_errors_are_one_line_before_anything_starts(words: list[str], message: s
 
 
 @pytest.mark.parametrize(
-    ("text", "field"), [("speed = 3", "speed"), ('seeds = "0"', "seeds"), ("grid = 3", "grid"), ("= 3", "config")]
+    ("text", "field"),
+    [
+        ("speed = 3", "speed"),
+        ('seeds = "0"', "seeds"),
+        ("grid = 3", "grid"),
+        ("= 3", "config"),
+        ("arms = 3", "arms"),
+        ("[arms]\nx = 3", "arms.x"),
+        ("[[stages]]\nspeed = [3]", "stages"),
+        ("[[stages]]\nseeds = 3", "stages"),
+        ("stages = [3]", "stages"),
+    ],
 )
 def test_errors_of_a_grid_file(text: str, field: str, tmp_path: Path) -> None:
     path = tmp_path / "grid.toml"

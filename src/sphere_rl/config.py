@@ -47,6 +47,8 @@ class TrainConfig:
     """Critic architecture, of the same kinds as the actor's."""
     method: tuple[str, ...] = ("none",)
     """Mitigation methods, composed in this order; `sphere list --methods` names them."""
+    label: str = ""
+    """What tables and figures call the method of this run; by default its name, with settings that tell it apart."""
     seed: int = 0
     """Seed of every random stream of the run."""
     steps_per_task: int = 1_000_000

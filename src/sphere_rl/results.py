@@ -20,7 +20,7 @@ from sphere_rl.suites import make_suite
 
 KEY = ("suite", "protocol", "actor", "method", "seed")
 """Columns that name an experiment: one seed of one method. Protocol rl may spread its tasks over several folders."""
-IDENTITY = {"suite", "protocol", "actor", "method", "seed", "tasks"}
+IDENTITY = {"suite", "protocol", "actor", "method", "label", "seed", "tasks"}
 """Fields of a configuration that name a run; runs that differ in others carry the difference in their label."""
 INCIDENTAL = {"log", "device", "env_threads", "torch_threads", "checkpoint_every", "eval_every", "spectrum_every"}
 """Fields that change how a run is watched or computed, not what is trained."""
@@ -123,13 +123,15 @@ def load_results(root: Path | str) -> Results:
 def method_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Label of each run: its methods, and ``name=value`` for every setting in which its peers differ.
 
-    Peers are the runs of the same suite, actor and methods, whatever their protocol.
+    Peers are the runs of the same suite, actor and methods, whatever their protocol. A label that was given stands
+    in the place of the methods, and peers are those that were given the same.
     """
+    names = [config.get("label") or "+".join(config["method"]) for config in configs]
     flat = [dict(_settings(config)) for config in configs]
     groups: dict[tuple[str, ...], list[int]] = {}
     for i, config in enumerate(configs):
-        groups.setdefault((config["suite"], config["actor"], *config["method"]), []).append(i)
-    labels = ["+".join(config["method"]) for config in configs]
+        groups.setdefault((config["suite"], config["actor"], names[i], *config["method"]), []).append(i)
+    labels = list(names)
     for members in groups.values():
         for name in flat[members[0]]:
             if len({repr(flat[i].get(name)) for i in members}) > 1:

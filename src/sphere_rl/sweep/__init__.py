@@ -22,7 +22,9 @@ def command(words: list[str], report: Callable[[list[str]], object] | None = Non
     given, rest = parse(words)
     grid = load_grid(given.config) if given.config else {}
     flags = {name: getattr(given, name) for name in ("suites", "protocols", "actors", "methods", "seeds", "tasks")}
-    grid |= {name: tuple(values) for name, values in flags.items() if values is not None}
+    chosen = {name: tuple(values) for name, values in flags.items() if values is not None}
+    grid |= chosen  # in every stage, too
+    grid["stages"] = tuple({**stage, **chosen} for stage in grid.get("stages", ()))
     extra = tuple((axis[0], tuple(axis[1:])) for axis in given.grid)
     if empty := [name for name, values in extra if not values]:
         raise CommandLineError(f"--grid {empty[0]}: expected at least one value after the option's name")
@@ -60,11 +62,15 @@ def parse(words: list[str]) -> tuple[Any, list[str]]:
         "Any other flag of `sphere train` is passed to every run.",
         allow_abbrev=False,
     )
-    options.add_argument("--config", type=Path, help="TOML file with axes, [grid] and [train]; flags win")
+    options.add_argument(
+        "--config", type=Path, help="TOML file with axes, [grid], [train], [arms] and [[stages]]; flags win"
+    )
     options.add_argument("--suite", dest="suites", nargs="+", help="suites (cw10)")
     options.add_argument("--protocols", nargs="+", help="rl, crl (crl)")
     options.add_argument("--actors", nargs="+", help="architectures (topk_moe)")
-    options.add_argument("--methods", nargs="+", help="methods, composed ones as sphere+layernorm (none sphere)")
+    options.add_argument(
+        "--methods", nargs="+", help="methods, composed ones as sphere+layernorm, or arms of the file (none sphere)"
+    )
     options.add_argument("--seeds", nargs="+", type=int, help="seeds (0)")
     options.add_argument("--tasks", nargs="+", help="tasks in training order (each suite's own sequence)")
     options.add_argument(

@@ -2,6 +2,10 @@
 
 A run of protocol ``rl`` is planned once for each task: single tasks are the same runs alone as in a sequence, and
 alone they go in parallel. Every run is checked before the first one starts.
+
+A grid file may name *arms*, a method with its options under one name (``[arms.sphere_free]``), which the axis
+``methods`` then takes as it takes methods, and *stages* (``[[stages]]``): grids that go one after the other, each with
+the axes that it names itself and the file's for all others.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ class Grid:
     protocols: tuple[str, ...] = ("crl",)
     actors: tuple[str, ...] = ("topk_moe",)
     methods: tuple[str, ...] = ("none", "sphere")
+    """Methods, composed ones joined by ``+``, or names of arms."""
     seeds: tuple[int, ...] = (0,)
     tasks: tuple[str, ...] = ()
     """Tasks in training order; each suite's own sequence when none are named."""
@@ -36,6 +41,10 @@ class Grid:
     """More axes: a flag of ``sphere train`` without dashes, and values. A method's option concerns only its runs."""
     train: tuple[str, ...] = ()
     """Words of ``sphere train`` that every run gets."""
+    arms: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Name of an arm, and the words of ``sphere train`` that make it."""
+    stages: tuple[Mapping[str, Any], ...] = ()
+    """Axes that differ from this grid's, stage by stage; none: this grid is all."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +78,27 @@ class PlannedRun:
 
 
 def plan(grid: Grid, out: Path) -> list[PlannedRun]:
-    """All runs of a grid, seeds outermost, so that every method has its first seed early.
+    """All runs of a grid, stage by stage; within one seeds outermost, so that every method has its first seed early.
 
     Raises:
         ConfigError: a combination that is not allowed, or a folder that holds a run with another configuration.
     """
-    axes = (grid.seeds, grid.suites, grid.protocols, grid.actors, grid.methods)
     runs: dict[str, PlannedRun] = {}
+    for stage in grid.stages or ({},):
+        for run in _plan_stage(replace(grid, **stage), out):
+            runs.setdefault(run.name, run)
+    for run in runs.values():
+        check_folder(run)
+    return list(runs.values())
+
+
+def _plan_stage(grid: Grid, out: Path) -> Iterator[PlannedRun]:
+    axes, arms = (grid.seeds, grid.suites, grid.protocols, grid.actors, grid.methods), dict(grid.arms)
     for seed, suite, protocol, actor, method in product(*axes):
-        names = method.split("+")
+        own = arms.get(method, ("--method", *method.split("+")))
+        names = own[1 : next((i for i, word in enumerate(own) if i and word.startswith("--")), None)]
         for options in product(*_axes(grid, names)):
-            words = ["--suite", suite, "--protocol", protocol, "--actor", actor, "--method", *names]
+            words = ["--suite", suite, "--protocol", protocol, "--actor", actor, *own]
             words += ["--seed", str(seed), *grid.train]
             words += [word for name, value in options for word in _flag(name, value)]
             config, _, _ = parse_train([*words, *_tasks(grid.tasks)])
@@ -89,10 +108,7 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
                 tasks = grid.tasks if task is None else (task,)
                 name = "-".join([suite, protocol, *([] if task is None else [task.replace("/", "_")]), tail])
                 full = (*words, *_tasks(tasks))
-                runs[name] = PlannedRun(out / name, full, parse_train(list(full))[0])
-    for run in runs.values():
-        check_folder(run)
-    return list(runs.values())
+                yield PlannedRun(out / name, full, parse_train(list(full))[0])
 
 
 def check_folder(run: PlannedRun) -> None:
@@ -121,20 +137,43 @@ def load_grid(path: Path) -> dict[str, Any]:
         data = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError("config", str(path), f"a readable TOML file ({error})") from None
-    known = ("suites", "protocols", "actors", "methods", "seeds", "tasks", "grid", "train")
     for key, value in data.items():
-        if key not in known:
-            raise ConfigError(key, value, f"one of {', '.join(known)}")
-        kind = dict if key in ("grid", "train") else list
+        if key not in TABLES:
+            raise ConfigError(key, value, f"one of {', '.join(TABLES)}")
+        kind = TABLES[key]
         if not isinstance(value, kind):
             raise ConfigError(key, value, "a table" if kind is dict else "a list")
-    found: dict[str, Any] = {key: tuple(data[key]) for key in known[:6] if key in data}
+    arms = tuple((name, _arm(name, options)) for name, options in data.get("arms", {}).items())
+    found: dict[str, Any] = {"methods": tuple(name for name, _ in arms)} if arms else {}
+    found |= {key: tuple(data[key]) for key in AXES if key in data} | {"arms": arms}
     found["options"] = tuple(
         (name, tuple(map(str, values if isinstance(values, list) else [values])))
         for name, values in _flat(data.get("grid", {}))
     )
     found["train"] = tuple(word for name, value in _flat(data.get("train", {})) for word in _flag(name, value))
+    found["stages"] = tuple(map(_stage, data.get("stages", [])))
     return found
+
+
+AXES = ("suites", "protocols", "actors", "methods", "seeds", "tasks")
+TABLES: dict[str, type] = dict.fromkeys(AXES, list) | {"grid": dict, "train": dict, "arms": dict, "stages": list}
+
+
+def _arm(name: str, options: Any) -> tuple[str, ...]:
+    """The words of an arm: its methods first, then its name as the runs' label, then its options."""
+    if not isinstance(options, Mapping):
+        raise ConfigError(f"arms.{name}", options, "a table")
+    chosen = options.get("method", "none")
+    names = chosen if isinstance(chosen, list) else str(chosen).split("+")
+    words = [word for key, value in _flat(options) if key != "method" for word in _flag(key, value)]
+    return ("--method", *map(str, names), "--label", name, *words)
+
+
+def _stage(table: Any) -> dict[str, Any]:
+    """The axes of a stage, as fields of `Grid`."""
+    if not isinstance(table, Mapping) or not all(key in AXES and isinstance(table[key], list) for key in table):
+        raise ConfigError("stages", table, f"tables of lists, of {', '.join(AXES)}")
+    return {key: tuple(value) for key, value in table.items()}
 
 
 def record(out: Path, command: str, runs: Sequence[PlannedRun]) -> None:
