@@ -30,19 +30,32 @@ class Humanoid:
         "sphere": {"mode": "grad", "rho": 0.001},
     }
 
-    def make(self, task: str, num_envs: int, seed: int, num_threads: int) -> HumanoidVectorEnv:
-        """Make ``num_envs`` robots; `info["success"]` says whether the return so far has reached the task's bar."""
+    def make(
+        self, task: str, num_envs: int, seed: int, num_threads: int, *, foot_mesh: str | None = None
+    ) -> HumanoidVectorEnv:
+        """Make ``num_envs`` robots; `info["success"]` says whether the return so far has reached the task's bar.
+
+        Args:
+            task: one of `all_tasks`.
+            num_envs: how many.
+            seed: of all their random streams.
+            num_threads: for the physics.
+            foot_mesh: a file (binary STL or OBJ, metres, ankle's frame) whose convex hull the feet collide as.
+
+        Raises:
+            ConfigError: no such task; `foot_mesh` cannot be read or is no mesh of a foot.
+        """
         check_task(self, task)
         from sphere_rl.suites.humanoid.env import HumanoidVectorEnv  # loads MuJoCo: only when an environment is made
 
-        return HumanoidVectorEnv(task, num_envs, seed, num_threads)
+        return HumanoidVectorEnv(task, num_envs, seed, num_threads, foot_mesh)
 
-    def render_env(self, task: str, seed: int) -> HumanoidEnv:
-        """Make one robot that draws its frames."""
+    def render_env(self, task: str, seed: int, *, foot_mesh: str | None = None) -> HumanoidEnv:
+        """Make one robot that draws its frames; `foot_mesh` as in `make`."""
         check_task(self, task)
         from sphere_rl.suites.humanoid.env import HumanoidEnv
 
-        return HumanoidEnv(task, seed)
+        return HumanoidEnv(task, seed, foot_mesh=foot_mesh)
 
 
 SUITES = (Humanoid(),)

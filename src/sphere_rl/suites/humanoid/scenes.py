@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 GREY, WOOD, RED = (0.55, 0.58, 0.62, 1.0), (0.75, 0.6, 0.4, 1.0), (0.8, 0.35, 0.3, 1.0)
 GLASS, HIDDEN = (0.6, 0.7, 0.8, 0.25), (0.0, 0.0, 0.0, 0.0)
 
+BALL_RADIUS = 0.17
+BOARD_HALF_SIZE = (0.15, 0.55, 0.03)
+BOARD_HEIGHT = 2 * BALL_RADIUS + BOARD_HALF_SIZE[2]  # of its middle, where it rests on the ball
+BOARD_TOP = BOARD_HEIGHT + BOARD_HALF_SIZE[2]
+
 
 def add_visuals(spec: mujoco.MjSpec) -> None:
     """Sky, light, floor texture and a camera that follows the robot. None of it enters the physics."""
@@ -179,11 +184,11 @@ def _add_board(spec: mujoco.MjSpec) -> mujoco.MjsBody:
     """Returns the ball."""
     import mujoco
 
-    plank = spec.worldbody.add_body(name="board", pos=[0.0, 0.0, 0.34])
+    plank = spec.worldbody.add_body(name="board", pos=[0.0, 0.0, BOARD_HEIGHT])
     plank.add_freejoint()
-    _box(plank, (0.0, 0.0, 0.0), (0.15, 0.55, 0.01), GREY, name="board")
-    ball = spec.worldbody.add_body(name="ball", pos=[0.0, 0.0, 0.17])
-    ball.add_geom(name="ball", type=mujoco.mjtGeom.mjGEOM_SPHERE, size=[0.17, 0.0, 0.0], rgba=RED)
+    _box(plank, (0.0, 0.0, 0.0), BOARD_HALF_SIZE, GREY, name="board")
+    ball = spec.worldbody.add_body(name="ball", pos=[0.0, 0.0, BALL_RADIUS])
+    ball.add_geom(name="ball", type=mujoco.mjtGeom.mjGEOM_SPHERE, size=[BALL_RADIUS, 0.0, 0.0], rgba=RED)
     for name, geom, other in (
         ("ball", "ball", ""),
         ("floor", "floor", ""),

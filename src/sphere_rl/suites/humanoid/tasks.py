@@ -13,6 +13,7 @@ from math import cos, inf, sin
 import numpy as np
 from jaxtyping import Bool, Float
 
+from sphere_rl.suites.humanoid.scenes import BALL_RADIUS, BOARD_HEIGHT, BOARD_TOP
 from sphere_rl.suites.humanoid.terms import (
     Readings,
     Scores,
@@ -28,6 +29,7 @@ from sphere_rl.suites.humanoid.terms import (
 )
 
 EPISODE_STEPS = 1000
+BASE_HEIGHT = 0.98
 Flags = Bool[np.ndarray, "B"]
 Memory = Float[np.ndarray, "B M"]
 Draw = Callable[[np.random.Generator, Float[np.ndarray, "Q"]], Float[np.ndarray, "M"]]
@@ -36,7 +38,7 @@ Draw = Callable[[np.random.Generator, Float[np.ndarray, "Q"]], Float[np.ndarray,
 def standing_pose() -> Float[np.ndarray, "26"]:
     """Base 0.98 m above the floor, hips and knees bent, arms down."""
     qpos = np.zeros(26)
-    qpos[2:4] = 0.98, 1.0
+    qpos[2:4] = BASE_HEIGHT, 1.0
     for leg in (7, 12):
         qpos[leg + 2 : leg + 5] = -0.4, 0.8, -0.4
     return qpos
@@ -209,7 +211,7 @@ def draw_place(generator: np.random.Generator, qpos: Float[np.ndarray, "Q"]) -> 
 
 
 SEQUENCE = ("stand", "walk", "pole", "slide", "run")
-ON_BOARD = (-0.1, 0.0, 1.38)
+ON_BOARD, BOARD, BALL = (-0.1, 0.0, BOARD_TOP + BASE_HEIGHT), (0.0, 0.0, BOARD_HEIGHT), (0.0, 0.0, BALL_RADIUS)
 
 TASKS: dict[str, Task] = {
     "stand": Task("flat", stand, below(0.2), success_bar=800.0),
@@ -222,12 +224,10 @@ TASKS: dict[str, Task] = {
     "stair": Task("stairs", climb, tilted),
     "sit_simple": Task("chair", sit, below(0.5), success_bar=750.0),
     "sit_hard": Task(
-        "loose_chair", sit, below(0.5), 750.0, with_objects((0.0, 0.0, 0.98), (-0.25, 0.0, 0.0)), draw_place
+        "loose_chair", sit, below(0.5), 750.0, with_objects((0.0, 0.0, BASE_HEIGHT), (-0.25, 0.0, 0.0)), draw_place
     ),
-    "balance_simple": Task("board", balance, fallen_from_board, 800.0, with_objects(ON_BOARD, (0.0, 0.0, 0.37))),
-    "balance_hard": Task(
-        "loose_board", balance, fallen_from_board, 800.0, with_objects(ON_BOARD, (0.0, 0.0, 0.37), (0.0, 0.0, 0.17))
-    ),
+    "balance_simple": Task("board", balance, fallen_from_board, 800.0, with_objects(ON_BOARD, BOARD)),
+    "balance_hard": Task("loose_board", balance, fallen_from_board, 800.0, with_objects(ON_BOARD, BOARD, BALL)),
     "reach": Task(
         "flat",
         reach,
