@@ -14,6 +14,7 @@ from typing import Any
 
 import polars as pl
 
+from sphere_rl.config import updated
 from sphere_rl.errors import RunFolderError
 from sphere_rl.runs import RunFolder
 from sphere_rl.suites import make_suite
@@ -125,7 +126,7 @@ def method_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
     Peers are the runs of the same suite, actor and methods, whatever their protocol.
     """
-    flat = [dict(_settings(config)) for config in configs]
+    flat = [dict(_settings(updated(config))) for config in configs]
     groups: dict[tuple[str, ...], list[int]] = {}
     for i, config in enumerate(configs):
         groups.setdefault((config["suite"], config["actor"], *config["method"]), []).append(i)
