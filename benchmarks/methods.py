@@ -26,6 +26,7 @@ OBSERVATION_DIM, ACTION_DIM = 39, 4
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "sphere, mode fixed": ("sphere", {"sphere.mode": "fixed"}),
     "sphere, mode loss": ("sphere", {"sphere.mode": "loss"}),
+    "sphere, scale free": ("sphere", {"sphere.scale": "free"}),
     "sphere, pcgrad": ("sphere", {"sphere.pcgrad": True}),
     "sphere, layers all": ("sphere", {"sphere.layers": "all"}),
     "sphere, grouping per_expert": ("sphere", {"sphere.grouping": "per_expert"}),

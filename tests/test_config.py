@@ -38,6 +38,24 @@ def test_plain_data_round_trip() -> None:
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
 
 
+@pytest.mark.parametrize("changes", [{}, {"scale": "free"}, {"scale": "free", "strength": 0.3}, {"strength": 2}])
+def test_a_strength_that_is_not_given_stays_so(changes: dict[str, Any]) -> None:
+    config = override(TrainConfig(), {"sphere": changes})
+    words = [word for name, value in changes.items() for word in (f"--sphere.{name}", str(value))]
+    assert parse_train(words)[0] == from_dict(json.loads(json.dumps(to_dict(config)))) == config
+    assert config.options.sphere.strength == changes.get("strength")
+    own = {"literal": 1e-3, "free": 0.1}[config.options.sphere.scale]
+    assert config.options.sphere.fixed_strength == changes.get("strength", own)
+
+
+def test_runs_from_before_the_scale_had_the_literal_penalty() -> None:
+    saved = to_dict(override(TrainConfig(), {"method": ["sphere"], "sphere": {"mode": "fixed", "scale": "free"}}))
+    del saved["sphere"]["scale"]
+    for strength in (1e-3, 0.2):
+        found = from_dict(saved | {"sphere": saved["sphere"] | {"strength": strength}}).options.sphere
+        assert (found.scale, found.mode, found.fixed_strength) == ("literal", "fixed", strength)
+
+
 def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text('suite = "gym"\ntasks = ["Pendulum-v1"]\ngamma = 0.9\nseed = 3\n[sphere]\nrho = 0.5\n')

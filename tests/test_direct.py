@@ -17,8 +17,10 @@ from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig
 from sphere_rl.direct import is_plain
 from sphere_rl.lanes import two_lanes
-from sphere_rl.networks import KINDS, GaussianHead, MoENetwork, NetworkOptions, make_actor
+from sphere_rl.methods.sphere import Sphere
+from sphere_rl.networks import KINDS, GaussianHead, MoENetwork, NetworkOptions, Trace, make_actor
 from sphere_rl.optimizer import REST, ExpertAdam
+from sphere_rl.penalty import sphere_penalty
 from sphere_rl.ppo import (
     Minibatch,
     actor_loss,
@@ -97,11 +99,53 @@ NETWORK = {"width": 8, "depth": 3, "num_experts": 4, "temperature": 0.7}
         {"method": ("sphere",), "sphere": {"mode": "loss", "rho": 0.7, "layers": "all"}},
         {"method": ("sphere",), "sphere": {"mode": "grad", "rho": 0.7}},
         {"method": ("sphere",), "sphere": {"mode": "grad", "rho": 0.7, "layers": "all", "pcgrad": True}},
+        {"method": ("sphere",), "sphere": {"mode": "grad", "rho": 0.7, "scale": "free"}},
     ],
-    ids=["none", "fixed", "loss", "grad", "pcgrad"],
+    ids=["none", "fixed", "loss", "grad", "pcgrad", "free"],
 )
 def test_an_actors_steps_are_those_of_autograd(options: dict[str, Any], kind: str, threads: int) -> None:
     assert_same_training(make_config(actor=kind, **({"network": NETWORK, "learning_rate": 1e-2} | options)), threads)
+
+
+STRENGTHS = [{"mode": "fixed"}, {"mode": "loss"}, {"mode": "grad"}, {"mode": "grad", "pcgrad": True}]
+
+
+@pytest.mark.parametrize("kind", ["topk_moe", "shared_moe", "dense"])  # the last has fewer features than samples
+@pytest.mark.parametrize("layers", ["last", "all"])
+@pytest.mark.parametrize("strength", STRENGTHS, ids=lambda options: "-".join(map(str, options.values())))
+def test_the_scale_free_penalty_is_that_of_its_formula(
+    strength: dict[str, Any], layers: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside autograd through `sphere_penalty` of whole feature matrices."""
+
+    def penalty(self: Any, trace: Trace) -> Tensor:
+        chosen = trace.features if layers == "all" else trace.features[-1:]
+        return torch.stack([sphere_penalty(layer.weighted(), "free") for layer in chosen]).sum()
+
+    monkeypatch.setattr(Sphere, "penalty", penalty)
+    options = strength | {"scale": "free", "layers": layers, "rho": 0.7}
+    assert_same_training(make_config("sphere", actor=kind, network=NETWORK, learning_rate=1e-2, sphere=options))
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e18, 0.0])
+@pytest.mark.parametrize("strength", STRENGTHS, ids=lambda options: "-".join(map(str, options.values())))
+def test_the_scale_free_penalty_takes_features_of_any_size(strength: dict[str, Any], size: float) -> None:
+    found = []
+    for factor in (1.0, size):
+        config = make_config("sphere", network=NETWORK, sphere=strength | {"scale": "free", "layers": "last"})
+        agent = Agent(config, Spaces(D, A, False), seed=4)
+        last, head = agent.actor.experts.hidden[-1], agent.actor.experts.head
+        with torch.no_grad():
+            last.weight.mul_(factor)  # type: ignore[reportCallIssue]
+            head.weight.div_(max(factor, 1.0))
+        samples = Minibatch(**{name: tensor.float() for name, tensor in vars(minibatch(2)).items()})
+        statistics = torch.stack(directly(agent, samples))
+        assert statistics.isfinite().all()
+        assert all(
+            p.isfinite().all() and p.grad.isfinite().all() for p in agent.actor.parameters() if p.grad is not None
+        )
+        found.append(float(only_method(agent).metrics()["sphere_penalty"]))
+    assert found[1] == (pytest.approx(found[0], rel=1e-5) if size else 0.0)
 
 
 @pytest.mark.parametrize("mode", ["loss", "grad"])

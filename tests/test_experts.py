@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +17,7 @@ from sphere_rl.experts import (
     single_routing,
     top_k_routing,
 )
+from sphere_rl.penalty import Scale, per_expert_penalty, sphere_penalty
 
 torch.set_num_threads(1)
 D, HIDDEN, A, E = 5, (8, 6), 3, 4
@@ -65,6 +68,11 @@ ROUTINGS = {
 }
 
 
+def split(phi: torch.Tensor, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted features of each expert, and gates that leave them as they are."""
+    return phi.unflatten(1, (routing.num_experts, -1)), torch.ones_like(routing.weights)
+
+
 def check_against_oracle(module: ExpertMLP, x: torch.Tensor, logits: torch.Tensor, routing: Routing, **tolerance):
     """Output, features, penalty and the gradients of both with respect to inputs, logits and all weights."""
     inputs = [x.requires_grad_(), logits, *module.parameters()]
@@ -77,9 +85,10 @@ def check_against_oracle(module: ExpertMLP, x: torch.Tensor, logits: torch.Tenso
     for got, want in (
         (result.out.sin().sum(), out.sin().sum()),
         (last.sphere_penalty(), oracle_penalty(phi)),
-        (
-            last.sphere_penalty_per_expert(),
-            torch.stack([oracle_penalty(part) for part in phi.chunk(routing.num_experts, 1)]).sum(),
+        (last.sphere_penalty("free"), sphere_penalty(phi, "free")),
+        *(
+            (last.sphere_penalty_per_expert(scale), per_expert_penalty(*split(phi, routing), scale))
+            for scale in ("literal", "free")
         ),
         (last.gram().sin().sum(), (phi @ phi.t() / len(phi)).sin().sum()),
     ):
@@ -192,9 +201,11 @@ def test_dense_features_are_unweighted_and_zero_where_not_routed():
         assert torch.equal(dense[sample, expert], features[-1].values[j])
 
 
-@pytest.mark.parametrize("counts", [(8, 0), (7, 1), (5, 3), (1, 1)])
-def test_penalty_however_many_samples_an_expert_sees(counts: tuple[int, ...]):
-    """All, most, some: each is computed in its own way."""
+COUNTS = [(8, 0), (7, 1), (5, 3), (1, 1)]
+
+
+def uneven(counts: tuple[int, ...]) -> tuple[RoutedFeatures, torch.Tensor]:
+    """Features of eight samples and the gates they hang on, of which experts get so many."""
     n, generator = 8, torch.Generator().manual_seed(4)
     gates = torch.zeros(n, 2, dtype=torch.float64)
     for expert, count in enumerate(counts):
@@ -203,8 +214,16 @@ def test_penalty_however_many_samples_an_expert_sees(counts: tuple[int, ...]):
     expert, sample = gates.t().nonzero(as_tuple=True)
     routing = Routing(gates, sample, gates[sample, expert], counts)
     values = torch.randn(len(sample), 3, dtype=torch.float64, generator=generator, requires_grad=True)
-    features = RoutedFeatures(values, routing)
-    got, want = features.sphere_penalty(), oracle_penalty(features.weighted())
+    return RoutedFeatures(values, routing), gates
+
+
+@pytest.mark.parametrize("scale", ["literal", "free"])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_penalty_however_many_samples_an_expert_sees(counts: tuple[int, ...], scale: Scale):
+    """All, most, some: each is computed in its own way."""
+    features, gates = uneven(counts)
+    values = features.values
+    got, want = features.sphere_penalty(scale), sphere_penalty(features.weighted(), scale)
     torch.testing.assert_close(got, want)
     for g, w in zip(
         torch.autograd.grad(2 * got, (values, gates), retain_graph=True),
@@ -289,3 +308,30 @@ def test_shared_experts_have_weight_one():
 def test_wrong_k_is_named():
     with pytest.raises(ValueError, match="k = 4: expected 1 to 3"):
         top_k_routing(torch.zeros(2, 3), 4)
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-18, 1e-6, 1.0, 1e6, 1e18])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_the_scale_free_penalty_at_every_magnitude(counts: tuple[int, ...], size: float):
+    """In float32 beside float64, value and gradients; of nothing both are zero."""
+    features, _ = uneven(counts)
+    exact, own = (
+        (features.values.detach() * size).to(kind).requires_grad_() for kind in (torch.float64, torch.float32)
+    )
+    gate = features.routing.gate.detach()
+    routing = replace(features.routing, gate=gate.float().requires_grad_())
+    want = sphere_penalty(RoutedFeatures(exact, replace(features.routing, gate=gate)).weighted(), "free")
+    got = RoutedFeatures(own, routing).sphere_penalty("free")
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+    (wanted,) = torch.autograd.grad(want, exact)
+    of_values, of_gate = torch.autograd.grad(got, (own, routing.gate))
+    torch.testing.assert_close(of_values.double(), wanted, rtol=1e-3, atol=1e-5 * wanted.abs().max().item())
+    assert of_gate.isfinite().all()
+    assert of_gate.any() == (size > 0)
+
+
+def test_the_penalty_of_each_expert_does_not_cancel():
+    """Orthogonal features of size 1000: ‖A‖² − (tr A)²/H leaves a residue of about 100 in float32."""
+    values = 1000 * torch.linalg.qr(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)))[0]
+    features = RoutedFeatures(values, single_routing(64))
+    assert 0 <= features.sphere_penalty_per_expert().item() < 0.1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +23,9 @@ from sphere_rl.networks import Trace
 from sphere_rl.ppo import Minibatch
 
 VARIANTS = [
-    {"factor": factor, "grouping": grouping, "layers": layers, "gate_coefficient": gate}
-    for factor, grouping, layers, gate in product(
-        ("feature", "gradient"), ("joint", "per_expert"), ("last", "all"), (0.0, 0.7)
+    {"scale": scale, "factor": factor, "grouping": grouping, "layers": layers, "gate_coefficient": gate}
+    for scale, factor, grouping, layers, gate in product(
+        ("literal", "free"), ("feature", "gradient"), ("joint", "per_expert"), ("last", "all"), (0.0, 0.7)
     )
     if (factor, grouping) != ("gradient", "per_expert")
 ]
@@ -38,9 +39,11 @@ def samples() -> Minibatch:
     return batch(1, torch.float64)
 
 
-def spread(phi: Tensor) -> Tensor:
-    """‖A − (tr A/m) I‖_F² as it is written."""
+def spread(phi: Tensor, scale: str = "literal") -> Tensor:
+    """‖A − (tr A/m) I‖_F² as it is written, or that of A/tr A; nothing spreads nothing."""
     a = phi.T @ phi / len(phi)
+    if scale == "free" and a.any():
+        a = a / a.trace()
     return (a - a.trace() / len(a) * torch.eye(len(a), dtype=a.dtype)).square().sum()
 
 
@@ -50,19 +53,19 @@ def by_hand(agent: Agent, observation: Tensor, options: dict) -> float:
         trace = agent.actor.trace(observation)
     layers = list(zip(trace.features, before, strict=True))
     layers = layers if options["layers"] == "all" else layers[-1:]
-    total = options["gate_coefficient"] * spread(trace.gates) / trace.gates.shape[1]
+    total = options["gate_coefficient"] * spread(trace.gates, options["scale"]) / trace.gates.shape[1]
     for layer, z in layers:
         if options["factor"] == "gradient":
             rows = []
             for n, output in product(range(len(trace.output)), range(trace.output.shape[1])):
                 (signal,) = torch.autograd.grad(trace.output[n, output], z, retain_graph=True)
                 rows.append(replace(layer, values=signal).dense()[n].flatten())
-            total = total + spread(torch.stack(rows))
+            total = total + spread(torch.stack(rows), options["scale"])
         elif options["grouping"] == "joint":
-            total = total + spread(layer.weighted())
+            total = total + spread(layer.weighted(), options["scale"])
         else:
             experts = layer.weighted().unflatten(1, (trace.gates.shape[1], -1))
-            total = total + torch.stack([spread(phi) for phi in experts.unbind(1)]).sum()
+            total = total + torch.stack([spread(phi, options["scale"]) for phi in experts.unbind(1)]).sum()
     return total.item()
 
 
@@ -90,6 +93,31 @@ def gradients_of(agent: Agent, scalar: Tensor) -> list[Tensor]:
 
 def norm(tensors: list[Tensor]) -> Tensor:
     return torch.cat([t.flatten() for t in tensors]).norm()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({}, 1e-3), ({"scale": "free"}, 0.1), ({"scale": "free", "strength": 1e-3}, 1e-3), ({"strength": 0.2}, 0.2)],
+)
+def test_lambda_of_mode_fixed_is_the_scales_own_unless_given(options: dict[str, Any], expected: float):
+    agent = sphere_agent(mode="fixed", **options)
+    method, step = only_method(agent), actor_step(agent, samples())
+    assert method.actor_penalty(step).item() == pytest.approx(expected * method.penalty(step.trace).item())
+    assert method.feature_penalty(agent.actor, samples().observation).share == expected
+
+
+@pytest.mark.parametrize("layers", ["last", "all"])
+def test_scale_free_steps_do_not_shrink_the_features(layers: str):
+    """d/dc of the penalty at cΦ is 0 at c = 1: of the last layer's weights, the layer's own scale."""
+    agent = sphere_agent("dense", scale="free", layers=layers)
+    with torch.no_grad():
+        for layer in agent.actor.experts.layers:
+            layer.bias.zero_()
+    penalty = only_method(agent).penalty(agent.actor.trace(samples().observation))
+    weight = agent.actor.experts.layers[-2].weight
+    (gradient,) = torch.autograd.grad(penalty, weight)
+    assert gradient.abs().max() > 1e-4
+    assert (gradient * weight).sum().abs().item() < 1e-12
 
 
 def test_modes_fixed_and_loss_are_multiples_of_the_penalty():
@@ -198,6 +226,9 @@ def test_training_with_sphere_raises_the_rank():
         ({"entropy_growth": 0.5}, "sphere.entropy_growth: 0.5"),
         ({"entropy_share": 1.5}, "sphere.entropy_share: 1.5"),
         ({"schedule": "cosine"}, "sphere.schedule: 'cosine'"),
+        ({"scale": "fixed"}, "sphere.scale: 'fixed' is not allowed; expected one of literal, free"),
+        ({"strength": -1}, "sphere.strength: -1.0 is not allowed; expected a finite number, 0 or more"),
+        ({"strength": "much"}, "sphere.strength: 'much' is not allowed; expected a value of type float"),
         ({"mode": "loss", "pcgrad": True}, "sphere.pcgrad: True"),
         ({"factor": "gradient", "grouping": "per_expert"}, "sphere.grouping: 'per_expert'"),
     ],

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -140,16 +142,17 @@ def test_joint_penalty_holds_the_cross_expert_terms():
 
 
 FUNCTIONS = {
-    "sphere": lambda f, g: sphere_penalty(weighted_features(f, g)),
-    "layers": lambda f, g: layers_penalty([f[:, 0], f[:, 1]]) + 0 * g.sum(),
+    "sphere": lambda f, g, scale: sphere_penalty(weighted_features(f, g), scale),
+    "layers": lambda f, g, scale: layers_penalty([f[:, 0], f[:, 1]], scale) + 0 * g.sum(),
     "per_expert": per_expert_penalty,
-    "gate": lambda f, g: gate_penalty(g) + 0 * f.sum(),
+    "gate": lambda f, g, scale: gate_penalty(g, scale) + 0 * f.sum(),
 }
 
 
+@pytest.mark.parametrize("scale", ["literal", "free"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_numpy_torch_and_jax_agree_in_value_and_gradient(name):
-    function = FUNCTIONS[name]
+def test_numpy_torch_and_jax_agree_in_value_and_gradient(name, scale):
+    function = partial(FUNCTIONS[name], scale=scale)
     arrays = routed()
     tensors = [torch.from_numpy(a).requires_grad_() for a in arrays]
     value = function(*tensors)
@@ -165,6 +168,133 @@ def test_numpy_torch_and_jax_agree_in_value_and_gradient(name):
     for torch_gradient, func_gradient, jax_gradient in zip(gradients, functional, jax_gradients, strict=True):
         np.testing.assert_allclose(torch_gradient, np.asarray(jax_gradient), rtol=1e-10, atol=1e-14)
         np.testing.assert_allclose(func_gradient.detach(), torch_gradient, rtol=1e-12, atol=1e-14)
+
+
+def by_eigenvalues(phi: np.ndarray) -> float:
+    """Σ_i (p_i − 1/m)², p the m eigenvalues of A over their sum."""
+    values = np.linalg.eigvalsh(phi.T @ phi / len(phi))
+    return float(np.sum((values / values.sum() - 1 / len(values)) ** 2))
+
+
+def free_gradient(phi: np.ndarray) -> np.ndarray:
+    """4/(N t²) (S − (‖S‖²/t) I) Φ with S = ΦΦᵀ/N and t = tr S, as it is written."""
+    gram = phi @ phi.T / len(phi)
+    trace = np.trace(gram)
+    return 4 / (len(phi) * trace**2) * (gram - np.sum(gram**2) / trace * np.eye(len(phi))) @ phi
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 9), st.floats(-18, 18), st.integers(0, 2**16))
+def test_scale_free_is_the_spectrums_shape_alone(samples, m, exponent, seed):
+    phi = draw(samples, m, seed=seed)
+    value = float(sphere_penalty(phi, "free"))
+    assert value == pytest.approx(by_eigenvalues(phi), rel=1e-9, abs=1e-12)
+    assert float(sphere_penalty(10**exponent * phi, "free")) == pytest.approx(value, rel=1e-9, abs=1e-14)
+    gram = phi.T @ phi
+    assert 1 / (value + 1 / m) == pytest.approx(np.trace(gram) ** 2 / np.sum(gram**2), rel=1e-9)
+    assert max(0, 1 / samples - 1 / m) - 1e-12 <= value <= 1 - 1 / m + 1e-12
+    rotation = np.linalg.qr(draw(m, m, seed=seed + 1))[0]
+    assert float(sphere_penalty(phi @ rotation, "free")) == pytest.approx(value, rel=1e-9, abs=1e-12)
+
+
+def test_scale_free_hand_arithmetic():
+    # Eigenvalues 0.5 and 2 of the sum 2.5: shares 0.2 and 0.8, each 0.3 off 1/2.
+    assert float(sphere_penalty(np.array([[1.0, 0.0], [0.0, 2.0]]), "free")) == pytest.approx(0.18, abs=1e-15)
+    # One sample of three features: shares 1, 0, 0: 4/9 + 1/9 + 1/9.
+    assert float(sphere_penalty(np.array([[1.0, 2.0, 2.0]]), "free")) == pytest.approx(2 / 3, abs=1e-15)
+    # Experts [1, 0] and [0, 0] on one state: shares 1, 0 of the first, nothing of the second.
+    features, gates = np.array([[[2.0, 0.0], [5.0, 5.0]]]), np.array([[1.0, 0.0]])
+    assert float(per_expert_penalty(features, gates, "free")) == pytest.approx(0.5, abs=1e-15)
+    assert float(gate_penalty(gates, "free")) == pytest.approx(0.25, abs=1e-15)
+    assert float(layers_penalty([gates, features[:, 0]], "free")) == pytest.approx(1.0, abs=1e-15)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scale_free_gradients_turn_and_do_not_shrink(shape):
+    """∇ is the formula's, ⟨∇, Φ⟩ = 0, and finite differences agree; the literal ⟨∇, Φ⟩ is 4 times the penalty."""
+    phi = torch.from_numpy(draw(*shape)).requires_grad_()
+    free = partial(sphere_penalty, scale="free")
+    (gradient,) = torch.autograd.grad(free(phi), phi)
+    np.testing.assert_allclose(gradient, free_gradient(phi.detach().numpy()), rtol=1e-10, atol=1e-14)
+    assert abs((gradient * phi).sum().item()) < 1e-14
+    assert torch.autograd.gradcheck(free, phi)
+    assert torch.autograd.gradgradcheck(free, phi)
+    value = sphere_penalty(phi)
+    (gradient,) = torch.autograd.grad(value, phi)
+    assert (gradient * phi).sum().item() == pytest.approx(4 * value.item())
+
+
+def test_scale_free_variants_by_finite_differences():
+    features, gates = (torch.from_numpy(a).requires_grad_() for a in routed())
+    assert torch.autograd.gradcheck(partial(per_expert_penalty, scale="free"), (features, gates))
+    assert torch.autograd.gradcheck(partial(gate_penalty, scale="free"), gates)
+    blocks = [(features[:, e] * gates[:, e, None]).detach().numpy() for e in range(3)]
+    assert per_expert_penalty(features, gates, "free").item() == pytest.approx(sum(map(by_eigenvalues, blocks)))
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4, 9), (64, 64)])
+@pytest.mark.parametrize("exponent", [-18, -9, 0, 9, 18])
+def test_scale_free_in_float32_at_every_magnitude(shape, exponent):
+    phi = (draw(*shape) * 10.0**exponent).astype(np.float32)
+    exact, gradient = by_eigenvalues(phi.astype(float)), free_gradient(phi.astype(float))
+    assert sphere_penalty(phi, "free") == pytest.approx(exact, rel=1e-5)
+    tensor = torch.from_numpy(phi).requires_grad_()
+    value = sphere_penalty(tensor, "free")
+    (torch_gradient,) = torch.autograd.grad(value, tensor)
+    assert value.item() == pytest.approx(exact, rel=1e-5)
+    jax_value, jax_gradient = jax.jit(jax.value_and_grad(partial(sphere_penalty, scale="free")))(jnp.asarray(phi))
+    assert float(jax_value) == pytest.approx(exact, rel=1e-5)
+    for found in (torch_gradient, jax_gradient):
+        np.testing.assert_allclose(found, gradient, rtol=1e-3, atol=1e-5 * np.abs(gradient).max())
+
+
+def test_scale_free_of_isotropic_features_does_not_cancel():
+    orthogonal = np.linalg.qr(draw(64, 16))[0].astype(np.float32) * 1000
+    assert 0 <= float(sphere_penalty(orthogonal, "free")) < 1e-13  # ‖A‖²/tr² − 1/m leaves 1e-9
+
+
+ZEROS = {
+    "sphere": lambda f, g: sphere_penalty(weighted_features(f, g), "free"),
+    "wide": lambda f, g: sphere_penalty(f.reshape(-1, 4) + 0 * g.sum(), "free"),
+    "per_expert": lambda f, g: per_expert_penalty(f, g, "free"),
+    "gate": lambda f, g: gate_penalty(0 * g, "free") + 0 * f.sum(),
+}
+
+
+@pytest.mark.parametrize("name", ZEROS)
+def test_scale_free_of_nothing_is_nothing(name):
+    function, (features, gates) = ZEROS[name], (np.zeros((6, 3, 4)), routed()[1])
+    assert float(function(features, gates)) == 0.0
+    tensors = [torch.from_numpy(a).requires_grad_() for a in (features, gates)]
+    value = function(*tensors)
+    found = [
+        *torch.autograd.grad(value, tensors),
+        *(gradient.detach() for gradient in torch.func.grad(function, argnums=(0, 1))(*tensors)),
+        *jax.jit(jax.grad(function, argnums=(0, 1)))(jnp.asarray(features), jnp.asarray(gates)),
+    ]
+    assert value.item() == 0.0
+    for gradient in found:
+        assert not np.asarray(gradient).any()
+
+
+def test_scale_free_per_expert_leaves_out_the_dead_one():
+    features, gates = routed()
+    features[:, 1] = 0
+    blocks = [features[:, e] * gates[:, e, None] for e in (0, 2)]
+    tensors = [torch.from_numpy(a).requires_grad_() for a in (features, gates)]
+    value = per_expert_penalty(*tensors, scale="free")
+    assert value.item() == pytest.approx(sum(map(by_eigenvalues, blocks)), rel=1e-12)
+    of_features, _ = torch.autograd.grad(value, tensors)
+    assert not of_features[:, 1].any()
+    assert of_features.isfinite().all()
+    assert of_features[:, 0].any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_scale_free_hides_no_broken_feature(bad):
+    phi = torch.ones(3, 4)
+    phi[1, 2] = bad
+    assert sphere_penalty(phi, "free").isnan()
 
 
 @pytest.mark.parametrize("shape", [(9, 4), (4, 9)])
@@ -184,6 +314,9 @@ def test_every_float_dtype_keeps_its_kind(shape):
     assert float(value) == pytest.approx(exact, rel=5e-2)
 
 
+BAD: dict[str, Any] = {"text": "trace", "empty": "", "none": None}
+
+
 @pytest.mark.usefixtures("_unchecked_shapes")
 @pytest.mark.parametrize(
     ("call", "message"),
@@ -196,6 +329,9 @@ def test_every_float_dtype_keeps_its_kind(shape):
         (lambda: weighted_features(np.ones((2, 3)), np.ones((2, 3))), r"features: got shape \(2, 3\)"),
         (lambda: per_expert_penalty(np.ones((2, 3, 4)), np.ones((2, 4))), r"gates: got shape \(2, 4\)"),
         (lambda: layers_penalty([]), "phis: got no layer"),
+        (lambda: sphere_penalty(np.ones((2, 3)), BAD["text"]), "scale: got 'trace', allowed: literal, free"),
+        (lambda: per_expert_penalty(*routed(), scale=BAD["empty"]), "scale: got '', allowed: literal, free"),
+        (lambda: gate_penalty(jnp.ones((2, 3)), BAD["none"]), "scale: got None, allowed: literal, free"),
     ],
 )
 def test_misuse_is_one_clear_line(call, message):

@@ -120,6 +120,10 @@ def test_labels_tell_runs_apart_by_what_differs() -> None:
     labels = method_labels([plain, small, large, plain | {"sphere": {"rho": 9.0}}])
     assert labels == ["none", "sphere+layernorm rho=0.01", "sphere+layernorm rho=0.1", "none"]
     assert method_labels([plain, plain | {"gamma": 0.5}]) == ["none gamma=0.9", "none gamma=0.5"]
+    old = base | {"method": ["sphere"], "sphere": {"rho": 0.1, "strength": 1e-3}}  # from before there was a scale
+    new, free = (old | {"sphere": {"rho": 0.1, "strength": None, "scale": scale}} for scale in ("literal", "free"))
+    assert method_labels([old, new]) == ["sphere", "sphere"]
+    assert method_labels([old, new, free]) == ["sphere scale=literal", "sphere scale=literal", "sphere scale=free"]
 
 
 def test_headline_is_the_mean_of_the_final_lines(runs: Path, suite: content.SuiteContent) -> None:

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from tyro.conf import arg
@@ -224,8 +225,14 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 
 def from_dict(data: Mapping[str, Any]) -> TrainConfig:
-    """Rebuild what `to_dict` gave."""
-    return override(TrainConfig(), data)
+    """Rebuild what `to_dict` gave, of this version or an earlier one."""
+    return override(TrainConfig(), updated(data))
+
+
+def updated(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What `to_dict` gave of an earlier version, with today's options of the methods."""
+    named = methods().items()
+    return {**data, **{name: method.Config.updated(data[name]) for name, method in named if name in data}}
 
 
 def _replace(instance: Any, values: Mapping[str, Any], prefix: str) -> Any:
@@ -245,6 +252,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         if value not in get_args(hint):
             raise ConfigError(name, value, f"one of {', '.join(map(str, get_args(hint)))}")
         return value
+    if get_origin(hint) is UnionType:  # X | None
+        return None if value is None else _convert(name, value, get_args(hint)[0])
     if get_origin(hint) is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):

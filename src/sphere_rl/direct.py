@@ -32,16 +32,17 @@ class FeaturePenalty(NamedTuple):
     """SPHERE's joint penalties of some hidden layers, summed, and what they are multiplied by.
 
     mode ``fixed``: share; ``loss``: share · |loss| / penalty; ``grad``: the penalty's gradient is added to g, times
-    share · ‖g‖ / ‖g_penalty‖, with ``pcgrad`` without what opposes g.
+    share · ‖g‖ / ‖g_penalty‖, with ``pcgrad`` without what opposes g. ``free``: scale-free penalties.
     """
 
     layers: list[bool]
     mode: str
     share: float
     pcgrad: bool
+    free: bool
 
 
-NO_PENALTY = FeaturePenalty([], "fixed", 0.0, pcgrad=False)
+NO_PENALTY = FeaturePenalty([], "fixed", 0.0, pcgrad=False, free=False)
 """Where no method has one."""
 
 
@@ -120,17 +121,16 @@ def improve(
 
 
 @scripted
-def _penalise(features: list[Tensor], found: Assigned, layers: list[bool]) -> _Penalised:
-    """The penalty of these hidden layers."""
+def _penalise(features: list[Tensor], found: Assigned, form: FeaturePenalty) -> _Penalised:
+    """The penalty of hidden layers with these features."""
     penalty, of_gate = found.gate.new_zeros([]), torch.zeros_like(found.gate)
     of_rows = [found.gate.new_empty(0)] * (len(features) + 1)
     n, experts, blocks = found.weights.size(0), found.weights.size(1), blocks_of(found.counts)
-    for layer in range(len(layers)):
-        if layers[layer]:
-            values = features[layer]
-            own, gram, entries = centred_gram(values, found.gate, found.sample, blocks, n, experts)
-            of_values, of_weights = gram_gradients(values, found.gate, found.sample, blocks, gram, entries)
-            penalty, of_rows[layer] = penalty + own, of_values
+    for layer in range(len(form.layers)):
+        if form.layers[layer]:
+            own = centred_gram(features[layer], found.gate, found.sample, blocks, n, experts, form.free)
+            of_values, of_weights = gram_gradients(found.gate, found.sample, blocks, own)
+            penalty, of_rows[layer] = penalty + own.penalty, of_values
             of_gate += of_weights
     return penalty, of_gate, of_rows
 
@@ -226,11 +226,11 @@ def _improve(step: _Improvement) -> tuple[list[Tensor], Tensor, Tensor]:
     assigned = found.assigned
     if num_lanes > 1:  # beside the loss
         if any(form.layers):
-            begun.append(torch.jit.fork(_penalise, found.experts[1:-1], assigned, form.layers))  # type: ignore[reportArgumentType]
+            begun.append(torch.jit.fork(_penalise, found.experts[1:-1], assigned, form))  # type: ignore[reportArgumentType]
         for regression, before in zip(regressions, predicted):  # noqa: B905
             elsewhere.append(torch.jit.fork(settle, regression, before))  # type: ignore[reportArgumentType]
     loss, statistics, of_rows = _loss(learner, found, samples, rules)
-    penalised = torch.jit.wait(begun[0]) if len(begun) > 0 else _penalise(found.experts[1:-1], assigned, form.layers)
+    penalised = torch.jit.wait(begun[0]) if len(begun) > 0 else _penalise(found.experts[1:-1], assigned, form)
     strength = _weigh(penalised, loss, form)
     given, blocks = _prepare(found, gating, of_rows, penalised, form, strength)
     swept = down(learner, given, blocks, 2 if form.mode == "grad" else 1, num_lanes)

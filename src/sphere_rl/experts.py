@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from sphere_rl.chain import expert_chain
 from sphere_rl.mixture import Layers
+from sphere_rl.penalty import Scale, sphere_penalty
 from sphere_rl.routed_gram import routed_penalty
 from sphere_rl.routing import Gating, blocks_of, route
 
@@ -193,22 +194,20 @@ class RoutedFeatures:
             gram = gram.index_put((rows[:, None], rows[None, :]), block @ block.t(), accumulate=True)
         return gram / n
 
-    def sphere_penalty(self) -> Float[Tensor, ""]:
-        """‖A‖_F² − (tr A)²/m over all experts jointly; gradients reach the features and the gate.
+    def sphere_penalty(self, scale: Scale = "literal") -> Float[Tensor, ""]:
+        """`sphere_rl.sphere_penalty` of Φ, all experts jointly; gradients reach the features and the gate.
 
         Raises RuntimeError when differentiated with create_graph.
         """
-        return routed_penalty(self.values, self.routing.gate, self.routing)
+        return routed_penalty(self.values, self.routing.gate, self.routing, scale)
 
-    def sphere_penalty_per_expert(self) -> Float[Tensor, ""]:
-        """Σ_e ‖A_e‖_F² − (tr A_e)²/H with A_e = Φ_eᵀΦ_e/N: no cross-expert terms."""
-        n, width = self.routing.num_samples, self.values.shape[1]
+    def sphere_penalty_per_expert(self, scale: Scale = "literal") -> Float[Tensor, ""]:
+        """`sphere_rl.per_expert_penalty`: of A_e = Φ_eᵀΦ_e/N, without cross-expert terms."""
         weighted = self.routing.gate[:, None] * self.values
         penalty = weighted.new_zeros(())
         for _, start, end in self.routing.blocks:
-            block = weighted[start:end]
-            gram = block @ block.t() / n
-            penalty = penalty + gram.square().sum() - gram.trace().square() / width
+            own = sphere_penalty(weighted[start:end], scale)  # of Φ_eᵀΦ_e over the expert's own rows
+            penalty = penalty + (own if scale == "free" else own * ((end - start) / self.routing.num_samples) ** 2)
         return penalty
 
     def _scatter(self, rows: Float[Tensor, "M H"]) -> Float[Tensor, "N E H"]:

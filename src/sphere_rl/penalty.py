@@ -7,12 +7,17 @@ it differentiates under ``torch.autograd``, ``torch.func`` and ``jax.grad`` and 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace, device, is_jax_array, is_torch_array
 from jaxtyping import Float
 
 Array = Any  # NumPy, PyTorch or JAX: the shape strings below are checked for all three
+
+Scale = Literal["literal", "free"]
+"""``literal``: the paper's penalty, of degree 4 in the features. ``free``: that of A/tr A, which their scale leaves
+alone: its gradient turns features and never shrinks them.
+"""
 
 
 def weighted_features(features: Float[Array, "N E H"], gates: Float[Array, "N E"]) -> Float[Array, "N E*H"]:
@@ -26,63 +31,97 @@ def weighted_features(features: Float[Array, "N E H"], gates: Float[Array, "N E"
     return (features * gates[:, :, None]).reshape((samples, experts * width))
 
 
-def sphere_penalty(phi: Float[Array, "N m"]) -> Float[Array, ""]:
+def sphere_penalty(phi: Float[Array, "N m"], scale: Scale = "literal") -> Float[Array, ""]:
     """Return ‖A − (tr A / m) I‖_F² for A = ΦᵀΦ / N: zero when the eigenvalues of A are equal.
 
     ``phi`` [N, m] holds one sample a row. When N < m the N×N Gram takes the place of A; m stays the number of
-    columns. For the gradient-factor variant pass δ [N·C, m], one row for each (sample, output) pair. Raises
-    ValueError on wrong axes or integer input. Source: Luo et al. 2026, the loss L_SPHERE.
+    columns. For the gradient-factor variant pass δ [N·C, m], one row for each (sample, output) pair. ``scale`` "free"
+    is ‖A / tr A − I / m‖_F² = ‖A‖_F² / (tr A)² − 1/m, in [0, 1 − 1/m] and 0 for Φ = 0: equal for Φ and cΦ, so that
+    ⟨∇_Φ, Φ⟩ = 0; 1 / (it + 1/m) is the participation ratio of A. Raises ValueError on wrong axes, integer input or
+    another scale. Source: Luo et al. 2026, the loss L_SPHERE, which is the literal one.
     """
     _check("phi", phi, "N m")
-    return _spread(phi)
+    return _spread(phi, scale)
 
 
-def layers_penalty(phis: Sequence[Float[Array, "N _"]]) -> Float[Array, ""]:
-    """Return Σ_l sphere_penalty(Φ_l), the variant over several layers. Raises ValueError for no layer."""
+def layers_penalty(phis: Sequence[Float[Array, "N _"]], scale: Scale = "literal") -> Float[Array, ""]:
+    """Return Σ_l sphere_penalty(Φ_l, scale), the variant over several layers. Raises ValueError for no layer."""
     if not phis:
         raise ValueError("phis: got no layer, allowed: at least one array [N, m]")
-    total = sphere_penalty(phis[0])
+    total = sphere_penalty(phis[0], scale)
     for phi in phis[1:]:
-        total = total + sphere_penalty(phi)
+        total = total + sphere_penalty(phi, scale)
     return total
 
 
-def per_expert_penalty(features: Float[Array, "N E H"], gates: Float[Array, "N E"]) -> Float[Array, ""]:
+def per_expert_penalty(
+    features: Float[Array, "N E H"], gates: Float[Array, "N E"], scale: Scale = "literal"
+) -> Float[Array, ""]:
     """Return Σ_e ‖A_e − (tr A_e / H) I‖_F², A_e the Gram of g_e h_e: no cross-expert terms.
 
-    Arguments as in ``weighted_features``. Raises ValueError on wrong axes or integer input.
+    Arguments as in ``weighted_features``. ``scale`` "free": each expert's A_e over its own trace; one whose features
+    are all zero adds 0. Raises ValueError on wrong axes, integer input or another scale.
     """
     _check_routed(features, gates)
     xp = array_namespace(features, gates)
-    return xp.sum(_spread(xp.permute_dims(features * gates[:, :, None], (1, 0, 2))))
+    return xp.sum(_spread(xp.permute_dims(features * gates[:, :, None], (1, 0, 2)), scale))
 
 
-def gate_penalty(gates: Float[Array, "N E"]) -> Float[Array, ""]:
-    """Return (‖GᵀG/N‖_F² − tr(GᵀG/N)²/E) / E, G [N, E] the routing weights.
+def gate_penalty(gates: Float[Array, "N E"], scale: Scale = "literal") -> Float[Array, ""]:
+    """Return (‖GᵀG/N‖_F² − tr(GᵀG/N)²/E) / E, G [N, E] the routing weights; ``scale`` as in ``sphere_penalty``.
 
     It is zero when experts are used evenly and never together.
-    Raises ValueError on wrong axes or integer input.
+    Raises ValueError on wrong axes, integer input or another scale.
     """
     _check("gates", gates, "N E")
-    return _spread(gates) / gates.shape[1]
+    return _spread(gates, scale) / gates.shape[1]
 
 
-def _spread(phi: Float[Array, "*b N m"]) -> Float[Array, "*b"]:
+def _spread(phi: Float[Array, "*b N m"], scale: Scale) -> Float[Array, "*b"]:
     """Penalty of each [N, m] matrix of a stack, from the smaller Gram.
 
     With n = min(N, m) and c = tr/m the other m − n eigenvalues are zero, so the penalty is
     ‖Gram − c I_n‖² + (m − n) c²: a sum of squares, free of the cancellation in ‖A‖² − tr²/m when the spectrum
-    is almost flat.
+    is almost flat. The same of Gram / tr, whose c is 1/m, is the scale-free one.
     """
+    if scale not in get_args(Scale):
+        raise ValueError(f"scale: got {scale!r}, allowed: {', '.join(get_args(Scale))}")
     xp = array_namespace(phi)
     samples, width = phi.shape[-2:]
+    phi = phi if scale == "literal" else _unit(phi)
     transposed = xp.matrix_transpose(phi)
     gram = (phi @ transposed if samples < width else transposed @ phi) / samples
     size = min(samples, width)
-    mean = xp.linalg.trace(gram) / width
+    trace = xp.linalg.trace(gram)
+    mean = trace / width
+    if scale == "free":
+        nonzero = xp.astype(trace > 0, phi.dtype)
+        gram = gram / (trace + (1 - nonzero))[..., None, None]
+        mean = nonzero / width
     identity = xp.eye(size, dtype=phi.dtype, device=device(phi))
     centred = gram - mean[..., None, None] * identity
     return xp.sum(centred * centred, axis=(-2, -1)) + (width - size) * mean * mean
+
+
+def _unit(phi: Float[Array, "*b N m"]) -> Float[Array, "*b N m"]:
+    """Each matrix over its largest absolute entry, so that no product over- or underflows; zero stays zero.
+
+    The entry counts as a constant: what scale leaves alone has the same gradient either way.
+    """
+    xp = array_namespace(phi)
+    largest = _constant(xp.max(xp.abs(phi), axis=(-2, -1), keepdims=True))
+    return phi / (largest + xp.astype(largest == 0, phi.dtype))
+
+
+def _constant(array: Array) -> Array:
+    """The same values without gradient."""
+    if is_torch_array(array):
+        return array.detach()
+    if is_jax_array(array):
+        from jax.lax import stop_gradient
+
+        return stop_gradient(array)
+    return array
 
 
 def _check(name: str, array: Array, axes: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import polars as pl
 
+from sphere_rl.config import updated
 from sphere_rl.errors import RunFolderError
 from sphere_rl.runs import RunFolder
 from sphere_rl.suites import make_suite
@@ -127,7 +128,7 @@ def method_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     in the place of the methods, and peers are those that were given the same.
     """
     names = [config.get("label") or "+".join(config["method"]) for config in configs]
-    flat = [dict(_settings(config)) for config in configs]
+    flat = [dict(_settings(updated(config))) for config in configs]
     groups: dict[tuple[str, ...], list[int]] = {}
     for i, config in enumerate(configs):
         groups.setdefault((config["suite"], config["actor"], names[i], *config["method"]), []).append(i)

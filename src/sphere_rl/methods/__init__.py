@@ -13,7 +13,7 @@ state with the actor's hooks, and draws nothing at random, because it may run be
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -38,6 +38,11 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class MethodConfig:
     """Options of a method; subclasses add fields, each with a sentence, and check them in ``__post_init__``."""
+
+    @classmethod
+    def updated(cls, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Options that an earlier version saved, by today's fields: what is not there keeps the meaning it had."""
+        return saved
 
 
 def check_range(

@@ -1,6 +1,7 @@
 """SPHERE: keep the spectrum of the routing-weighted expert features flat.
 
-Adds the penalty ‖A − (tr A/m) I‖_F², A = ΦᵀΦ/N, to the actor's loss in one of three strengths: ``fixed`` λ; ``loss``,
+Adds the penalty ‖A − (tr A/m) I‖_F², A = ΦᵀΦ/N, or its scale-free form ‖A/tr A − I/m‖_F² (``scale``; see
+`sphere_rl.sphere_penalty`), to the actor's loss in one of three strengths: ``fixed`` λ; ``loss``,
 λ = ρ·|L_actor| / (penalty + 1e-8); ``grad``, which adds ρ·‖g_ppo‖ / (‖g_penalty‖ + 1e-8) · g_penalty to the gradient.
 
 A schedule multiplies the strength (λ or ρ) by a factor that changes once an iteration: ``constant`` 1; ``linear`` from
@@ -11,7 +12,7 @@ from then on growing in every iteration that finds it there and shrinking back t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,7 +27,7 @@ from sphere_rl.gradients import GradientStore, add_scaled_, total_norm
 from sphere_rl.lanes import beside
 from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
 from sphere_rl.networks import Actor, Trace
-from sphere_rl.penalty import gate_penalty, sphere_penalty
+from sphere_rl.penalty import Scale, gate_penalty, sphere_penalty
 from sphere_rl.ranks import effective_rank
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from sphere_rl.rollout import Rollout
 
 EPSILON = 1e-8
+STRENGTH: dict[Scale, float] = {"literal": 1e-3, "free": 0.1}
+"""Default λ of mode fixed."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +45,12 @@ class SphereConfig(MethodConfig):
 
     mode: Literal["fixed", "loss", "grad"] = "grad"
     """How the strength is set: fixed λ, a share of the actor's loss, or a share of its gradient norm."""
+    scale: Scale = "literal"
+    """literal: the paper's penalty, which also shrinks features. free: that of A/tr A, which only turns them."""
     rho: float = 0.1
     """Share of the loss (mode loss) or of the gradient norm (mode grad) that the penalty gets."""
-    strength: float = 1e-3
-    """λ of mode fixed."""
+    strength: float | None = None
+    """λ of mode fixed; when not given 1e-3 for the literal penalty, 0.1 for the free one."""
     layers: Literal["last", "all"] = "last"
     """Hidden expert layers that are penalised."""
     grouping: Literal["joint", "per_expert"] = "joint"
@@ -66,13 +71,28 @@ class SphereConfig(MethodConfig):
     """Schedule entropy: the strength is raised up to this multiple."""
 
     def __post_init__(self) -> None:
-        check_range("sphere", self, "rho strength gate_coefficient")
+        check_range("sphere", self, "rho gate_coefficient")
+        if self.strength is not None:
+            check_range("sphere", self, "strength")
         check_range("sphere", self, "entropy_share", high=1)
         check_range("sphere", self, "entropy_growth entropy_limit", low=1)
         if self.pcgrad and self.mode != "grad":
             raise ConfigError("sphere.pcgrad", self.pcgrad, f"False in mode {self.mode}: it acts on gradients")
         if self.factor == "gradient" and self.grouping == "per_expert":
             raise ConfigError("sphere.grouping", self.grouping, "joint with factor gradient")
+
+    @classmethod
+    def updated(cls, saved: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Before there was a scale the penalty was the literal one, and its default strength was saved as a number."""
+        if "scale" in saved:
+            return saved
+        strength = saved.get("strength")
+        return {**saved, "scale": "literal", "strength": None if strength == STRENGTH["literal"] else strength}
+
+    @property
+    def fixed_strength(self) -> float:
+        """λ of mode fixed: as given, or the scale's own."""
+        return STRENGTH[self.scale] if self.strength is None else self.strength
 
 
 class Sphere(Method):
@@ -109,7 +129,7 @@ class Sphere(Method):
             self._begun = beside(partial(self._differentiate, step))  # while the loss is differentiated
             return None
         penalty = self.penalty(step.trace)
-        strength: float | Tensor = factor * self.config.strength
+        strength: float | Tensor = factor * self.config.fixed_strength
         if self.config.mode == "loss":
             strength = factor * self.config.rho * step.loss.detach().abs() / (penalty.detach() + EPSILON)
         self._metrics = {"sphere_penalty": penalty.detach(), "sphere_strength": strength}
@@ -144,9 +164,9 @@ class Sphere(Method):
         """The penalty and its strength, as the hooks have it."""
         config, depth = self.config, actor.options.depth
         layers = [config.layers == "all" or layer == depth - 1 for layer in range(depth)]
-        share = config.strength if config.mode == "fixed" else config.rho
+        share = config.fixed_strength if config.mode == "fixed" else config.rho
         factor = self._schedule.observe(partial(actor.trace, observation))
-        return FeaturePenalty(layers, config.mode, factor * share, config.pcgrad)
+        return FeaturePenalty(layers, config.mode, factor * share, config.pcgrad, config.scale == "free")
 
     def penalised(self, improved: Improved) -> None:
         """Keep the numbers for `metrics`."""
@@ -162,13 +182,13 @@ class Sphere(Method):
         config = self.config
         layers = trace.features if config.layers == "all" else trace.features[-1:]
         if config.factor == "gradient":
-            terms = [sphere_penalty(backpropagated_signals(trace, layer)) for layer in layers]
+            terms = [sphere_penalty(backpropagated_signals(trace, layer), config.scale) for layer in layers]
         elif config.grouping == "per_expert":
-            terms = [layer.sphere_penalty_per_expert() for layer in layers]
+            terms = [layer.sphere_penalty_per_expert(config.scale) for layer in layers]
         else:
-            terms = [layer.sphere_penalty() for layer in layers]
+            terms = [layer.sphere_penalty(config.scale) for layer in layers]
         if config.gate_coefficient:
-            terms.append(config.gate_coefficient * gate_penalty(trace.gates))
+            terms.append(config.gate_coefficient * gate_penalty(trace.gates, config.scale))
         return torch.stack(terms).sum()
 
     def metrics(self) -> dict[str, float | Tensor]:
