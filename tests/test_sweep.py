@@ -89,6 +89,16 @@ def test_grid_file(tmp_path: Path) -> None:
     assert (config.steps_per_task, config.network.width, config.learning_rate_bounds) == (4096, 8, (0.1, 0.2))
 
 
+def test_whole_numbers_with_an_exponent(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text('seeds = [1e1]\n[grid]\n"eval_every" = [1e3]\n[train]\nsteps_per_task = 1e6\n')
+    (run, _) = plan(Grid(**load_grid(path)), tmp_path)
+    assert (run.config.seed, run.config.eval_every, run.config.steps_per_task) == (10, 1000, 1_000_000)
+    assert run.name.endswith("seed10")
+    given, rest = parse(["--seeds", "2e0", "--steps-per-task", "1e6"])
+    assert (given.seeds, rest) == ([2], ["--steps-per-task", "1e6"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

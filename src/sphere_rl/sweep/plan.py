@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sphere_rl.arguments import parse_train
-from sphere_rl.config import TrainConfig, from_dict, to_dict
+from sphere_rl.config import TrainConfig, convert, from_dict, to_dict
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods import methods
 from sphere_rl.runs import RunFolder
@@ -129,6 +129,8 @@ def load_grid(path: Path) -> dict[str, Any]:
         if not isinstance(value, kind):
             raise ConfigError(key, value, "a table" if kind is dict else "a list")
     found: dict[str, Any] = {key: tuple(data[key]) for key in known[:6] if key in data}
+    if "seeds" in found:
+        found["seeds"] = convert("seeds", data["seeds"], tuple[int, ...])
     found["options"] = tuple(
         (name, tuple(map(str, values if isinstance(values, list) else [values])))
         for name, values in _flat(data.get("grid", {}))
