@@ -90,6 +90,12 @@ def test_every_field_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> 
         ("--gamma abc", "Error parsing --gamma: could not convert string to float: 'abc'"),
         ("--learning-rate nan", "learning_rate: nan is not allowed; expected a finite number above 0"),
         ("--num-envs 0", "num_envs: 0 is not allowed; expected a finite number above 0"),
+        ("--minibatch-size 1", "minibatch_size: 1 is not allowed; expected 2 or more: the advantages"),
+        ("--steps-per-task 1.5", r"Error parsing --steps-per-task: '1.5' is not a whole number"),
+        ("--steps-per-task inf", r"Error parsing --steps-per-task: 'inf' is not a whole number"),
+        ("--num-experts 2 --top-k 3", r"top_k: 3 is not allowed; expected 1 to num_experts \(2\)"),
+        ("--critic shared_moe --num-experts 2 --num-shared 1", "num_shared: 1 is not allowed; expected 0 to 0"),
+        ("--learning-rate-bounds 1e-5 inf", "learning_rate_bounds: .* is not allowed; expected two rates"),
         ("--minibatch-size 100", r"minibatch_size: 100 is not allowed; expected a divisor of .* \(16384\)"),
         ("--steps-per-task 100", r"steps_per_task: 100 is not allowed; expected at least one rollout \(16384 steps\)"),
         ("--sphere.rho -1", r"sphere.rho: -1.0 is not allowed; expected a finite number, 0 or more"),
@@ -111,6 +117,9 @@ def test_nonsense_is_refused_in_one_line(words: str, message: str) -> None:
         ("gama = 1", "gama: 1 is not allowed; expected a field: "),
         ("gamma = 'high'", "gamma: 'high' is not allowed; expected a value of type float"),
         ("seed = 1.5", "seed: 1.5 is not allowed; expected a value of type int"),
+        ("seed = inf", "seed: inf is not allowed; expected a value of type int"),
+        ("learning_rate_bounds = [0.1]", r"learning_rate_bounds: \[0.1\] is not allowed; expected a list of 2"),
+        ("minibatch_size = 1", "minibatch_size: 1 is not allowed; expected 2 or more"),
         ("protocol = 'both'", "protocol: 'both' is not allowed; expected one of rl, crl"),
         ("[sphere]\nroh = 1", "sphere.roh: 1 is not allowed; expected a field: "),
         ("[spher]\nrho = 1", "expected network or a method: "),
@@ -123,6 +132,20 @@ def test_nonsense_in_a_file_is_refused_in_one_line(text: str, message: str, tmp_
     with pytest.raises(ConfigError, match=message) as error:
         load_toml(path, TrainConfig())
     assert "\n" not in str(error.value)
+
+
+def test_whole_numbers_may_be_written_with_an_exponent(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("steps_per_task = 2e6\neval_every = 3.0\n[redo]\nevery = 1e3\n")
+    words = ["--config", str(path), "--checkpoint-every", "1e5", "--num-experts", "4.0", "--cbp.maturity", "1e2"]
+    config, _, _ = parse_train(words)
+    found = (config.steps_per_task, config.eval_every, config.checkpoint_every, config.network.num_experts)
+    assert found == (2_000_000, 3, 100_000, 4)
+    assert (config.options.redo.every, config.options.cbp.maturity) == (1000, 100)
+    assert {type(value) for value in (*found, config.options.redo.every, config.options.cbp.maturity)} == {int}
+    config, _, _ = parse_train(["--num-experts", "3", "--top-k", "3"])
+    assert config.network.top_k == 3
+    assert parse_train("--actor dense --num-experts 1".split())[0].network.num_experts == 1
 
 
 @pytest.mark.parametrize("changes", [{"protocol": "x"}, {"tasks": 3}, {"gamma": True}])

@@ -8,7 +8,7 @@ import torch
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
 from sphere_rl.errors import ConfigError
-from sphere_rl.networks import KINDS, CategoricalHead, GaussianHead, NetworkOptions, make_actor
+from sphere_rl.networks import KINDS, CategoricalHead, GaussianHead, make_actor
 
 SMALL: dict[str, Any] = {"width": 8, "depth": 2, "num_experts": 4}
 
@@ -107,12 +107,33 @@ def test_trace_gives_features_of_every_hidden_layer() -> None:
         ({"temperature": 0.0}, "temperature: 0.0 is not allowed; expected a number above 0"),
         ({"width": 0}, "width: 0 is not allowed; expected at least 1"),
         ({"num_shared": 3}, "num_shared: 3 is not allowed; expected 0 to 2, num_experts - top_k"),
+        ({"num_shared": -1}, "num_shared: -1 is not allowed; expected 0 or more"),
+        ({"top_k": 0}, "top_k: 0 is not allowed; expected 1 to num_experts (4)"),
     ],
 )
 def test_impossible_sizes_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError) as error:
-        NetworkOptions(**{**SMALL, **options})
+        make_actor("shared_moe", 5, 3, **{**SMALL, **options})
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("topk_moe", {"num_experts": 3, "top_k": 3}),
+        ("topk_moe", {"num_experts": 1, "top_k": 1}),
+        ("ds_moe", {"num_experts": 2, "top_k": 2, "num_shared": 9}),
+        ("shared_moe", {"num_experts": 3, "top_k": 3, "num_shared": 0}),
+        ("dense_moe", {"num_experts": 1, "top_k": 7}),
+        ("dense", {"num_experts": 1, "top_k": 7, "num_shared": 9}),
+        ("wide", {"num_experts": 1, "top_k": 7}),
+    ],
+)
+def test_sizes_that_an_architecture_does_not_use_are_not_checked(kind: str, options: dict[str, int]) -> None:
+    actor = make_actor(kind, 5, 3, **{**SMALL, **options})
+    trace = actor.train().trace(torch.randn(6, 5))
+    assert trace.output.shape == (6, 3)
+    assert torch.isfinite(trace.output).all()
 
 
 def test_unknown_kind_is_refused() -> None:

@@ -144,6 +144,16 @@ def test_flags_win_in_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[
         command(["--config", str(path), "--seeds", "-1", "--methods", "strong", "--out", str(out), "--dry-run"])
 
 
+def test_whole_numbers_with_an_exponent(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text('seeds = [1e1]\n[grid]\n"eval_every" = [1e3]\n[train]\nsteps_per_task = 1e6\n')
+    (run, _) = plan(Grid(**load_grid(path)), tmp_path)
+    assert (run.config.seed, run.config.eval_every, run.config.steps_per_task) == (10, 1000, 1_000_000)
+    assert run.name.endswith("seed10")
+    given, rest = parse(["--seeds", "2e0", "--steps-per-task", "1e6"])
+    assert (given.seeds, rest) == ([2], ["--steps-per-task", "1e6"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from sphere_rl.config import TrainConfig, load_toml, preset
 from sphere_rl.errors import CommandLineError
+from sphere_rl.parsers import whole
 from sphere_rl.suites import make_suite
 
 
@@ -30,6 +32,24 @@ class Train:
     """Run folder; by default runs/<suite>-<protocol>-<actor>-<method>-seed<seed>."""
     quiet: bool = False
     """No progress display."""
+
+
+TYPES = ConstructorRegistry()
+"""How words become values, where tyro's own way is not ours."""
+
+
+@TYPES.primitive_rule
+def whole_number(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | None:
+    """``--steps-per-task 1e6`` is a whole number, too."""
+    if kind.type is not int:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: whole(words[0]),
+        is_instance=lambda value: isinstance(value, int) and not isinstance(value, bool),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 def parse_train(words: list[str]) -> tuple[TrainConfig, Path, bool]:
@@ -67,7 +87,7 @@ def parse(kind: Any, default: Any, words: list[str], command: str) -> Any:
     screen = io.StringIO()
     try:
         with contextlib.redirect_stderr(screen):
-            return tyro.cli(kind, default=default, args=words, prog=f"sphere {command}")
+            return tyro.cli(kind, default=default, args=words, prog=f"sphere {command}", registry=TYPES)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

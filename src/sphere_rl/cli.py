@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sphere_rl.errors import CommandLineError, ConfigError, RunFolderError, TrainingError
-from sphere_rl.parsers import ArgumentParser, positive
+from sphere_rl.parsers import ArgumentParser, integer, positive
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,7 +128,7 @@ def evaluate(words: list[str]) -> None:
     options.add_argument("--checkpoint", default="latest", help="latest, or a file of the run's checkpoints folder")
     options.add_argument("--tasks", nargs="+", help="tasks of the run's suite; by default all tasks of the run")
     options.add_argument("--episodes", type=positive, default=50)
-    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--seed", type=integer, default=0)
     options.add_argument("--json", action="store_true", help="one JSON object a task instead of the table")
     given = options.parse_args(words)
     config = from_dict(RunFolder.existing(given.run).config())
@@ -154,7 +154,7 @@ def play(words: list[str]) -> None:
     options.add_argument("--out", type=Path, required=True, help="the video, a .mp4 or .gif file")
     options.add_argument("--task", help="a task of the run's suite; by default the task of the checkpoint")
     options.add_argument("--checkpoint", default="latest", help="latest, or a file of the run's checkpoints folder")
-    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--seed", type=integer, default=0)
     options.add_argument("--steps", type=positive, default=1000, help="stop after so many steps")
     options.add_argument("--fps", type=positive, default=25)
     given = options.parse_args(words)

@@ -60,7 +60,7 @@ class TrainConfig:
     num_steps: int = 2048
     """Steps of each environment in one rollout."""
     minibatch_size: int = 256
-    """Samples in a minibatch; divides num_envs * num_steps."""
+    """Samples in a minibatch, at least 2; divides num_envs * num_steps."""
     num_epochs: int = 10
     """Passes over each rollout."""
     learning_rate: float = 3e-4
@@ -126,9 +126,12 @@ class TrainConfig:
         for name in ("actor", "critic"):
             if getattr(self, name) not in KINDS:
                 raise ConfigError(name, getattr(self, name), f"one of {', '.join(KINDS)}")
+            self.network.check_kind(getattr(self, name))
         check_methods(self.method)
         self._check_numbers()
         batch = self.num_envs * self.num_steps
+        if self.minibatch_size == 1:
+            raise ConfigError("minibatch_size", 1, "2 or more: the advantages of a minibatch are normalised")
         if batch % self.minibatch_size:
             raise ConfigError("minibatch_size", self.minibatch_size, f"a divisor of num_envs * num_steps ({batch})")
         if self.steps_per_task < batch:
@@ -145,7 +148,7 @@ class TrainConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(name, getattr(self, name), "0 to 1")
         low, high = self.learning_rate_bounds
-        if not 0 < low <= high:
+        if not 0 < low <= high < math.inf:
             raise ConfigError("learning_rate_bounds", self.learning_rate_bounds, "two rates, 0 < low <= high")
 
     @property
@@ -230,9 +233,9 @@ def from_dict(data: Mapping[str, Any]) -> TrainConfig:
 
 
 def updated(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What `to_dict` gave of an earlier version, with today's options of the methods."""
-    named = methods().items()
-    return {**data, **{name: method.Config.updated(data[name]) for name, method in named if name in data}}
+    """What `to_dict` gave of an earlier version as today's would: fields that it did not know have their defaults."""
+    options = {name: method.Config.updated(data[name]) for name, method in methods().items() if name in data}
+    return to_dict(TrainConfig()) | {**data} | options
 
 
 def _replace(instance: Any, values: Mapping[str, Any], prefix: str) -> Any:
@@ -242,25 +245,30 @@ def _replace(instance: Any, values: Mapping[str, Any], prefix: str) -> Any:
     for name, value in values.items():
         if name not in known:
             raise ConfigError(prefix + name, value, f"a field: {', '.join(sorted(known))}")
-        converted[name] = _convert(prefix + name, value, hints[name])
+        converted[name] = convert(prefix + name, value, hints[name])
     return dataclasses.replace(instance, **converted)
 
 
-def _convert(name: str, value: Any, hint: Any) -> Any:
-    """Check a plain value against a field's type; lists become tuples, whole numbers become floats."""
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """Check a plain value against a field's type; lists become tuples, whole numbers floats, and 1e6 an int."""
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise ConfigError(name, value, f"one of {', '.join(map(str, get_args(hint)))}")
         return value
     if get_origin(hint) is UnionType:  # X | None
-        return None if value is None else _convert(name, value, get_args(hint)[0])
+        return None if value is None else convert(name, value, get_args(hint)[0])
     if get_origin(hint) is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):
             raise ConfigError(name, value, "a list")
-        return tuple(_convert(name, item, get_args(hint)[0]) for item in items)
+        kind, *rest = get_args(hint)
+        if rest != [...] and len(items) != 1 + len(rest):
+            raise ConfigError(name, value, f"a list of {1 + len(rest)}")
+        return tuple(convert(name, item, kind) for item in items)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise ConfigError(name, value, f"a value of type {hint.__name__}")
     return value

@@ -8,7 +8,7 @@ diagnostics and the mitigation methods need no cases.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 from typing import Any
 
 import torch
@@ -51,14 +51,23 @@ class NetworkOptions:
                 raise ConfigError(name, getattr(self, name), "at least 1")
         if self.crelu and self.width % 2:
             raise ConfigError("width", self.width, "an even number with crelu")
-        if not 1 <= self.top_k <= self.num_experts:
+        if self.top_k < 1:
             raise ConfigError("top_k", self.top_k, f"1 to num_experts ({self.num_experts})")
-        if not 0 <= self.num_shared <= self.num_experts - self.top_k:
-            raise ConfigError(
-                "num_shared", self.num_shared, f"0 to {self.num_experts - self.top_k}, num_experts - top_k"
-            )
-        if not self.temperature > 0:
+        if self.num_shared < 0:
+            raise ConfigError("num_shared", self.num_shared, "0 or more")
+        if not 0 < self.temperature < inf:
             raise ConfigError("temperature", self.temperature, "a number above 0")
+
+    def check_kind(self, kind: str) -> None:
+        """Raise `ConfigError` where an architecture cannot select as many experts; those that do not select take any.
+
+        ``kind`` is one of `KINDS`.
+        """
+        if kind in ("topk_moe", "shared_moe", "ds_moe") and self.top_k > self.num_experts:
+            raise ConfigError("top_k", self.top_k, f"1 to num_experts ({self.num_experts})")
+        if kind == "shared_moe" and self.num_shared > self.num_experts - self.top_k:
+            most = self.num_experts - self.top_k
+            raise ConfigError("num_shared", self.num_shared, f"0 to {most}, num_experts - top_k")
 
 
 @dataclass(frozen=True)
@@ -95,6 +104,7 @@ class MoENetwork(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise ConfigError("actor", kind, f"one of {', '.join(KINDS)}")
+        options.check_kind(kind)
         self.kind, self.options = kind, options
         width = wide_width(observation_dim, output_dim, options) if kind == "wide" else options.width
         gated = kind not in ("dense", "wide")

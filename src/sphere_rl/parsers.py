@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from typing import Any, NoReturn
 
 from sphere_rl.errors import CommandLineError
@@ -19,8 +20,31 @@ class ArgumentParser(argparse.ArgumentParser):
         raise CommandLineError(message)
 
 
+def whole(text: str) -> int:
+    """A whole number, also written as 1e6.
+
+    Raises:
+        ValueError: it is none.
+    """
+    with contextlib.suppress(ValueError):
+        return int(text)
+    with contextlib.suppress(ValueError):
+        if (number := float(text)).is_integer():  # infinity and nan are none, either
+            return int(number)
+    raise ValueError(f"{text!r} is not a whole number")
+
+
+def integer(text: str) -> int:
+    """The same as a type of argparse."""
+    try:
+        return whole(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; expected a whole number") from None
+
+
 def positive(text: str) -> int:
     """A whole number above 0."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; expected a whole number above 0")
-    return int(text)
+    with contextlib.suppress(ValueError):
+        if whole(text) > 0:
+            return whole(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not allowed; expected a whole number above 0")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sphere_rl.errors import CommandLineError
-from sphere_rl.parsers import ArgumentParser, positive
+from sphere_rl.parsers import ArgumentParser, integer, positive
 
 SINGULAR = {"--protocol", "--actor", "--method", "--seed", "--suites"}
 """Flags of ``sphere train`` that a sweep has as axes."""
@@ -71,7 +71,7 @@ def parse(words: list[str]) -> tuple[Any, list[str]]:
     options.add_argument(
         "--methods", nargs="+", help="methods, composed ones as sphere+layernorm, or arms of the file (none sphere)"
     )
-    options.add_argument("--seeds", nargs="+", type=int, help="seeds (0)")
+    options.add_argument("--seeds", nargs="+", type=integer, help="seeds (0)")
     options.add_argument("--tasks", nargs="+", help="tasks in training order (each suite's own sequence)")
     options.add_argument(
         "--grid", nargs="+", action="append", default=[], metavar=("OPTION", "VALUE"),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sphere_rl.arguments import parse_train
-from sphere_rl.config import TrainConfig, from_dict, to_dict
+from sphere_rl.config import TrainConfig, convert, from_dict, to_dict
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods import methods
 from sphere_rl.runs import RunFolder
@@ -146,6 +146,8 @@ def load_grid(path: Path) -> dict[str, Any]:
     arms = tuple((name, _arm(name, options)) for name, options in data.get("arms", {}).items())
     found: dict[str, Any] = {"methods": tuple(name for name, _ in arms)} if arms else {}
     found |= {key: tuple(data[key]) for key in AXES if key in data} | {"arms": arms}
+    if "seeds" in found:
+        found["seeds"] = convert("seeds", data["seeds"], tuple[int, ...])
     found["options"] = tuple(
         (name, tuple(map(str, values if isinstance(values, list) else [values])))
         for name, values in _flat(data.get("grid", {}))
@@ -173,7 +175,8 @@ def _stage(table: Any) -> dict[str, Any]:
     """The axes of a stage, as fields of `Grid`."""
     if not isinstance(table, Mapping) or not all(key in AXES and isinstance(table[key], list) for key in table):
         raise ConfigError("stages", table, f"tables of lists, of {', '.join(AXES)}")
-    return {key: tuple(value) for key, value in table.items()}
+    seeds = {"seeds": convert("stages.seeds", table["seeds"], tuple[int, ...])} if "seeds" in table else {}
+    return {key: tuple(value) for key, value in table.items()} | seeds
 
 
 def record(out: Path, command: str, runs: Sequence[PlannedRun]) -> None:
