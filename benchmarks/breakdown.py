@@ -23,7 +23,7 @@ from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override, preset
 from sphere_rl.experts import RoutedFeatures
 from sphere_rl.rollout import Collector, Rollout
-from sphere_rl.runtime import tune_process
+from sphere_rl.runtime import threads, tune_process
 from sphere_rl.suites import make_suite
 
 
@@ -77,7 +77,7 @@ def instrument(watch: Stopwatch, agent: Agent, collector: Collector) -> None:
 
 
 def profile(config: TrainConfig, task: str, iterations: int, clock: str) -> str:
-    envs = make_suite(config.suite).make(task, config.num_envs, 0, config.env_threads)
+    envs = make_suite(config.suite).make(task, config.num_envs, 0, threads(config.env_threads))
     agent = Agent(config, Spaces.of(envs), seed=0)
     collector = Collector(envs, agent.normalizer, agent.device)
     watch = Stopwatch(clock)

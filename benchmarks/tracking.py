@@ -19,7 +19,7 @@ from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override, preset
 from sphere_rl.ppo import update
 from sphere_rl.rollout import Collector
-from sphere_rl.runtime import tune_process
+from sphere_rl.runtime import threads, tune_process
 from sphere_rl.suites import make_suite
 from sphere_rl.tracking import PER_TASK, Tracker
 
@@ -29,7 +29,7 @@ WANTED = 0.02
 def seconds(config: TrainConfig, turns: int) -> tuple[float, float]:
     """Medians of an iteration's and of a measurement's processor time; the first turn warms up."""
     task = config.task_sequence[0]
-    envs = make_suite(config.suite).make(task, config.num_envs, 0, config.env_threads)
+    envs = make_suite(config.suite).make(task, config.num_envs, 0, threads(config.env_threads))
     agent, tracker = Agent(config, Spaces.of(envs), seed=0), Tracker(config)
     collector = Collector(envs, agent.normalizer, agent.device)
     iterations, measurements = [], []

@@ -98,11 +98,11 @@ def test_equal_seeds_are_equal_runs_and_others_differ(tiny: TrainConfig, tmp_pat
 
 @pytest.mark.parametrize("method", ["none", "sphere"])
 def test_a_second_thread_changes_nothing(method: str, tiny: TrainConfig, tmp_path: Path) -> None:
-    """Networks of the size that is used; measured kernels do differ, by rounding."""
-    sizes = {"network.width": 256, "minibatch_size": 256, "num_envs": 8, "spectrum_every": -1}
+    """Networks of the size that is used; ``auto`` goes from two to one and to what was faster."""
+    sizes = {"network.width": 256, "minibatch_size": 256, "num_envs": 8}
     config = override(tiny, {"method": [method], **sizes})
-    one, two = (train(override(config, {"torch_threads": n}), tmp_path / str(n)) for n in (1, 2))
-    assert run_difference(one, two) is None
+    one, *others = (train(override(config, {"torch_threads": n}), tmp_path / str(n)) for n in (1, 2, "auto"))
+    assert [run_difference(one, other) for other in others] == [None, None]
 
 
 class Stop(Exception):

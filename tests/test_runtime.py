@@ -1,8 +1,12 @@
+import os
 import platform
 import subprocess
 import sys
+from typing import Literal
 
 import pytest
+
+from sphere_rl.runtime import LaneChoice, cores, threads
 
 PROBE = """
 import resource, torch
@@ -46,3 +50,37 @@ print(asked, torch.get_num_interop_threads())
 def test_two_lanes_have_two_threads_and_a_second_request_is_no_error():
     result = subprocess.run([sys.executable, "-c", LANES], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[2, 2] 2"
+
+
+def test_cores_are_those_of_the_process_and_no_more_than_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 5})
+    assert cores() == threads("auto") == 3
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert (cores(), threads("auto"), threads(4)) == (2, 2, 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", "")
+    assert cores() == 3
+
+
+@pytest.mark.parametrize(("seconds", "best"), [({1: 3.0, 2: 2.0}, 2), ({1: 2.0, 2: 3.0}, 1)])
+def test_auto_takes_the_faster_of_one_and_two_threads(
+    seconds: dict[int, float], best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sphere_rl.runtime.cores", lambda: 8)
+    choice, taken = LaneChoice("auto"), []
+    for i in range(8):
+        if i == 5:
+            choice.renew()
+        taken.append(choice.threads)
+        choice.took(99.0 if i == 0 else seconds[choice.threads])  # the first one compiles
+    assert taken == [2, 2, 1, best, best, 2, 1, best]
+
+
+def test_threads_that_were_asked_for_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases: list[tuple[int | Literal["auto"], int]] = [(1, 8), (2, 8), (4, 1), ("auto", 1)]
+    for asked, number in cases:
+        monkeypatch.setattr("sphere_rl.runtime.cores", lambda number=number: number)
+        choice = LaneChoice(asked)
+        for _ in range(4):
+            assert choice.threads == (1 if asked == "auto" else asked)
+            choice.took(1.0)

@@ -120,7 +120,7 @@ def evaluate(words: list[str]) -> None:
     from sphere_rl.evaluation import evaluate as run_episodes
     from sphere_rl.policies import load_policy
     from sphere_rl.runs import RunFolder
-    from sphere_rl.runtime import tune_process
+    from sphere_rl.runtime import threads, tune_process
     from sphere_rl.suites import check_task, make_suite
     from sphere_rl.tables import print_table
 
@@ -132,12 +132,13 @@ def evaluate(words: list[str]) -> None:
     options.add_argument("--json", action="store_true", help="one JSON object a task instead of the table")
     given = options.parse_args(words)
     config = from_dict(RunFolder.existing(given.run).config())
-    tune_process(config.torch_threads)
+    tune_process(threads(config.torch_threads))
     suite, policy = make_suite(config.suite), load_policy(given.run, given.checkpoint)
     for task in given.tasks or ():
         check_task(suite, task)
     results = [
-        {"task": task} | run_episodes(policy, suite, task, given.episodes, given.seed, config.env_threads).row()
+        {"task": task}
+        | run_episodes(policy, suite, task, given.episodes, given.seed, threads(config.env_threads)).row()
         for task in given.tasks or config.task_sequence
     ]
     if given.json:

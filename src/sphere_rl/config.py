@@ -11,8 +11,8 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from tyro.conf import arg
 
@@ -108,10 +108,10 @@ class TrainConfig:
     """Environment steps between spectral measurements; 0: twenty times a task. Negative: never."""
     checkpoint_every: int = 100_000
     """Environment steps of a segment: after each, a checkpoint is written and environments start anew."""
-    env_threads: int = 1
-    """Threads that step environments, where the suite uses threads."""
-    torch_threads: int = 1
-    """Threads that compute; with two, actor and critic and halves of the experts go on side by side."""
+    env_threads: int | Literal["auto"] = "auto"
+    """Threads that step environments, where the suite uses threads; auto: a thread a core."""
+    torch_threads: int | Literal["auto"] = "auto"
+    """Threads that compute: two train actor and critic and halves of the experts side by side. auto: two if faster."""
     log: Literal["tensorboard", "wandb"] = "tensorboard"
     """Who is told every number of the logs: TensorBoard files; wandb: Weights & Biases as well (extra `wandb`)."""
     device: str = "cpu"
@@ -138,6 +138,9 @@ class TrainConfig:
             raise ConfigError("steps_per_task", self.steps_per_task, f"at least one rollout ({batch} steps)")
 
     def _check_numbers(self) -> None:
+        for name in ("env_threads", "torch_threads"):
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
+                raise ConfigError(name, getattr(self, name), "auto, or a whole number above 0")
         for name in POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(name, getattr(self, name), "a finite number above 0")
@@ -176,7 +179,7 @@ class TrainConfig:
 
 POSITIVE = (
     "steps_per_task num_envs num_steps minibatch_size num_epochs learning_rate kl_target adam_eps clip max_grad_norm "
-    "observation_clip eval_every eval_episodes final_eval_episodes checkpoint_every env_threads torch_threads"
+    "observation_clip eval_every eval_episodes final_eval_episodes checkpoint_every"
 ).split()
 
 
@@ -255,8 +258,10 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         if value not in get_args(hint):
             raise ConfigError(name, value, f"one of {', '.join(map(str, get_args(hint)))}")
         return value
-    if get_origin(hint) is UnionType:  # X | None
-        return None if value is None else convert(name, value, get_args(hint)[0])
+    if get_origin(hint) in (UnionType, Union):  # X | None, X | Literal["word"]
+        kind, *others = get_args(hint)
+        words = [word for other in others for word in get_args(other)]
+        return value if value in words or (value is None and NoneType in others) else convert(name, value, kind)
     if get_origin(hint) is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list | tuple):

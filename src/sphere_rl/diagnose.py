@@ -31,7 +31,7 @@ from sphere_rl.probe import probe_batch, probe_observations
 from sphere_rl.ranks import gram_eigenvalues
 from sphere_rl.rollout import clip_action
 from sphere_rl.runs import RunFolder
-from sphere_rl.runtime import tune_process
+from sphere_rl.runtime import threads, tune_process
 from sphere_rl.seeding import derive_seed
 from sphere_rl.spectrum import block_view, effective_rank, entk, gram_effective_rank, measure
 from sphere_rl.suites import make_suite
@@ -68,7 +68,7 @@ def command(words: list[str]) -> None:
     if out.suffix[1:] not in figures.FORMATS:
         raise CommandLineError(f"--out: '{out}' is not allowed; expected a .png, .svg or .pdf file")
     folder = RunFolder.existing(given.run)
-    tune_process(from_dict(folder.config()).torch_threads)
+    tune_process(threads(from_dict(folder.config()).torch_threads))
     chosen = select(folder, given.checkpoint)
     if given.proxy:
         table = proxy_table(folder, chosen, given.batches or 16)

@@ -24,7 +24,7 @@ from sphere_rl.lanes import two_lanes
 from sphere_rl.ppo import update
 from sphere_rl.rollout import Collector, Rollout
 from sphere_rl.runs import Logs, RunFolder
-from sphere_rl.runtime import tune_process
+from sphere_rl.runtime import LaneChoice, threads, tune_process
 from sphere_rl.seeding import derive_seed
 from sphere_rl.suites import make_suite
 from sphere_rl.tracking import Tracker
@@ -81,7 +81,7 @@ def start(config: TrainConfig, folder: RunFolder, monitors: Callable[[int], list
 def resume(folder: RunFolder, monitors: Callable[[int], list[Monitor]]) -> None:
     """Train from the newest checkpoint to the end; ``monitors(global_step)`` makes those who watch."""
     config = from_dict(folder.config())
-    tune_process(config.torch_threads)
+    tune_process(min(2, threads("auto")) if config.torch_threads == "auto" else config.torch_threads)
     state = checkpoint.latest_run(folder)
     run = Run(config, folder, state, monitors)
     try:
@@ -113,6 +113,7 @@ class Run:
         self.logs = Logs(folder, state["logs"] if state else {})
         self.monitors = monitors(self.progress.global_step)
         self.tracker = Tracker(config)
+        self.lanes = LaneChoice(config.torch_threads)
         self.agent: Agent | None = None
         self.collector: Collector | None = None
 
@@ -150,7 +151,7 @@ class Run:
         seed = self._seed("train", self.progress.segment)
         collector = self.collector
         if collector is None:
-            envs = self.suite.make(self.task, self.config.num_envs, seed, self.config.env_threads)
+            envs = self.suite.make(self.task, self.config.num_envs, seed, threads(self.config.env_threads))
         else:
             envs = collector.envs
         new = self.agent is None
@@ -166,6 +167,7 @@ class Run:
         return agent, collector
 
     def _begin_task(self, agent: Agent) -> None:
+        self.lanes.renew()
         agent.set_learning_rate(self.config.learning_rate)
         for method in agent.methods:
             method.on_task_start(agent, self.progress.task_index if self.config.protocol == "crl" else 0)
@@ -181,14 +183,16 @@ class Run:
                 agent.set_learning_rate(rate)
             try:
                 self.tracker.begin_iteration(agent, self.task_step)
-                with two_lanes(config.torch_threads if agent.device.type == "cpu" else 1):
+                with two_lanes(self.lanes.threads if agent.device.type == "cpu" else 1):
                     rollout = collector.collect(agent.actor, agent.critic, config.num_steps, agent.generator)
                     statistics = update(agent, rollout, config)
             except TrainingError as error:
                 raise TrainingError(f"task {self.task}, iteration {progress.iteration + 1}: {error}") from None
             progress.iteration += 1
             progress.global_step += config.steps_per_iteration
-            self._log_iteration(agent, rollout, statistics, perf_counter() - began)
+            seconds = perf_counter() - began
+            self.lanes.took(seconds)
+            self._log_iteration(agent, rollout, statistics, seconds)
             for row in self.tracker.measurements(agent, rollout, self.task):
                 self._log("spectrum", self._position() | row)
             self._evaluate_if_due(agent)
@@ -253,7 +257,7 @@ class Run:
     def _evaluate(self, agent: Agent, task_index: int, phase: str, episodes: int) -> None:
         task, policy = self.tasks[task_index], Policy(agent.actor, agent.normalizer)
         seed = derive_seed(self.config.seed, "eval", task, self.progress.global_step)
-        result = evaluate(policy, self.suite, task, episodes, seed, self.config.env_threads)
+        result = evaluate(policy, self.suite, task, episodes, seed, threads(self.config.env_threads))
         row = self._position() | {"task_index": task_index, "task": task, "phase": phase}
         if phase == "retention":
             row["task_step"] = self.config.iterations_per_task * self.config.steps_per_iteration

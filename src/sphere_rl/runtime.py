@@ -3,13 +3,59 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from contextlib import suppress
+from typing import Literal
 
 import torch
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # from glibc's malloc.h
 KEEP_FREED, KEEP_BLOCKS = 1 << 27, 1 << 22  # bytes; a gradient of ten 256 x 256 experts has 2.6 MB
+
+
+def cores() -> int:
+    """Cores that this process may keep busy: those it is bound to, and no more than OMP_NUM_THREADS if it is set."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
+    pinned = os.environ.get("OMP_NUM_THREADS", "")
+    return min(bound, max(1, int(pinned))) if pinned.isdecimal() else bound
+
+
+def threads(asked: int | Literal["auto"]) -> int:
+    """How many threads ``auto`` may stand for."""
+    return cores() if asked == "auto" else asked
+
+
+class LaneChoice:
+    """Threads for the next iteration: those asked for, or with ``auto`` one or two, whichever has been faster.
+
+    The first iteration, in which code is compiled, counts for nothing; the second is timed with two, the third with
+    one. At a new task both are timed again, as other programs come and go. Results are the same, bit by bit.
+    """
+
+    def __init__(self, asked: int | Literal["auto"]) -> None:
+        self.measures = asked == "auto" and cores() > 1
+        self._threads = 1 if asked == "auto" else asked
+        self._seconds: dict[int, float] = {}
+        self._warm = False
+
+    def renew(self) -> None:
+        """Time both again."""
+        self._seconds.clear()
+
+    @property
+    def threads(self) -> int:
+        """For the next iteration."""
+        if not self.measures:
+            return self._threads
+        left = [number for number in (2, 1) if number not in self._seconds]
+        return left[0] if left else min(self._seconds, key=self._seconds.__getitem__)
+
+    def took(self, seconds: float) -> None:
+        """The iteration with `threads` has taken this long."""
+        if self._warm:
+            self._seconds.setdefault(self.threads, seconds)
+        self._warm = True
 
 
 def tune_process(torch_threads: int) -> None:
@@ -23,7 +69,7 @@ def tune_process(torch_threads: int) -> None:
     Lanes: PyTorch makes as many inter-op threads as there are cores; two lanes (`sphere_rl.lanes`) use two.
     """
     torch.set_flush_denormal(True)
-    torch.set_num_threads(torch_threads)
+    torch.set_num_threads(max(1, torch_threads // 2))  # outside lanes, too: measured kernels have the same bits
     if torch_threads > 1:
         with suppress(RuntimeError):  # they run already
             torch.set_num_interop_threads(2)

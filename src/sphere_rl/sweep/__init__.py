@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -107,8 +106,9 @@ def make_engine(name: str, address: str | None, jobs: int | None, runs: Sequence
 
 def default_jobs(runs: Sequence[Any]) -> int:
     """Runs side by side that do not take more threads than there are cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # macOS
-    return max(1, cores // max((run.threads for run in runs), default=1))
+    from sphere_rl.runtime import cores
+
+    return max(1, cores() // max((run.threads for run in runs), default=1))
 
 
 def carry_out(engine: Any, waiting: Sequence[Any], runs: Sequence[Any]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from sphere_rl.errors import CommandLineError
+from sphere_rl.runtime import cores
 from sphere_rl.sweep.plan import PlannedRun
 
 LIBRARIES = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
@@ -43,12 +44,12 @@ def local(jobs: int) -> Engine:
     """Up to ``jobs`` processes side by side on this machine."""
 
     def run_all(runs: Sequence[PlannedRun], watcher: Watcher) -> dict[str, int]:
-        waiting, codes = deque(runs), dict[str, int]()
+        waiting, codes, share = deque(runs), dict[str, int](), max(1, cores() // min(jobs, len(runs)))
         running: dict[subprocess.Popen[bytes], PlannedRun] = {}
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
-                    running[start(*process_of(waiting[0]))] = waiting[0]
+                    running[start(*process_of(waiting[0], share))] = waiting[0]
                     watcher.started(waiting.popleft())
                 time.sleep(0.1)
                 for process in [process for process in running if process.poll() is not None]:
@@ -104,9 +105,10 @@ def ray(address: str | None, jobs: int | None) -> Engine:
     return run_all
 
 
-def process_of(run: PlannedRun) -> tuple[str, tuple[str, ...], str, int]:
-    """What it takes to start a run's process anywhere: folder, words, log and threads."""
-    return str(run.folder.absolute()), run.words, str(run.log.absolute()), run.threads
+def process_of(run: PlannedRun, share: int = 1) -> tuple[str, tuple[str, ...], str, int]:
+    """What it takes to start a run's process anywhere: folder, words, log, and threads, with ``share`` for ``auto``."""
+    given = max(run.threads, share) if run.takes_what_is_given else run.threads
+    return str(run.folder.absolute()), run.words, str(run.log.absolute()), given
 
 
 def start(folder: str, words: Sequence[str], log: str, threads: int) -> subprocess.Popen[bytes]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sphere_rl.arguments import parse_train
 from sphere_rl.config import TrainConfig, convert, from_dict, to_dict
@@ -73,8 +73,17 @@ class PlannedRun:
 
     @property
     def threads(self) -> int:
-        """Cores that the run keeps busy."""
-        return max(self.config.torch_threads, self.config.env_threads)
+        """Cores that the run asks for; with ``auto`` it takes what it is given."""
+        return max(1, *(asked for asked in self._asked if asked != "auto"))
+
+    @property
+    def takes_what_is_given(self) -> bool:
+        """Whether any of its threads are ``auto``."""
+        return "auto" in self._asked
+
+    @property
+    def _asked(self) -> tuple[int | Literal["auto"], int | Literal["auto"]]:
+        return self.config.torch_threads, self.config.env_threads
 
 
 def plan(grid: Grid, out: Path) -> list[PlannedRun]:
@@ -116,7 +125,7 @@ def check_folder(run: PlannedRun) -> None:
     if not RunFolder(run.folder).config_path.is_file():
         return
     ours, theirs = to_dict(run.config), to_dict(from_dict(RunFolder(run.folder).config()))
-    for name in ours:
+    for name in ours.keys() - {"log", "env_threads", "torch_threads"}:  # how it is computed, not what
         if ours[name] != theirs[name]:
             raise ConfigError(name, ours[name], f"{theirs[name]!r}, as in {run.folder}; choose another --out")
 
