@@ -15,20 +15,8 @@ SOURCE = Path(sphere_rl.__file__).parent
 MODULES = sorted(p.relative_to(SOURCE).with_suffix("").as_posix() for p in SOURCE.rglob("*.py"))
 
 LAYERS = [
-    {
-        "errors",
-        "gradients",
-        "lanes",
-        "normalizer",
-        "parsers",
-        "penalty",
-        "routing",
-        "runtime",
-        "scripting",
-        "seeding",
-        "tables",
-    },
-    {"chain", "experts", "mixture", "optimizer", "routed_gram", "runs", "ranks", "statistics"},
+    set("errors gradients lanes normalizer parsers penalty routing runtime scripting seeding tables".split()),
+    {"chain", "experts", "mixture", "optimizer", "routed_gram", "runs", "ranks", "statistics", "vanishing"},
     {"learner", "networks", "regression", "surrogate", "sweeps"},
     {"direct", "factors", "metrics", "ntk", "results", "rollout", "spectrum", "suites"},
     {"methods", "probe"},

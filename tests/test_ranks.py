@@ -7,7 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sphere_rl.ranks import effective_rank, estimate_effective_rank, gram_effective_rank, gram_eigenvalues
+from sphere_rl.ranks import (
+    effective_rank,
+    estimate_effective_rank,
+    gram_effective_rank,
+    gram_eigenvalues,
+    participation_ratio,
+)
 
 torch.set_num_threads(1)
 SPECTRA = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=12).map(np.array)
@@ -32,6 +38,11 @@ def test_hand_arithmetic():
     # p = (1/2, 1/4, 1/4): entropy 1/2·ln 2 + 2·1/4·ln 4 = 1.5·ln 2, so r_e = 2^1.5.
     assert effective_rank(torch.tensor([2.0, 1.0, 1.0])) == pytest.approx(2**1.5, rel=1e-12)
     assert effective_rank(np.zeros(3)) == 0.0
+    assert participation_ratio(np.array([2.0, 2.0, 2.0, 0.0])) == pytest.approx(3.0, rel=1e-12)
+    assert participation_ratio(torch.tensor([2.0, 1.0, 1.0])) == pytest.approx(16 / 6, rel=1e-12)
+    assert participation_ratio(np.zeros(3)) == 0.0
+    with pytest.raises(ValueError, match="every value finite"):
+        participation_ratio(np.array([1.0, np.inf]))
 
 
 def test_round_off_below_zero_counts_as_zero_and_more_is_an_error():
@@ -48,6 +59,10 @@ def test_bounds_and_invariance(spectrum, scale):
     rank = effective_rank(spectrum)
     assert 1 - 1e-12 <= rank <= len(spectrum) * (1 + 1e-12)
     assert effective_rank(spectrum[::-1] * scale) == pytest.approx(rank, rel=1e-9)
+    ratio = participation_ratio(spectrum)
+    assert ratio == pytest.approx(spectrum.sum() ** 2 / np.sum(spectrum**2), rel=1e-9)
+    assert 1 - 1e-12 <= ratio <= rank * (1 + 1e-12), "Rényi entropies fall with their order"
+    assert participation_ratio(spectrum[::-1] * scale) == pytest.approx(ratio, rel=1e-9)
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,6 +10,8 @@ from torch import nn
 from sphere_rl.experts import GroupedLinear
 from sphere_rl.metrics import churn, dead_ratio, pca_rank
 from sphere_rl.networks import KINDS, Actor, make_actor
+from sphere_rl.penalty import sphere_penalty
+from sphere_rl.ranks import participation_ratio
 from sphere_rl.spectrum import SPECTRAL_METRICS, effective_rank, entk, measure
 
 torch.set_num_threads(1)
@@ -53,6 +55,10 @@ def test_measure_against_its_parts():
     sigma = torch.linalg.svdvals(phi)
     assert found["r_e_A"] == pytest.approx(effective_rank(sigma.square()), rel=1e-6)
     assert found["effective_rank"] == pytest.approx(effective_rank(sigma), rel=1e-4)
+    assert found["participation_ratio"] == pytest.approx(participation_ratio(sigma.square()), rel=1e-6)
+    assert found["feature_norm"] == pytest.approx(phi.square().sum(1).mean().sqrt().item(), rel=1e-9)
+    penalty = sphere_penalty(phi, "free").item()
+    assert found["participation_ratio"] == pytest.approx(1 / (penalty + 1 / phi.shape[1]), rel=1e-9)
     assert found["pca_rank"] == pca_rank(sigma)
     weights = [layer.weight for layer in policy.modules() if isinstance(layer, GroupedLinear)]
     ranks = [torch.linalg.matrix_norm(w) ** 2 / torch.linalg.matrix_norm(w, 2) ** 2 for w in weights]
@@ -72,6 +78,15 @@ def test_measure_sees_an_update():
     assert churn(policy(observations()), before) == pytest.approx(found["churn"], rel=1e-6)
     size = sum(p.numel() for p in policy.parameters())
     assert found["weight_change"] == pytest.approx(0.5 * (12 / size) ** 0.5, rel=1e-6)
+
+
+def test_without_any_feature_every_rank_is_zero():
+    policy = actor()
+    with torch.no_grad():
+        dict(policy.named_parameters())["experts.hidden.1.bias"].fill_(-1e3)
+    found = measure(policy, observations())
+    names = ("r_e_A", "participation_ratio", "effective_rank", "srank", "pca_rank", "feature_rank", "feature_norm")
+    assert [found[name] for name in names] == [0] * len(names)
 
 
 def test_gate_units_count():

@@ -18,12 +18,13 @@ from sphere_rl.config import TrainConfig, to_dict
 from sphere_rl.errors import CommandLineError
 from sphere_rl.protocol import Monitor
 from sphere_rl.runs import RunFolder
+from sphere_rl.vanishing import FeatureWatch
 
 SKIPPED = {"global_step", "task_index", "task", "task_step", "phase", "batch"}
 
 
 def make_monitors(config: TrainConfig, folder: RunFolder, global_step: int, quiet: bool) -> list[Monitor]:
-    """TensorBoard always, W&B if asked for; a display unless quiet: bars on a terminal, lines elsewhere.
+    """TensorBoard and notices always, W&B if asked for; a display unless quiet: bars on a terminal, lines elsewhere.
 
     Raises:
         CommandLineError: W&B is asked for and cannot be used.
@@ -32,10 +33,11 @@ def make_monitors(config: TrainConfig, folder: RunFolder, global_step: int, quie
     monitors: list[Monitor] = [TensorBoard(folder, global_step)]
     if config.log == "wandb":
         monitors.append(WandB(config, folder, quiet))
+    console = Console(file=sys.stderr, highlight=False)
     if not quiet:
-        console = Console(file=sys.stderr, highlight=False)
         display = Bars if console.is_terminal else Lines
         monitors.append(display(config, console, global_step))
+    monitors.append(Notices(config, folder, console))
     return monitors
 
 
@@ -93,6 +95,23 @@ class WandB:
     def close(self) -> None:
         """Send what is left."""
         self._run.finish()
+
+
+class Notices:
+    """A line, above the bars where there are some, when the policy's features vanish and when they are back."""
+
+    def __init__(self, config: TrainConfig, folder: RunFolder, console: Console) -> None:
+        self._watch, self._console = FeatureWatch(fresh=config.protocol == "rl"), console
+        for line in folder.read("spectrum"):  # before an interruption: has been said
+            self._watch.notice(line)
+
+    def row(self, log: str, row: dict[str, Any]) -> None:
+        """Print what there is to tell."""
+        if log == "spectrum" and (text := self._watch.notice(row)):
+            self._console.print(text, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class Lines:

@@ -21,6 +21,21 @@ def effective_rank(eigenvalues: Shaped[Any, "n"]) -> float:
     ``eigenvalues`` [n]: NumPy, PyTorch or JAX. 1 ≤ r_e ≤ the number of positive ones; 0 for the zero matrix. Negative
     eigenvalues of round-off size count as 0; larger or non-finite ones raise ValueError. Source: Roy & Vetterli 2007.
     """
+    p = _shares(eigenvalues)
+    return float(torch.special.entr(p).sum().exp()) if len(p) else 0.0
+
+
+def participation_ratio(eigenvalues: Shaped[Any, "n"]) -> float:
+    """Return (Σ λ_i)² / Σ λ_i² = 1 / Σ p_i²: the Rényi-2 effective rank, at most `effective_rank`.
+
+    Arguments, errors and 0 for the zero matrix as there. Of A it is 1 / (L + 1/m), L the scale-free SPHERE penalty.
+    """
+    p = _shares(eigenvalues)
+    return 1 / float(p.square().sum()) if len(p) else 0.0
+
+
+def _shares(eigenvalues: Shaped[Any, "n"]) -> Float[Tensor, "k"]:
+    """Each eigenvalue over their sum in float64; none for the zero matrix."""
     values = _float64(eigenvalues)
     if values.ndim != 1 or not values.isfinite().all():
         raise ValueError(f"eigenvalues: got shape {tuple(values.shape)}, allowed: [n], every value finite")
@@ -28,10 +43,9 @@ def effective_rank(eigenvalues: Shaped[Any, "n"]) -> float:
     if len(values) and values.min().item() < -ROUND_OFF * max(largest, 0.0):
         raise ValueError(f"eigenvalues: got {values.min().item():g} beside {largest:g}, allowed: none below zero")
     if largest <= 0:
-        return 0.0
+        return values[:0]
     p = values.clamp(min=0.0) / largest  # by the largest first: the sum of huge values may overflow
-    p = p / p.sum()
-    return float(torch.special.entr(p).sum().exp())
+    return p / p.sum()
 
 
 def gram_eigenvalues(phi: Shaped[Any, "N m"]) -> Float[Tensor, "k"]:

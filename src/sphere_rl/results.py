@@ -32,7 +32,8 @@ EVAL = {
 }  # fmt: skip
 SPECTRUM = {
     "global_step": pl.Int64, "task_index": pl.Int64, "task": pl.String, "task_step": pl.Int64, "batch": pl.String,
-    "r_e_K": pl.Float64, "r_e_A": pl.Float64, "gate_entropy": pl.Float64, "expert_load": pl.List(pl.Float64),
+    "r_e_K": pl.Float64, "r_e_A": pl.Float64, "feature_rank": pl.Int64, "gate_entropy": pl.Float64,
+    "expert_load": pl.List(pl.Float64),
 }  # fmt: skip
 
 

@@ -30,7 +30,7 @@ from sphere_rl.metrics import (
 )
 from sphere_rl.networks import MoENetwork, Trace
 from sphere_rl.ntk import block_view, entk, entk_jax, estimate_entk_rank, untouched
-from sphere_rl.ranks import effective_rank, gram_effective_rank, gram_eigenvalues
+from sphere_rl.ranks import effective_rank, gram_effective_rank, gram_eigenvalues, participation_ratio
 
 __all__ = [
     "SPECTRAL_METRICS",
@@ -42,16 +42,19 @@ __all__ = [
     "feature_metrics",
     "gram_effective_rank",
     "measure",
+    "participation_ratio",
     "weight_metrics",
 ]
 
 SPECTRAL_METRICS: dict[str, str] = {
     "r_e_K": "effective rank of the empirical NTK K = JJᵀ of the outputs: exp entropy of its eigenvalues",
     "r_e_A": "effective rank of the feature Gram A = ΦᵀΦ/N: exp entropy of σ², Φ the weighted last hidden features",
+    "participation_ratio": "(tr A)²/‖A‖_F²: another effective rank of A, the one that the scale-free penalty raises",
     "effective_rank": "exp entropy of σ/Σσ (Roy & Vetterli 2007)",
     "srank": "least k with Σ_{i≤k} σ ≥ 0.99 Σσ (Kumar et al. 2021)",
     "pca_rank": "least k with Σ_{i≤k} σ² ≥ 0.99 Σσ²",
     "feature_rank": "number of σ/√N > 0.01 (Lyle et al. 2022)",
+    "feature_norm": "root mean square over states of ‖φ(x)‖, φ(x) the rows of Φ: √tr A",
     "dormant_ratio": "share of hidden units whose mean |h| is at most 0.025 of their layer's mean (Sokar et al. 2023)",
     "dead_ratio": "share of hidden units that are zero on all states",
     "active_fraction": "share of hidden activations that are not zero, on the states routed to them",
@@ -76,10 +79,12 @@ def feature_metrics(trace: Trace) -> dict[str, float | list[float]]:
     sigma = (eigenvalues * samples).sqrt()
     return {
         "r_e_A": effective_rank(eigenvalues),
+        "participation_ratio": participation_ratio(eigenvalues),
         "effective_rank": effective_rank(sigma),
         "srank": srank(sigma),
         "pca_rank": pca_rank(sigma),
         "feature_rank": feature_rank(sigma, samples),
+        "feature_norm": float(eigenvalues.sum().sqrt()),
         "dormant_ratio": dormant_ratio(layers),
         "dead_ratio": dead_ratio(layers),
         "active_fraction": active_fraction(layers),

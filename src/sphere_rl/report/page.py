@@ -19,6 +19,7 @@ from sphere_rl.report.content import ABLATION, PLAIN, SuiteContent
 from sphere_rl.results import Results, load_results
 from sphere_rl.runs import write_atomic
 from sphere_rl.statistics import Estimate
+from sphere_rl.vanishing import notices
 
 NUMBERS = {
     "rl": "RL",
@@ -88,7 +89,7 @@ def render(suites: Sequence[SuiteContent], results: Results, refresh: int | None
         plotly=get_plotlyjs(),
         data=_json(data),
         suites=views,
-        runs=[_run(row) for row in results.runs.iter_rows(named=True)],
+        runs=[_run(row, results) for row in results.runs.iter_rows(named=True)],
         planned=planned(results),
         commands=_commands(results),
         configs=_configs(results),
@@ -117,6 +118,9 @@ def _view(suite: SuiteContent) -> dict[str, Any]:
         "ablation": suite.ablation(),
         "geometry": {label: [_ellipsoid(s) for s in row] for label, row in suite.snapshots.items()},
         "geometry_caption": suite.geometry_caption(),
+        "warnings": {
+            run["run"]: texts for run in suite.runs.iter_rows(named=True) if (texts := _warnings(run, suite.results))
+        },
         "absent": suite.absent,
         "figures": FIGURES,
     }
@@ -161,9 +165,15 @@ def _ellipsoid(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def _run(row: dict[str, Any]) -> dict[str, Any]:
+def _run(row: dict[str, Any], results: Results) -> dict[str, Any]:
     total = row["steps_per_task"] * row["num_tasks"]
-    return row | {"progress": row["global_step"] / total if total else 0.0}
+    return row | {"progress": row["global_step"] / total if total else 0.0, "warnings": _warnings(row, results)}
+
+
+def _warnings(run: dict[str, Any], results: Results) -> list[str]:
+    """What its spectrum lines have to tell of a run."""
+    lines = results.spectra.filter(pl.col("run") == run["run"]).iter_rows(named=True)
+    return notices(lines, fresh=run["protocol"] == "rl")
 
 
 def planned(results: Results) -> list[str]:
