@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override
 from sphere_rl.experts import ExpertMLP, ExpertOutput, RoutedFeatures
-from sphere_rl.penalty import sphere_penalty
+from sphere_rl.penalty import Scale, sphere_penalty
 from sphere_rl.ppo import update
 from sphere_rl.rollout import Rollout
 
@@ -23,8 +23,8 @@ class DenseFeatures(RoutedFeatures):
 
     every: torch.Tensor
 
-    def sphere_penalty(self) -> torch.Tensor:
-        return sphere_penalty((self.routing.weights[:, :, None] * self.every).flatten(1))
+    def sphere_penalty(self, scale: Scale = "literal") -> torch.Tensor:
+        return sphere_penalty((self.routing.weights[:, :, None] * self.every).flatten(1), scale)
 
 
 class DenseExperts(nn.Module):
