@@ -16,7 +16,7 @@ MODULES = sorted(p.relative_to(SOURCE).with_suffix("").as_posix() for p in SOURC
 
 LAYERS = [
     {"errors", "gradients", "lanes", "parsers", "penalty", "routing", "runtime", "scripting", "seeding", "tables"},
-    {"chain", "experts", "mixture", "optimizer", "routed_gram", "runs", "ranks", "statistics"},
+    {"chain", "env_args", "experts", "mixture", "optimizer", "routed_gram", "runs", "ranks", "spaces", "statistics"},
     {"learner", "networks", "regression", "surrogate", "sweeps"},
     {"direct", "factors", "metrics", "ntk", "results", "rollout", "spectrum", "suites"},
     {"methods", "probe"},

@@ -10,15 +10,16 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import product, repeat
 from pathlib import Path
 from typing import Any
 
 from sphere_rl.arguments import parse_train
 from sphere_rl.config import TrainConfig, convert, from_dict, to_dict
+from sphere_rl.env_args import FLAG, word_of
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods import methods
-from sphere_rl.runs import RunFolder
+from sphere_rl.runs import RunFolder, file_name
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,11 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
             tail = "-".join([actor, method, *tags, f"seed{seed}"])
             for task in dict.fromkeys(config.task_sequence) if protocol == "rl" else (None,):
                 tasks = grid.tasks if task is None else (task,)
-                name = "-".join([suite, protocol, *([] if task is None else [task.replace("/", "_")]), tail])
+                name = file_name("-".join([suite, protocol, *([] if task is None else [task]), tail]))
                 full = (*words, *_tasks(tasks))
-                runs[name] = PlannedRun(out / name, full, parse_train(list(full))[0])
+                run = PlannedRun(out / name, full, parse_train(list(full))[0])
+                if runs.setdefault(name, run).config != run.config:
+                    raise ConfigError("out", str(out / name), "names of tasks and values that differ in files' names")
     for run in runs.values():
         check_folder(run)
     return list(runs.values())
@@ -132,10 +135,12 @@ def load_grid(path: Path) -> dict[str, Any]:
     if "seeds" in found:
         found["seeds"] = convert("seeds", data["seeds"], tuple[int, ...])
     found["options"] = tuple(
-        (name, tuple(map(str, values if isinstance(values, list) else [values])))
+        (name, tuple(map(_word, repeat(name), values if isinstance(values, list) else [values])))
         for name, values in _flat(data.get("grid", {}))
     )
-    found["train"] = tuple(word for name, value in _flat(data.get("train", {})) for word in _flag(name, value))
+    found["train"] = tuple(
+        word for name, value in _flat(data.get("train", {})) for word in _flag(name, _word(name, value))
+    )
     return found
 
 
@@ -172,8 +177,17 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + key, value
 
 
+def _word(name: str, value: Any) -> Any:
+    """A value as a word of the command line; a text that is an environment's argument stays one: "1" is not 1."""
+    if name.replace("-", "_").startswith("env_args."):
+        return word_of(value)
+    return value if isinstance(value, list) else str(value)
+
+
 def _flag(name: str, value: Any) -> list[str]:
     """Words of one option: ``--sphere.rho 0.1``; switches are ``--crelu`` and ``--no-crelu``."""
+    if name.replace("-", "_").startswith("env_args."):
+        return [FLAG, f"{name.partition('.')[2]}={value}"]
     flag = name.replace("_", "-")
     if str(value).lower() in ("true", "false"):
         table, dot, inner = flag.rpartition(".")
