@@ -15,7 +15,8 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from sphere_rl.config import TrainConfig, load_toml, preset
+from sphere_rl.config import TrainConfig, load_toml, override, preset
+from sphere_rl.env_args import EnvArgs, argument_of, taken_from, word_of
 from sphere_rl.errors import CommandLineError
 from sphere_rl.parsers import whole
 from sphere_rl.suites import make_suite
@@ -52,6 +53,20 @@ def whole_number(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[int] | Non
     )
 
 
+@TYPES.primitive_rule
+def environment_arguments(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[EnvArgs] | None:
+    """Only to be shown by ``--help``: `parse_train` takes them before, from wherever they stand."""
+    if kind.type is not EnvArgs:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[KEY=VALUE ...]",
+        instance_from_str=lambda words: EnvArgs(dict(map(argument_of, words))),
+        is_instance=lambda value: isinstance(value, EnvArgs),
+        str_from_instance=lambda value: [f"{name}={word_of(one)}" for name, one in value.items()],
+    )
+
+
 def parse_train(words: list[str]) -> tuple[TrainConfig, Path, bool]:
     """Configuration, run folder and quietness.
 
@@ -59,6 +74,7 @@ def parse_train(words: list[str]) -> tuple[TrainConfig, Path, bool]:
         ConfigError: a value that is not allowed.
         CommandLineError: a flag that does not exist, or a value of the wrong type.
     """
+    arguments, words = taken_from(words)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--suite", nargs="?")
     first.add_argument("--config", nargs="?", type=Path)
@@ -67,8 +83,9 @@ def parse_train(words: list[str]) -> tuple[TrainConfig, Path, bool]:
     if early.config:
         default = load_toml(early.config, default)
     parsed = parse(Train, Train(settings=default), words, "train")
-    check_log(parsed.settings.log)
-    return parsed.settings, parsed.out or Path("runs") / default_name(parsed.settings), parsed.quiet
+    settings = override(parsed.settings, {"env_args": arguments})
+    check_log(settings.log)
+    return settings, parsed.out or Path("runs") / default_name(settings), parsed.quiet
 
 
 def check_log(log: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if words[0] not in COMMANDS:
         return fail(f"command: {words[0]!r} is not allowed; expected one of {', '.join(COMMANDS)}")
-    signal.signal(signal.SIGTERM, interrupt)
+    if threading.current_thread() is threading.main_thread():  # signals reach no other
+        signal.signal(signal.SIGTERM, interrupt)
     try:
         return COMMANDS[words[0]](words[1:]) or 0
     except (CommandLineError, ConfigError, RunFolderError) as error:
@@ -128,6 +130,8 @@ def evaluate(words: list[str]) -> None:
     options.add_argument("--checkpoint", default="latest", help="latest, or a file of the run's checkpoints folder")
     options.add_argument("--tasks", nargs="+", help="tasks of the run's suite; by default all tasks of the run")
     options.add_argument("--episodes", type=positive, default=50)
+    limit = "end an episode after so many steps; by default as the run does"
+    options.add_argument("--eval-max-steps", "--max-steps", type=positive, help=limit)
     options.add_argument("--seed", type=integer, default=0)
     options.add_argument("--json", action="store_true", help="one JSON object a task instead of the table")
     given = options.parse_args(words)
@@ -136,13 +140,14 @@ def evaluate(words: list[str]) -> None:
     suite, policy = make_suite(config.suite), load_policy(given.run, given.checkpoint)
     for task in given.tasks or ():
         check_task(suite, task)
+    limits = {"arguments": config.environment, "max_steps": given.eval_max_steps or config.eval_max_steps}
     results = [
         {"task": task}
-        | run_episodes(policy, suite, task, given.episodes, given.seed, threads(config.env_threads)).row()
+        | run_episodes(policy, suite, task, given.episodes, given.seed, threads(config.env_threads), **limits).row()
         for task in given.tasks or config.task_sequence
     ]
     if given.json:
-        print("\n".join(map(json.dumps, results)))
+        print("\n".join(json.dumps(result, allow_nan=False) for result in results))
     else:
         print_table(f"{given.run}, {given.checkpoint}, {given.episodes} deterministic episodes", results)
 
@@ -156,7 +161,7 @@ def play(words: list[str]) -> None:
     options.add_argument("--task", help="a task of the run's suite; by default the task of the checkpoint")
     options.add_argument("--checkpoint", default="latest", help="latest, or a file of the run's checkpoints folder")
     options.add_argument("--seed", type=integer, default=0)
-    options.add_argument("--steps", type=positive, default=1000, help="stop after so many steps")
+    options.add_argument("--steps", "--max-steps", type=positive, default=1000, help="stop after so many steps")
     options.add_argument("--fps", type=positive, default=25)
     given = options.parse_args(words)
     shot = film(given.run, given.out, given.task, given.checkpoint, given.seed, given.steps, given.fps)

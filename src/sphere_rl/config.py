@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 from tyro.conf import arg
 
+from sphere_rl.env_args import EnvArgs, Value
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods import check_methods, methods
 from sphere_rl.networks import KINDS, NetworkOptions
-from sphere_rl.suites import Suite, check_task, make_suite
+from sphere_rl.suites import Suite, check_arguments, check_task, make_suite
 
 if TYPE_CHECKING:
     MethodOptions = Any
@@ -40,6 +41,10 @@ class TrainConfig:
     """Task suite; `sphere list --suites` names them. Its preset sets the defaults of the other fields."""
     tasks: tuple[str, ...] = ()
     """Tasks in training order; the suite's own sequence when none are named."""
+    env_args: EnvArgs = field(default_factory=EnvArgs)
+    """Arguments of the environments, as in g=1.6; of every task alike."""
+    max_episode_steps: int = 0
+    """Steps after which an episode is truncated, in suite gym; 0: the environment's own limit."""
     protocol: Literal["rl", "crl"] = "crl"
     """rl: a fresh agent for each task. crl: one agent through the sequence; schedules restart at each task."""
     actor: str = "topk_moe"
@@ -104,6 +109,8 @@ class TrainConfig:
     """Deterministic episodes of an evaluation during a task."""
     final_eval_episodes: int = 50
     """Episodes of the evaluation at the end of a task, and on every earlier task after the last."""
+    eval_max_steps: int = 10_000
+    """Steps after which an evaluation ends an episode that has no end of its own."""
     spectrum_every: int = 0
     """Environment steps between spectral measurements; 0: twenty times a task. Negative: never."""
     checkpoint_every: int = 100_000
@@ -123,6 +130,7 @@ class TrainConfig:
         suite = make_suite(self.suite)
         for task in self.tasks:
             check_task(suite, task)
+        check_arguments(suite, self.environment)
         for name in ("actor", "critic"):
             if getattr(self, name) not in KINDS:
                 raise ConfigError(name, getattr(self, name), f"one of {', '.join(KINDS)}")
@@ -144,7 +152,14 @@ class TrainConfig:
         for name in POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(name, getattr(self, name), "a finite number above 0")
-        for name in ("seed", "target_kl", "value_coefficient", "entropy_coefficient", "learning_rate_end"):
+        for name in (
+            "seed",
+            "target_kl",
+            "max_episode_steps",
+            "value_coefficient",
+            "entropy_coefficient",
+            "learning_rate_end",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(name, getattr(self, name), "a finite number, 0 or more")
         for name in ("gamma", "gae_lambda"):
@@ -153,6 +168,12 @@ class TrainConfig:
         low, high = self.learning_rate_bounds
         if not 0 < low <= high < math.inf:
             raise ConfigError("learning_rate_bounds", self.learning_rate_bounds, "two rates, 0 < low <= high")
+
+    @property
+    def environment(self) -> dict[str, Value]:
+        """Keyword arguments of the suite's ``make`` and ``render_env``."""
+        limit = {"max_episode_steps": self.max_episode_steps} if self.max_episode_steps else {}
+        return {**self.env_args, **limit}
 
     @property
     def steps_per_iteration(self) -> int:
@@ -179,7 +200,7 @@ class TrainConfig:
 
 POSITIVE = (
     "steps_per_task num_envs num_steps minibatch_size num_epochs learning_rate kl_target adam_eps clip max_grad_norm "
-    "observation_clip eval_every eval_episodes final_eval_episodes checkpoint_every"
+    "observation_clip eval_every eval_episodes final_eval_episodes eval_max_steps checkpoint_every"
 ).split()
 
 
@@ -189,7 +210,7 @@ def preset(suite: Suite) -> TrainConfig:
 
 
 def load_toml(path: Path, config: TrainConfig) -> TrainConfig:
-    """Apply a TOML file: keys are field names, tables are ``[network]`` and method names.
+    """Apply a TOML file: keys are field names, tables ``[network]``, ``[env_args]`` and method names.
 
     Raises:
         ConfigError: the file is missing, is not TOML, or names a field or value that does not exist.
@@ -215,18 +236,20 @@ def override(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
     for table, values in nested.items():
         if table == "network":
             own["network"] = _replace(own.get("network", config.network), values, "network.")
+        elif table == "env_args":
+            own["env_args"] = EnvArgs({**config.env_args, **values})
         elif table in methods():
             options = own.get("options", config.options)
             changed = _replace(getattr(options, table), values, f"{table}.")
             own["options"] = dataclasses.replace(options, **{table: changed})
         else:
-            raise ConfigError(table, dict(values), f"network or a method: {', '.join(methods())}")
+            raise ConfigError(table, dict(values), f"network, env_args or a method: {', '.join(methods())}")
     return _replace(config, own, "")
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Nested plain data, for config.json: ``override(TrainConfig(), to_dict(c)) == c``."""
-    data = dataclasses.asdict(config)
+    data = dataclasses.asdict(config) | {"env_args": dict(config.env_args)}
     return data | data.pop("options")
 
 
@@ -274,6 +297,8 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         return float(value)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
+    if hint is EnvArgs and not isinstance(value, EnvArgs):
+        raise ConfigError(name, value, "a table of arguments")
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
         raise ConfigError(name, value, f"a value of type {hint.__name__}")
     return value

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,17 +23,17 @@ from numpy import ndarray
 
 from sphere_rl import checkpoint, figures
 from sphere_rl.agent import Policy
-from sphere_rl.config import from_dict
+from sphere_rl.config import TrainConfig, from_dict
 from sphere_rl.errors import CommandLineError, RunFolderError
 from sphere_rl.geometry import MAX_ROWS
 from sphere_rl.parsers import ArgumentParser, positive
 from sphere_rl.policies import load_policy
 from sphere_rl.probe import probe_batch, probe_observations
 from sphere_rl.ranks import gram_eigenvalues
-from sphere_rl.rollout import clip_action
 from sphere_rl.runs import RunFolder
 from sphere_rl.runtime import threads, tune_process
-from sphere_rl.seeding import derive_seed
+from sphere_rl.seeding import derive_seed, global_streams
+from sphere_rl.spaces import action_sender, check_numbers
 from sphere_rl.spectrum import block_view, effective_rank, entk, gram_effective_rank, measure
 from sphere_rl.suites import make_suite
 from sphere_rl.tables import print_table
@@ -257,7 +258,7 @@ def proxy_table(folder: RunFolder, chosen: Sequence[Chosen], batches: int) -> pl
         policy = load_policy(folder.path, str(one.path))
         task = config.task_sequence[one.task_index]
         tasks = tuple(dict.fromkeys(config.task_sequence)) if make_suite(config.suite).tasks else (task,)
-        for source, task, states in _batches(policy, config.suite, tasks, batches):
+        for source, task, states in _batches(policy, config, tasks, batches):
             ranks = _ranks(policy, states)
             rows.append({"checkpoint": one.path.stem, "source": source, "task": task} | ranks)
     return pl.DataFrame(rows)
@@ -272,39 +273,40 @@ def _ranks(policy: Policy, states: Float[ndarray, "N D"]) -> dict[str, float]:
 
 
 def _batches(
-    policy: Policy, suite: str, tasks: Sequence[str], batches: int
+    policy: Policy, config: TrainConfig, tasks: Sequence[str], batches: int
 ) -> Iterator[tuple[str, str, Float[ndarray, "N D"]]]:
     """(source, task, states) of every batch."""
     for i, task in enumerate(tasks):
         mine = len(range(i, batches, len(tasks)))  # of batch 0, 1, … each task in turn gets one
         if mine:
-            probe = _probe_states(suite, task, mine * BATCH)
-            visited = visited_states(policy, suite, task, mine * BATCH)
+            probe = _probe_states(config, task, mine * BATCH)
+            visited = visited_states(policy, config.suite, task, mine * BATCH, config.environment)
             for source, states in (("probe", probe), ("visited", visited)):
                 yield from ((source, task, batch) for batch in np.split(states, mine))
 
 
 @cache
-def _probe_states(suite: str, task: str, count: int) -> Float[ndarray, "N D"]:
+def _probe_states(config: TrainConfig, task: str, count: int) -> Float[ndarray, "N D"]:
     """States of random actions in random order: batches of them are alike."""
-    states = probe_observations(make_suite(suite), (task,), count)
+    states = probe_observations(make_suite(config.suite), (task,), count, arguments=config.environment)
     return np.random.default_rng(0).permutation(states)
 
 
 @torch.no_grad()
-def visited_states(policy: Policy, suite: str, task: str, count: int) -> Float[ndarray, "N D"]:
+def visited_states(
+    policy: Policy, suite: str, task: str, count: int, arguments: Mapping[str, Any] = MappingProxyType({})
+) -> Float[ndarray, "N D"]:
     """Return ``count`` raw observations of a policy that samples its actions, in random order; the same each time."""
     seed = derive_seed(0, "visited", task)
-    envs = make_suite(suite).make(task, ENVS, seed, 1)
-    space: Any = envs.single_action_space
-    bounds = (space.low, space.high) if hasattr(space, "low") else None
-    generator = torch.Generator().manual_seed(seed)
-    seen = [envs.reset()[0]]
-    for _ in range(max(STEPS, count)):
-        output = policy(torch.as_tensor(seen[-1], dtype=torch.float32))
-        action = policy.actor.head.sample(output, generator)
-        seen.append(envs.step(clip_action(action, bounds))[0])
-    envs.close()
+    with global_streams(seed):
+        envs = make_suite(suite).make(task, ENVS, seed, 1, **arguments)
+        send, generator = action_sender(envs.single_action_space), torch.Generator().manual_seed(seed)
+        seen = [np.array(envs.reset()[0])]
+        for _ in range(max(STEPS, count)):
+            output = policy(torch.as_tensor(seen[-1], dtype=torch.float32))
+            seen.append(np.array(envs.step(send(policy.actor.head.sample(output, generator)))[0]))
+            check_numbers(f"task {task}: the observation", seen[-1])
+        envs.close()
     states = np.concatenate(seen).astype(np.float32)
     return states[np.random.default_rng(seed).choice(len(states), count, replace=False)]
 

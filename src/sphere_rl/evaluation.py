@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import count
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 
 from sphere_rl.agent import Policy
-from sphere_rl.rollout import Episode, EpisodeRecorder, clip_action
+from sphere_rl.errors import TrainingError
+from sphere_rl.rollout import Episode, EpisodeRecorder, check_step
+from sphere_rl.seeding import derive_seed, global_streams
+from sphere_rl.spaces import action_sender, check_numbers
 from sphere_rl.suites import Suite
 
 MAX_ENVS = 10
 """Environments of an evaluation at most: a MetaWorld environment holds 16 MB."""
+MAX_STEPS = 10_000
+"""Steps of an episode at most: no task of the suites and none that Gymnasium registers has longer ones."""
 
 
 @dataclass(frozen=True)
@@ -36,33 +47,83 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(policy: Policy, suite: Suite, task: str, episodes: int, seed: int, num_threads: int = 1) -> Evaluation:
+def evaluate(
+    policy: Policy,
+    suite: Suite,
+    task: str,
+    episodes: int,
+    seed: int,
+    num_threads: int = 1,
+    *,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+    max_steps: int = MAX_STEPS,
+    phase: str = "evaluation",
+) -> Evaluation:
     """Run exactly ``episodes`` episodes with the mean (or most likely) action.
 
     Every environment gets an equal share of the episodes, fixed in advance, so that short episodes are not
-    over-represented.
+    over-represented. An episode is ended, as by a time limit, after ``max_steps`` steps; ``arguments`` are those of
+    the environments.
+
+    Raises:
+        TrainingError: an environment gave, or the policy put out, what is not a finite number; names ``phase``, too.
     """
-    envs = suite.make(task, min(episodes, MAX_ENVS), seed, num_threads)
-    space: Any = envs.single_action_space
-    bounds = (space.low, space.high) if hasattr(space, "low") else None
-    device = next(policy.parameters()).device
-    quota = np.full(envs.num_envs, episodes // envs.num_envs)
-    quota[: episodes % envs.num_envs] += 1
-    recorder, finished = EpisodeRecorder(envs.num_envs), list[Episode]()
-    was_training = policy.training
+    quota = np.full(min(episodes, MAX_ENVS), episodes // min(episodes, MAX_ENVS))
+    quota[: episodes % len(quota)] += 1
+    was_training, finished = policy.training, list[Episode]()
     policy.eval()
-    observation, _ = envs.reset()
-    while quota.any():
+    try:
+        for made in count():
+            # An environment whose episode was ended cannot be reset alone: its other episodes are those of a new one.
+            fresh = derive_seed(seed, "again", made) if made else seed
+            with global_streams(fresh):
+                envs = suite.make(task, len(quota), fresh, num_threads, **arguments)
+                try:
+                    finished += _run(policy, envs, quota, max_steps)
+                finally:
+                    envs.close()
+            if not quota.any():
+                return summarize(finished)
+            _tell(task, max_steps)
+            quota = quota[quota > 0]
+    except TrainingError as error:
+        raise TrainingError(f"task {task}, {phase}, {error}") from None
+    finally:
+        policy.train(was_training)
+    raise AssertionError
+
+
+def _run(policy: Policy, envs: VectorEnv, quota: np.ndarray, max_steps: int) -> list[Episode]:
+    """Episodes of every environment until its quota, which is counted down, is empty or its episode had to be ended."""
+    send, device = action_sender(envs.single_action_space), next(policy.parameters()).device
+    recorder, finished, going = EpisodeRecorder(envs.num_envs), list[Episode](), quota > 0
+    observation = envs.reset()[0]
+    check_numbers("step 0: the observation of the reset", observation)
+    for step in count(1):
         output = policy(torch.as_tensor(observation, dtype=torch.float32, device=device))
-        action = policy.actor.head.mode(output)
-        observation, reward, terminated, truncated, info = envs.step(clip_action(action, bounds))
-        for i, episode in recorder.step(reward, terminated | truncated, info):
-            if quota[i]:
+        if not torch.isfinite(output).all():
+            raise TrainingError(f"step {step}: the policy's output is not finite")
+        observation, reward, terminated, truncated, info = envs.step(send(policy.actor.head.mode(output)))
+        done = terminated | truncated
+        try:
+            check_step(observation, reward, done, info)
+        except TrainingError as error:
+            raise TrainingError(f"step {step}: {error}") from None
+        cut = ~done & (recorder.length + 1 >= max_steps)
+        for i, episode in recorder.step(reward, done, info, cut):
+            if going[i]:
                 quota[i] -= 1
                 finished.append(episode)
-    policy.train(was_training)
-    envs.close()
-    return summarize(finished)
+        going &= ~cut & (quota > 0)
+        if not going.any():
+            return finished
+    raise AssertionError
+
+
+@cache
+def _tell(task: str, max_steps: int) -> None:
+    """Say once what was done to episodes without an end."""
+    print(f"sphere: {task}: an episode was ended after {max_steps} steps (eval_max_steps)", file=sys.stderr)
 
 
 def summarize(episodes: list[Episode]) -> Evaluation:

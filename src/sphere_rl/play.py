@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,26 +49,25 @@ def play(
 
     from sphere_rl.config import from_dict
     from sphere_rl.policies import load_policy
-    from sphere_rl.rollout import clip_action
     from sphere_rl.runs import RunFolder
+    from sphere_rl.seeding import global_streams
+    from sphere_rl.spaces import action_sender, check_numbers
     from sphere_rl.suites import make_suite
 
     _writer(Path(out))
     config = from_dict(RunFolder.existing(run).config())
     policy = load_policy(run, checkpoint)
-    env = make_suite(config.suite).render_env(task or config.task_sequence[-1], seed)
-    space: Any = env.action_space
-    bounds = (space.low, space.high) if hasattr(space, "low") else None
+    scene = make_suite(config.suite).render_env
+    with global_streams(seed), closing(scene(task or config.task_sequence[-1], seed, **config.environment)) as env:
+        send = action_sender(env.action_space)
 
-    @torch.no_grad()
-    def act(observation: np.ndarray) -> Any:
-        output = policy(torch.as_tensor(observation, dtype=torch.float32)[None])
-        return clip_action(policy.actor.head.mode(output), bounds)[0]
+        @torch.no_grad()
+        def act(observation: np.ndarray) -> Any:
+            check_numbers("the observation", observation[None])
+            output = policy(torch.as_tensor(observation, dtype=torch.float32)[None])
+            return send(policy.actor.head.mode(output))[0]
 
-    try:
         return record(env, act, out, steps, fps)
-    finally:
-        env.close()
 
 
 def record(

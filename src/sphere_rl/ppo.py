@@ -20,10 +20,10 @@ from sphere_rl.errors import TrainingError
 from sphere_rl.gradients import scale_, total_norm
 from sphere_rl.lanes import beside
 from sphere_rl.methods import ActorStep
-from sphere_rl.networks import CategoricalHead, GaussianHead
+from sphere_rl.networks import LOG_SQRT_2PI, CategoricalHead, GaussianHead
 from sphere_rl.optimizer import ExpertAdam, clip_scale
 from sphere_rl.regression import Regression, begin_regression, regression
-from sphere_rl.rollout import Rollout, gae
+from sphere_rl.rollout import LARGEST_LOG_STD, Rollout, gae
 from sphere_rl.surrogate import Samples, adapt_learning_rate, normalize
 
 
@@ -74,12 +74,17 @@ def update(agent: Agent, rollout: Rollout, config: TrainConfig) -> dict[str, flo
         rollout.reward, rollout.value, rollout.next_value, rollout.terminated, rollout.done,
         config.gamma, config.gae_lambda,
     )  # fmt: skip
-    batch = flatten(rollout, advantage)
+    batch, spread = flatten(rollout, advantage), log_spread(agent)
     before = agent.actor.selection(batch.observation)
     statistics, stopped_epochs = train_epochs(agent, batch, config)
     for method in agent.methods:
         method.after_iteration(agent, rollout)
-    found = {**summarize(torch.stack(statistics)), "stopped_epochs": float(stopped_epochs)}
+    try:
+        means = summarize(torch.stack(statistics))
+    except TrainingError as error:
+        cause = spread_cause(spread, torch.stack(statistics))
+        raise TrainingError(f"{error}{cause}") from None
+    found = {**means, "stopped_epochs": float(stopped_epochs)}
     after = agent.actor.selection(batch.observation)
     if before is not None and after is not None:
         found["routing_flips"] = float((before != after).any(1).double().mean())
@@ -313,3 +318,27 @@ def summarize(statistics: Float[Tensor, "U S"]) -> dict[str, float]:
         names = ", ".join(f"{k} = {v}" for k, v in values.items() if not torch.isfinite(torch.tensor(v)))
         raise TrainingError(f"minibatch {first + 1} of {len(statistics)}: {names}")
     return dict(zip(STATISTICS, statistics.mean(0).tolist(), strict=True))
+
+
+def log_spread(agent: Agent) -> Float[Tensor, "A"] | None:
+    """log σ of each action as it is now; ``None`` for discrete ones."""
+    head = agent.actor.head
+    return head.log_std.detach().clone() if isinstance(head, GaussianHead) else None
+
+
+def spread_cause(before: Float[Tensor, "A"] | None, statistics: Float[Tensor, "U S"]) -> str:
+    """Words to add where it was σ that left the range of float32 in the first minibatch that is not finite.
+
+    A Gaussian's entropy is Σ (log σ + log √2π + ½), so it tells log σ then from that before the update.
+    """
+    if before is None:
+        return ""
+    first = int((~torch.isfinite(statistics).all(1)).nonzero()[0])
+    entropy = statistics[first, STATISTICS.index("entropy")].double()
+    after = entropy - len(before) * (LOG_SQRT_2PI + 0.5)
+    moved = float((after - before.double().sum()).abs())
+    mean = float(after) / len(before)
+    if max(abs(mean), moved, float(before.abs().max())) < LARGEST_LOG_STD / 2:
+        return ""
+    verb = "exploded" if mean > 0 else "vanished"
+    return f": the policy's standard deviation has {verb} (log σ = {mean:.4g}, the mean over {len(before)} actions)"

@@ -6,12 +6,15 @@ the learning-rate schedule and the step counter start again at each task, and th
 Training is cut into segments. EnvPool cannot save the state of its environments, so at every segment's start they are
 made anew, from a seed that only (run seed, task, segment) decide, and at its end a checkpoint is written. A run that
 was interrupted so continues bitwise as the run that was not. Environments that can save their state go on instead.
+An evaluation that is due at a segment's end comes after the checkpoint, which says that it is due: whatever becomes of
+it, the training is saved, and a resumed run begins with it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from math import isfinite
 from time import perf_counter
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,11 +24,13 @@ from sphere_rl.config import TrainConfig, from_dict, to_dict
 from sphere_rl.errors import ConfigError, TrainingError
 from sphere_rl.evaluation import evaluate, summarize
 from sphere_rl.lanes import two_lanes
+from sphere_rl.policies import load_policy
 from sphere_rl.ppo import update
 from sphere_rl.rollout import Collector, Rollout
-from sphere_rl.runs import Logs, RunFolder
+from sphere_rl.runs import Logs, RunFolder, file_name
 from sphere_rl.runtime import LaneChoice, threads, tune_process
-from sphere_rl.seeding import derive_seed
+from sphere_rl.seeding import derive_seed, global_streams, seed_globals
+from sphere_rl.spaces import check_spaces
 from sphere_rl.suites import make_suite
 from sphere_rl.tracking import Tracker
 
@@ -51,6 +56,15 @@ class Progress:
     global_step: int = 0
 
 
+@dataclass(frozen=True)
+class Due:
+    """An evaluation to be made: its phase, and where on which task."""
+
+    phase: str
+    task_index: int
+    task_step: int
+
+
 def check(config: TrainConfig) -> None:
     """Refuse what cannot be trained, before anything is written.
 
@@ -61,8 +75,9 @@ def check(config: TrainConfig) -> None:
     suite, tasks = make_suite(config.suite), list(dict.fromkeys(config.task_sequence))
     known: dict[Spaces, str] = {}
     for task in tasks[:1] if suite.same_spaces else tasks:
-        envs = suite.make(task, num_envs=1, seed=0, num_threads=1)
+        envs = suite.make(task, num_envs=1, seed=0, num_threads=1, **config.environment)
         spaces = Spaces.of(envs)
+        check_spaces(task, envs.single_observation_space, envs.single_action_space)
         envs.close()
         if config.protocol == "crl" and known and spaces not in known:
             same = f"{next(iter(known))} as {tasks[0]} has in protocol crl"
@@ -85,7 +100,8 @@ def resume(folder: RunFolder, monitors: Callable[[int], list[Monitor]]) -> None:
     state = checkpoint.latest_run(folder)
     run = Run(config, folder, state, monitors)
     try:
-        run.train()
+        with global_streams(config.seed):
+            run.train()
     except KeyboardInterrupt:
         folder.set_status("interrupted", run.progress.global_step, run.task)
         raise
@@ -110,6 +126,7 @@ class Run:
         self.config, self.folder, self.suite = config, folder, make_suite(config.suite)
         self.tasks, self.state = config.task_sequence, state
         self.progress = Progress(**state["progress"]) if state else Progress()
+        self.due = Due(**state["due"]) if state and state.get("due") else None
         self.logs = Logs(folder, state["logs"] if state else {})
         self.monitors = monitors(self.progress.global_step)
         self.tracker = Tracker(config)
@@ -129,11 +146,16 @@ class Run:
 
     def train(self) -> None:
         """Train every task that is left, then look back at the earlier ones."""
+        self.folder.set_status("running", self.progress.global_step, self.task)
+        if self.due is not None:
+            self._evaluate(self._restored_policy(self.due), self.due)
         while self.progress.task_index < len(self.tasks):
             self.folder.set_status("running", self.progress.global_step, self.task)
             agent, collector = self._begin_segment()
             self._train_segment(agent, collector)
             self._end_segment(agent, collector)
+            if self.due is not None:
+                self._evaluate(Policy(agent.actor, agent.normalizer), self.due)
         if self.config.protocol == "crl":
             self._evaluate_earlier_tasks(self.agent or self._restored_agent())
 
@@ -149,9 +171,11 @@ class Run:
         """The agent and environments of this segment: those in hand, restored ones, or new ones."""
         state, self.state = self.state, None
         seed = self._seed("train", self.progress.segment)
+        seed_globals(self._seed("globals", self.progress.segment))
         collector = self.collector
         if collector is None:
-            envs = self.suite.make(self.task, self.config.num_envs, seed, threads(self.config.env_threads))
+            config = self.config
+            envs = self.suite.make(self.task, config.num_envs, seed, threads(config.env_threads), **config.environment)
         else:
             envs = collector.envs
         new = self.agent is None
@@ -175,7 +199,7 @@ class Run:
     def _train_segment(self, agent: Agent, collector: Collector) -> None:
         config, progress = self.config, self.progress
         length = max(1, config.checkpoint_every // config.steps_per_iteration)
-        for _ in range(min(length, config.iterations_per_task - progress.iteration)):
+        for left in reversed(range(min(length, config.iterations_per_task - progress.iteration))):
             began = perf_counter()
             if config.learning_rate_schedule == "linear":
                 share = progress.iteration / config.iterations_per_task
@@ -195,7 +219,9 @@ class Run:
             self._log_iteration(agent, rollout, statistics, seconds)
             for row in self.tracker.measurements(agent, rollout, self.task):
                 self._log("spectrum", self._position() | row)
-            self._evaluate_if_due(agent)
+            self.due = self._due_evaluation()
+            if self.due is not None and left:  # the last iteration's waits for the checkpoint
+                self._evaluate(Policy(agent.actor, agent.normalizer), self.due)
 
     def _end_segment(self, agent: Agent, collector: Collector) -> None:
         """Write the checkpoint; let go of what the next segment makes anew."""
@@ -215,6 +241,7 @@ class Run:
             "agent": agent.state_dict() if self.agent else None,
             "spaces": asdict(agent.spaces),
             "collector": environments,
+            "due": asdict(self.due) if self.due else None,
             "logs": self.logs.lengths(),
         }
         checkpoint.save_run(self.folder, progress.global_step, state)
@@ -222,8 +249,18 @@ class Run:
     def _save_policy(self, agent: Agent) -> None:
         state = agent.state_dict()
         policy = {key: state[key] for key in ("actor", "normalizer", "methods")}
-        path = self.folder.checkpoints / f"task-{self.progress.task_index:02d}-{self.task.replace('/', '_')}.pt"
+        path = self.folder.checkpoints / f"{self._policy_name(self.progress.task_index)}.pt"
         checkpoint.save(path, {"agent": policy, "spaces": asdict(agent.spaces), "progress": asdict(self.progress)})
+
+    def _policy_name(self, task_index: int) -> str:
+        return f"task-{task_index:02d}-{file_name(self.tasks[task_index])}"
+
+    def _restored_policy(self, due: Due) -> Policy:
+        """The policy that a checkpoint says must be evaluated; between two tasks of protocol rl its agent is gone."""
+        if due.phase == "final":
+            return load_policy(self.folder.path, self._policy_name(due.task_index))
+        agent = self._restored_agent()
+        return Policy(agent.actor, agent.normalizer)
 
     def _restored_agent(self) -> Agent:
         """The agent of a run that was stopped after its last task."""
@@ -242,26 +279,35 @@ class Run:
         row["steps_per_second"] = self.config.steps_per_iteration / seconds
         self._log("train", row)
 
-    def _evaluate_if_due(self, agent: Agent) -> None:
+    def _due_evaluation(self) -> Due | None:
         """Evaluate where this iteration crossed a multiple of ``eval_every``, and at the end of the task."""
         config, step = self.config, self.task_step
         if self.progress.iteration == config.iterations_per_task:
-            self._evaluate(agent, self.progress.task_index, "final", config.final_eval_episodes)
-        elif step // config.eval_every > (step - config.steps_per_iteration) // config.eval_every:
-            self._evaluate(agent, self.progress.task_index, "train", config.eval_episodes)
+            return Due("final", self.progress.task_index, step)
+        if step // config.eval_every > (step - config.steps_per_iteration) // config.eval_every:
+            return Due("train", self.progress.task_index, step)
+        return None
 
     def _evaluate_earlier_tasks(self, agent: Agent) -> None:
+        steps = self.config.iterations_per_task * self.config.steps_per_iteration
         for index in range(len(self.tasks)):
-            self._evaluate(agent, index, "retention", self.config.final_eval_episodes)
+            self._evaluate(Policy(agent.actor, agent.normalizer), Due("retention", index, steps))
 
-    def _evaluate(self, agent: Agent, task_index: int, phase: str, episodes: int) -> None:
-        task, policy = self.tasks[task_index], Policy(agent.actor, agent.normalizer)
-        seed = derive_seed(self.config.seed, "eval", task, self.progress.global_step)
-        result = evaluate(policy, self.suite, task, episodes, seed, threads(self.config.env_threads))
-        row = self._position() | {"task_index": task_index, "task": task, "phase": phase}
-        if phase == "retention":
-            row["task_step"] = self.config.iterations_per_task * self.config.steps_per_iteration
-        self._log("eval", row | result.row())
+    def _evaluate(self, policy: Policy, due: Due) -> None:
+        config, task, step = self.config, self.tasks[due.task_index], self.progress.global_step
+        result = evaluate(
+            policy,
+            self.suite,
+            task,
+            config.eval_episodes if due.phase == "train" else config.final_eval_episodes,
+            derive_seed(config.seed, "eval", task, step),
+            threads(config.env_threads),
+            arguments=config.environment,
+            max_steps=config.eval_max_steps,
+            phase=f"{due.phase} evaluation",
+        )
+        place = {"global_step": step, "task_index": due.task_index, "task": task, "task_step": due.task_step}
+        self._log("eval", place | {"phase": due.phase} | result.row())
 
     def _position(self) -> dict[str, Any]:
         return {
@@ -272,6 +318,9 @@ class Run:
         }
 
     def _log(self, log: str, row: dict[str, Any]) -> None:
+        if broken := [name for name, value in row.items() if isinstance(value, float) and not isfinite(value)]:
+            where = f"task {self.task}, iteration {self.progress.iteration}"
+            raise TrainingError(f"{where}: {', '.join(f'{name} = {row[name]}' for name in broken)} in {log}.jsonl")
         self.logs.append(log, row)
         for monitor in self.monitors:
             monitor.row(log, row)

@@ -23,7 +23,8 @@ KEY = ("suite", "protocol", "actor", "method", "seed")
 """Columns that name an experiment: one seed of one method. Protocol rl may spread its tasks over several folders."""
 IDENTITY = {"suite", "protocol", "actor", "method", "label", "seed", "tasks"}
 """Fields of a configuration that name a run; runs that differ in others carry the difference in their label."""
-INCIDENTAL = {"log", "device", "env_threads", "torch_threads", "checkpoint_every", "eval_every", "spectrum_every"}
+INCIDENTAL = {"log", "device", "env_threads", "torch_threads", "checkpoint_every", "eval_every", "eval_max_steps",
+              "spectrum_every"}  # fmt: skip
 """Fields that change how a run is watched or computed, not what is trained."""
 EVAL = {
     "global_step": pl.Int64, "task_index": pl.Int64, "task": pl.String, "task_step": pl.Int64, "phase": pl.String,
@@ -135,7 +136,7 @@ def method_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
         groups.setdefault((config["suite"], config["actor"], names[i], *config["method"]), []).append(i)
     labels = list(names)
     for members in groups.values():
-        for name in flat[members[0]]:
+        for name in dict.fromkeys(name for i in members for name in flat[i]):
             if len({repr(flat[i].get(name)) for i in members}) > 1:
                 for i in members:
                     labels[i] += f" {name.rpartition('.')[2]}={plain(flat[i].get(name))}"
@@ -151,7 +152,7 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Settings that tell what was trained: own fields, the network's, and the options of the methods in use."""
     for name, value in config.items():
         if isinstance(value, Mapping):
-            if name == "network" or name in config["method"]:
+            if name in ("network", "env_args") or name in config["method"]:
                 yield from ((f"{name}.{inner}", item) for inner, item in value.items())
         elif name not in IDENTITY | INCIDENTAL:
             yield name, value

@@ -14,6 +14,7 @@ from torch import Tensor
 from sphere_rl.errors import TrainingError
 from sphere_rl.networks import Actor, MoENetwork
 from sphere_rl.normalizer import ObservationNormalizer, RewardNormalizer
+from sphere_rl.spaces import action_sender, check_numbers
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,20 @@ class EpisodeRecorder:
         """The running sums, each [B]."""
         return {"length": self.length, "total_reward": self.total_reward, "success_once": self.success_once}
 
-    def step(self, reward: np.ndarray, done: np.ndarray, info: dict[str, Any]) -> list[tuple[int, Episode]]:
-        """Take one step of all environments; return (environment, episode) for every episode that ended with it."""
+    def step(
+        self, reward: np.ndarray, done: np.ndarray, info: dict[str, Any], cut: np.ndarray | None = None
+    ) -> list[tuple[int, Episode]]:
+        """Take one step of all environments; return (environment, episode) for every episode that ended with it.
+
+        Episodes of the environments in ``cut`` [B] end here, too, though the environments would go on.
+        """
         self.length += 1
         self.total_reward += reward
         success = step_success(done, info)
         if success is not None:
             self.success_once |= success
         ended = []
+        done = done if cut is None else done | cut
         for i in np.flatnonzero(done):
             final, once = (None, None) if success is None else (bool(success[i]), bool(self.success_once[i]))
             ended.append((int(i), Episode(int(self.length[i]), float(self.total_reward[i]), final, once)))
@@ -109,9 +116,9 @@ class Collector:
         self.envs, self.normalizer, self.device = envs, normalizer, device
         self.reward_normalizer, self.discounted = reward_normalizer, np.zeros(envs.num_envs)
         self.recorder = EpisodeRecorder(envs.num_envs)
-        self.observation, _ = envs.reset()
-        space: Any = envs.single_action_space
-        self.bounds = (space.low, space.high) if hasattr(space, "low") else None
+        self.observation = np.array(envs.reset()[0])
+        check_numbers("the observation of the reset", self.observation)
+        self.send = action_sender(envs.single_action_space)
 
     def state_dict(self) -> dict[str, Any] | None:
         """State of the environments and their running episodes; ``None`` where the environments cannot give theirs."""
@@ -138,6 +145,7 @@ class Collector:
         """Take T steps; the normaliser learns from their observations only after the last."""
         observations, raw, actions, outputs = [], [], [], []
         rewards, terminations, dones, finals, episodes = [], [], [], [], []
+        check_spread(actor)
         for t in range(num_steps):
             observation = self._tensor(self.observation)
             with torch.inference_mode():
@@ -147,7 +155,10 @@ class Collector:
             if not finite:
                 raise TrainingError(f"the policy's output at rollout step {t + 1} of {num_steps} is not finite")
             raw.append(self.observation)
-            self.observation, reward, terminated, truncated, info = self.envs.step(clip_action(action, self.bounds))
+            try:
+                self.observation, reward, terminated, truncated, info = self._step(action)
+            except TrainingError as error:
+                raise TrainingError(f"rollout step {t + 1} of {num_steps}: {error}") from None
             done = terminated | truncated
             if done.any():
                 ended = np.flatnonzero(done)
@@ -183,6 +194,12 @@ class Collector:
             episodes=episodes,
         )
 
+    def _step(self, action: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Step the environments; arrays are copied, for the next step may write into the same ones."""
+        observation, reward, terminated, truncated, info = self.envs.step(self.send(action))
+        check_step(observation, reward, terminated | truncated, info)
+        return np.array(observation), np.array(reward), np.array(terminated), np.array(truncated), info
+
     def _tensor(self, observation: np.ndarray) -> Float[Tensor, "B D"]:
         if self.normalizer is not None:
             observation = self.normalizer(observation)
@@ -194,10 +211,28 @@ class Collector:
         return torch.cat([critic(rows) for rows in observation.flatten(0, 1).split(4096)]).view(observation.shape[:2])
 
 
-def clip_action(action: Tensor, bounds: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
-    """Actions as the environment takes them: inside its box, or indices as they are."""
-    array = action.cpu().numpy()
-    return array if bounds is None else array.clip(*bounds)
+LARGEST_LOG_STD = 40.0
+"""The probability ratio and KL have σ² and 1/σ² in them, which must be float32 numbers: e⁸⁸ is the largest."""
+
+
+def check_spread(actor: Actor) -> None:
+    """Raise `TrainingError` where the standard deviation of a Gaussian policy has left the range of numbers."""
+    log_std = getattr(actor.head, "log_std", None)
+    if log_std is None or bool((log_std.abs() <= LARGEST_LOG_STD).all()):
+        return
+    index = int((~(log_std.abs() <= LARGEST_LOG_STD)).nonzero()[0])
+    value = float(log_std[index])
+    verb = "vanished" if value < 0 else "exploded"
+    raise TrainingError(f"the policy's standard deviation has {verb}: log σ = {value:.4g} of action {index}")
+
+
+def check_step(observation: np.ndarray, reward: np.ndarray, done: np.ndarray, info: dict[str, Any]) -> None:
+    """Raise `TrainingError` where a step of B environments gave something that is not a number."""
+    check_numbers("the reward", reward)
+    if done.any():
+        ended = np.flatnonzero(done)
+        check_numbers("the last observation of an episode", np.stack(info["final_obs"][ended]), ended)
+    check_numbers("the observation", observation)
 
 
 def gae(

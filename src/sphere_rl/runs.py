@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -33,6 +34,11 @@ def write_atomic(path: Path, data: bytes) -> None:
     directory = os.open(path.parent, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
+
+
+def file_name(text: str) -> str:
+    """A name of a task or run as one of a file: every character that means something in paths becomes ``_``."""
+    return re.sub(r"[^\w.,=+-]", "_", text)
 
 
 class RunFolder:

@@ -9,9 +9,10 @@ belongs to the step just taken and ``info["final_info"]["success"]`` to the last
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
+from inspect import signature
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -36,12 +37,18 @@ class Suite(Protocol):
     preset: Mapping[str, Any]
     """What this suite sets differently from the defaults of `TrainConfig`, by field name."""
 
-    def make(self, task: str, num_envs: int, seed: int, num_threads: int) -> gymnasium.vector.VectorEnv:
-        """Make ``num_envs`` copies of a task; equal seeds give equal trajectories whatever ``num_threads`` is."""
+    @property
+    def make(self) -> Callable[..., gymnasium.vector.VectorEnv]:
+        """``make(task, num_envs, seed, num_threads, **env_args)``: ``num_envs`` copies of a task.
+
+        Equal seeds give equal trajectories whatever ``num_threads`` is. Parameters after these four, which a suite
+        need not have, are the arguments that ``--env-args`` may set.
+        """
         ...
 
-    def render_env(self, task: str, seed: int) -> gymnasium.Env:
-        """Make one environment with ``render_mode="rgb_array"``."""
+    @property
+    def render_env(self) -> Callable[..., gymnasium.Env]:
+        """``render_env(task, seed, **env_args)``: one environment with ``render_mode="rgb_array"``."""
         ...
 
 
@@ -64,6 +71,20 @@ def make_suite(name: str) -> Suite:
     if name not in suites():
         raise ConfigError("suite", name, f"one of {', '.join(sorted(suites()))}")
     return suites()[name]
+
+
+def check_arguments(suite: Suite, arguments: Mapping[str, object]) -> None:
+    """Raise `ConfigError` where the suite's environments take no such argument."""
+    parameters = list(signature(suite.make).parameters.values())
+    own = ("task", "num_envs", "seed", "num_threads")
+    named = [p.name for p in parameters[len(own) :] if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for name, value in arguments.items():
+        field = name if name == "max_episode_steps" else f"env_args.{name}"
+        if name in own:
+            raise ConfigError(field, value, f"another argument than {', '.join(own)}, which are the suite's own")
+        if not open_ended and name not in named:
+            raise ConfigError(field, value, f"an argument that suite {suite.name} takes: {', '.join(named) or 'none'}")
 
 
 def check_task(suite: Suite, task: str) -> None:

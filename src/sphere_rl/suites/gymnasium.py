@@ -1,4 +1,4 @@
-"""Any Gymnasium environment id as a task: ``--suite gym --tasks Pendulum-v1 ...``.
+"""Any Gymnasium environment id as a task: ``--suite gym --tasks Pendulum-v1 my_module:My-v0 ...``.
 
 Observation spaces must be flat boxes; action spaces boxes or discrete. Success is unknown unless an environment puts
 ``success`` (or ``is_success``) into its info.
@@ -6,7 +6,10 @@ Observation spaces must be flat boxes; action spaces boxes or discrete. Success 
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import gymnasium
@@ -14,16 +17,21 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from sphere_rl.errors import ConfigError
+from sphere_rl.spaces import check_spaces
 
 
-class _SuccessName(gymnasium.Wrapper):
-    """Gives robotics environments' ``is_success`` the name that the rest of the library reads."""
+class _Adapted(gymnasium.Wrapper):
+    """What the rest of the library relies on: success by one name, and observations that a later step leaves alone.
+
+    Robotics environments say ``is_success``. An environment that writes every observation into the same array would
+    overwrite an episode's last one with the reset that follows it.
+    """
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         observation, reward, terminated, truncated, info = self.env.step(action)
         if "is_success" in info:
             info = {**info, "success": float(info["is_success"])}
-        return observation, reward, terminated, truncated, info
+        return np.array(observation), reward, terminated, truncated, info
 
 
 class _SeededVectorEnv(SyncVectorEnv):
@@ -42,7 +50,7 @@ class Gymnasium:
     """Registered Gymnasium environments by id."""
 
     name = "gym"
-    summary = "any registered Gymnasium environment id, named with --tasks"
+    summary = "any Gymnasium environment id, or module:id, named with --tasks"
     tasks: tuple[str, ...] = ()
     all_tasks: tuple[str, ...] = ()
     same_spaces = False
@@ -53,32 +61,74 @@ class Gymnasium:
         "eval_every": 20_000,
     }
 
-    def make(self, task: str, num_envs: int, seed: int, num_threads: int) -> VectorEnv:
-        """Make the environments in this process (``num_threads`` is not used: Gymnasium has no threads)."""
-        self._check(task)
-        seeds = np.random.SeedSequence(seed).generate_state(num_envs).tolist()
-        return _SeededVectorEnv([lambda: _SuccessName(gymnasium.make(task))] * num_envs, seeds)
+    def make(
+        self,
+        task: str,
+        num_envs: int,
+        seed: int,
+        num_threads: int,
+        max_episode_steps: int | None = None,
+        **env_args: Any,
+    ) -> VectorEnv:
+        """Make the environments in this process (``num_threads`` is not used: Gymnasium has no threads).
 
-    def render_env(self, task: str, seed: int) -> gymnasium.Env:
+        ``max_episode_steps`` takes the place of the environment's own time limit; ``env_args`` go to its constructor.
+        """
+        env_args["max_episode_steps"] = max_episode_steps
+        self._make(task, env_args).close()  # says what is wrong
+        seeds = np.random.SeedSequence(seed).generate_state(num_envs).tolist()
+        return _SeededVectorEnv([lambda: _Adapted(self._make(task, env_args))] * num_envs, seeds)
+
+    def render_env(self, task: str, seed: int, max_episode_steps: int | None = None, **env_args: Any) -> gymnasium.Env:
         """Make one environment that draws its frames."""
-        self._check(task)
-        env = gymnasium.make(task, render_mode="rgb_array")
+        env = self._make(task, env_args | {"max_episode_steps": max_episode_steps, "render_mode": "rgb_array"})
         env.reset(seed=seed)
         return env
 
-    def _check(self, task: str) -> None:
+    @staticmethod
+    def _make(task: str, arguments: Mapping[str, Any]) -> gymnasium.Env:
+        """One environment.
+
+        Raises:
+            ConfigError: there is none of this name, it cannot be made with these arguments, or cannot be trained on.
+        """
+        name = _registered(task)
         try:
-            spec = gymnasium.spec(task)
-        except gymnasium.error.Error as error:
-            raise ConfigError("tasks", task, f"a registered Gymnasium id ({error})") from None
-        env = gymnasium.make(spec)
-        observation, action = env.observation_space, env.action_space
-        env.close()
-        if not isinstance(observation, gymnasium.spaces.Box) or len(observation.shape) != 1:
-            raise ConfigError("tasks", task, f"a task with a flat Box of observations, not {observation}")
-        flat_box = isinstance(action, gymnasium.spaces.Box) and len(action.shape) == 1
-        if not flat_box and not isinstance(action, gymnasium.spaces.Discrete):
-            raise ConfigError("tasks", task, f"a task with Box or Discrete actions, not {action}")
+            env = gymnasium.make(name, **arguments)
+        except Exception as error:  # whatever its constructor does
+            given = {key: value for key, value in arguments.items() if value is not None and key != "render_mode"}
+            what = f"arguments with which {task} can be made" if given else "an environment that can be made"
+            cause = f"{type(error).__name__}: {error}"
+            field, value = ("env_args", given) if given else ("tasks", task)
+            raise ConfigError(field, value, f"{what} ({cause})") from error
+        try:
+            check_spaces(task, env.observation_space, env.action_space)
+        except ConfigError:
+            env.close()
+            raise
+        return env
+
+
+def _registered(task: str) -> str:
+    """The id of ``[module:]id``; the module, which registers it, is imported as from a script in this folder.
+
+    Raises:
+        ConfigError: no such module, or no such id.
+    """
+    module, _, name = task.rpartition(":")
+    if module:
+        if os.getcwd() not in sys.path:  # the console script, unlike ``python``, does not look there
+            sys.path.append(os.getcwd())
+        try:
+            import_module(module)
+        except Exception as error:  # whatever the module does
+            allowed = f"a module that can be imported before the colon ({type(error).__name__}: {error})"
+            raise ConfigError("tasks", task, allowed) from error
+    try:
+        gymnasium.spec(name)
+    except gymnasium.error.Error as error:
+        raise ConfigError("tasks", task, f"a registered Gymnasium id ({error})") from None
+    return name
 
 
 SUITES = (Gymnasium(),)

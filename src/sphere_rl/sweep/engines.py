@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import site
 import subprocess
 import sys
+import sysconfig
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -105,16 +107,32 @@ def ray(address: str | None, jobs: int | None) -> Engine:
     return run_all
 
 
-def process_of(run: PlannedRun, share: int = 1) -> tuple[str, tuple[str, ...], str, int]:
-    """What it takes to start a run's process anywhere: folder, words, log, and threads, with ``share`` for ``auto``."""
+def process_of(run: PlannedRun, share: int = 1) -> tuple[str, tuple[str, ...], str, int, str]:
+    """What it takes to start a run's process anywhere: folder, words, log, threads and `import_path`.
+
+    ``share``: threads for those that are ``auto``.
+    """
     given = max(run.threads, share) if run.takes_what_is_given else run.threads
-    return str(run.folder.absolute()), run.words, str(run.log.absolute()), given
+    return str(run.folder.absolute()), run.words, str(run.log.absolute()), given, import_path()
 
 
-def start(folder: str, words: Sequence[str], log: str, threads: int) -> subprocess.Popen[bytes]:
-    """Start the process of a run, out of reach of the terminal's Ctrl-C: the sweep passes it on."""
+def import_path() -> str:
+    """Where this process finds modules that are not installed, its folder first: those of a user's environments."""
+    standard = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    installed = [Path(path).resolve() for path in (*standard, *site.getsitepackages(), site.getusersitepackages())]
+    places = [place for place in dict.fromkeys(Path(name).resolve() for name in ("", *sys.path)) if place.is_dir()]
+    own = [place for place in places if not any(place.is_relative_to(other) for other in installed)]
+    return os.pathsep.join(map(str, own))
+
+
+def start(folder: str, words: Sequence[str], log: str, threads: int, path: str = "") -> subprocess.Popen[bytes]:
+    """Start the process of a run, out of reach of the terminal's Ctrl-C: the sweep passes it on.
+
+    ``path``: where it looks for modules; this process's own where none is given.
+    """
     Path(log).parent.mkdir(parents=True, exist_ok=True)
     pinned = {f"{library}_NUM_THREADS": str(threads) for library in LIBRARIES}
+    pinned["PYTHONPATH"] = path or import_path()
     command = [sys.executable, "-m", "sphere_rl.sweep.child", str(os.getpid()), folder, *words]
     with open(log, "ab") as file:
         return subprocess.Popen(
@@ -122,9 +140,9 @@ def start(folder: str, words: Sequence[str], log: str, threads: int) -> subproce
         )
 
 
-def carry_out(folder: str, words: Sequence[str], log: str, threads: int) -> int:
+def carry_out(folder: str, words: Sequence[str], log: str, threads: int, path: str) -> int:
     """Carry one run out in a worker of Ray, to its exit code."""
-    process = start(folder, words, log, threads)
+    process = start(folder, words, log, threads, path)
     try:
         return process.wait()
     finally:

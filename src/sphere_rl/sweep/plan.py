@@ -14,15 +14,16 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import product, repeat
 from pathlib import Path
 from typing import Any, Literal
 
 from sphere_rl.arguments import parse_train
 from sphere_rl.config import TrainConfig, convert, from_dict, to_dict
+from sphere_rl.env_args import FLAG, word_of
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods import methods
-from sphere_rl.runs import RunFolder
+from sphere_rl.runs import RunFolder, file_name
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
     runs: dict[str, PlannedRun] = {}
     for stage in grid.stages or ({},):
         for run in _plan_stage(replace(grid, **stage), out):
-            runs.setdefault(run.name, run)
+            if runs.setdefault(run.name, run).config != run.config:
+                raise ConfigError("out", str(run.folder), "names of tasks and values that differ in files' names")
     for run in runs.values():
         check_folder(run)
     return list(runs.values())
@@ -115,7 +117,7 @@ def _plan_stage(grid: Grid, out: Path) -> Iterator[PlannedRun]:
             tail = "-".join([actor, method, *tags, f"seed{seed}"])
             for task in dict.fromkeys(config.task_sequence) if protocol == "rl" else (None,):
                 tasks = grid.tasks if task is None else (task,)
-                name = "-".join([suite, protocol, *([] if task is None else [task.replace("/", "_")]), tail])
+                name = file_name("-".join([suite, protocol, *([] if task is None else [task]), tail]))
                 full = (*words, *_tasks(tasks))
                 yield PlannedRun(out / name, full, parse_train(list(full))[0])
 
@@ -158,10 +160,12 @@ def load_grid(path: Path) -> dict[str, Any]:
     if "seeds" in found:
         found["seeds"] = convert("seeds", data["seeds"], tuple[int, ...])
     found["options"] = tuple(
-        (name, tuple(map(str, values if isinstance(values, list) else [values])))
+        (name, tuple(map(_word, repeat(name), values if isinstance(values, list) else [values])))
         for name, values in _flat(data.get("grid", {}))
     )
-    found["train"] = tuple(word for name, value in _flat(data.get("train", {})) for word in _flag(name, value))
+    found["train"] = tuple(
+        word for name, value in _flat(data.get("train", {})) for word in _flag(name, _word(name, value))
+    )
     found["stages"] = tuple(map(_stage, data.get("stages", [])))
     return found
 
@@ -176,7 +180,7 @@ def _arm(name: str, options: Any) -> tuple[str, ...]:
         raise ConfigError(f"arms.{name}", options, "a table")
     chosen = options.get("method", "none")
     names = chosen if isinstance(chosen, list) else str(chosen).split("+")
-    words = [word for key, value in _flat(options) if key != "method" for word in _flag(key, value)]
+    words = [word for key, value in _flat(options) if key != "method" for word in _flag(key, _word(key, value))]
     return ("--method", *map(str, names), "--label", name, *words)
 
 
@@ -221,8 +225,17 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + key, value
 
 
+def _word(name: str, value: Any) -> Any:
+    """A value as a word of the command line; a text that is an environment's argument stays one: "1" is not 1."""
+    if name.replace("-", "_").startswith("env_args."):
+        return word_of(value)
+    return value if isinstance(value, list) else str(value)
+
+
 def _flag(name: str, value: Any) -> list[str]:
     """Words of one option: ``--sphere.rho 0.1``; switches are ``--crelu`` and ``--no-crelu``."""
+    if name.replace("-", "_").startswith("env_args."):
+        return [FLAG, f"{name.partition('.')[2]}={value}"]
     flag = name.replace("_", "-")
     if str(value).lower() in ("true", "false"):
         table, dot, inner = flag.rpartition(".")

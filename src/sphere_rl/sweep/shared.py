@@ -45,6 +45,7 @@ def share(run: PlannedRun, source: PlannedRun) -> bool:
             "agent": None,
             "spaces": checkpoint.load(policies[0])["spaces"],
             "collector": None,
+            "due": None,
             "logs": logs.lengths(),
         }
         logs.close()

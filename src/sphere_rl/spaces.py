@@ -1,0 +1,57 @@
+"""What passes between policies and environments: spaces that can be trained, actions as they take them, real numbers.
+
+Every place that steps an environment sends it what `action_sender` makes and looks at what it gives with
+`check_numbers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Discrete
+from torch import Tensor
+
+from sphere_rl.errors import ConfigError, TrainingError
+
+LARGEST = float(np.finfo(np.float32).max)
+"""Networks compute in float32: a larger number is infinite there."""
+
+
+def check_spaces(task: str, observation: gymnasium.Space, action: gymnasium.Space) -> None:
+    """Raise `ConfigError` unless observations are a flat box, and actions a flat box of real numbers or discrete."""
+    if not isinstance(observation, Box) or len(observation.shape) != 1:
+        raise ConfigError("tasks", task, f"a task with a flat Box of observations, not {observation}")
+    if isinstance(action, Discrete):
+        return
+    if not isinstance(action, Box) or len(action.shape) != 1:
+        raise ConfigError("tasks", task, f"a task with Box or Discrete actions, not {action}")
+    if not np.issubdtype(action.dtype, np.floating):
+        raise ConfigError("tasks", task, f"a task whose Box of actions has real numbers, not {action}")
+
+
+def action_sender(space: gymnasium.Space) -> Callable[[Tensor], np.ndarray]:
+    """How a policy's actions [B, A], or indices [B], become those of B environments whose single action space this is.
+
+    What is sent is inside the space: clipped to its box or counted from its ``start``, in its dtype.
+    """
+    if isinstance(space, Discrete):
+        return lambda action: (action.cpu().numpy() + space.start).astype(space.dtype)
+    box: Any = space
+    return lambda action: action.cpu().numpy().clip(box.low, box.high).astype(box.dtype, copy=False)
+
+
+def check_numbers(what: str, values: np.ndarray, environments: np.ndarray | None = None) -> None:
+    """Raise `TrainingError` where a number [B, …] of an environment is NaN, infinite or too large for float32.
+
+    The message names ``what`` it is and the environment: the row, or its entry of ``environments`` [B].
+    """
+    fine = np.abs(values) <= LARGEST  # false for NaN, too
+    if fine.all():
+        return
+    row, *rest = (int(index) for index in np.argwhere(~fine)[0])
+    environment = row if environments is None else int(environments[row])
+    place = what + "".join(f"[{index}]" for index in rest)
+    raise TrainingError(f"environment {environment}: {place} is {values[(row, *rest)]}, not a finite float32 number")
