@@ -119,6 +119,9 @@ def test_labels_tell_runs_apart_by_what_differs() -> None:
     large = small | {"sphere": {"rho": 0.1}, "seed": 1, "device": "cuda", "protocol": "rl"}
     labels = method_labels([plain, small, large, plain | {"sphere": {"rho": 9.0}}])
     assert labels == ["none", "sphere+layernorm rho=0.01", "sphere+layernorm rho=0.1", "none"]
+    given = [plain | {"env_args": {"g": 1}}, plain | {"env_args": {}}, plain | {"env_args": {"g": 2, "name": "x"}}]
+    assert method_labels(given) == ["none g=1 name=None", "none g=None name=None", "none g=2 name=x"]
+    assert method_labels([plain, plain | {"max_episode_steps": 0, "env_args": {}}]) == ["none", "none"]  # older runs
     assert method_labels([plain, plain | {"gamma": 0.5}]) == ["none gamma=0.9", "none gamma=0.5"]
     old = base | {"method": ["sphere"], "sphere": {"rho": 0.1, "strength": 1e-3}}  # from before there was a scale
     new, free = (old | {"sphere": {"rho": 0.1, "strength": None, "scale": scale}} for scale in ("literal", "free"))

@@ -18,7 +18,7 @@ import torch
 from comparing import run_difference
 from rich.console import Console
 
-from sphere_rl import cli
+from sphere_rl import cli, protocol
 from sphere_rl.errors import CommandLineError, ConfigError
 from sphere_rl.policies import load_policy
 from sphere_rl.runs import RunFolder
@@ -324,6 +324,9 @@ def test_the_first_task_of_a_sequence_is_not_trained_twice(tmp_path: Path, capfd
     assert len(shared.read("spectrum")) > 1
     assert run_difference(shared, trained) is None
     assert shared.config() == trained.config()
+    with shared:
+        protocol.resume(shared, lambda step: [])  # nothing is left to do but the last evaluation, which is the same
+    assert run_difference(shared, trained) is None
     assert torch.equal(*(load_policy(folder.path)(torch.ones(2, 3)) for folder in (shared, trained)))
     assert command(words) == 0
     assert "2 of 2 runs are finished already" in capfd.readouterr().out

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 
 from sphere_rl import checkpoint
 from sphere_rl.config import TrainConfig, to_dict
-from sphere_rl.protocol import Progress
+from sphere_rl.protocol import Due, Progress
 from sphere_rl.runs import LOGS, Logs, RunFolder
 from sphere_rl.sweep.plan import PlannedRun
 
@@ -36,6 +36,7 @@ def share(run: PlannedRun, source: PlannedRun) -> bool:
     with RunFolder(run.folder) as folder:
         folder.create(to_dict(run.config), {name: origin[name] for name in ("versions", "commit")})
         logs = Logs(folder, {})
+        final = rows["eval"].pop()
         for log in LOGS:
             for row in rows[log]:
                 logs.append(log, row)
@@ -45,9 +46,10 @@ def share(run: PlannedRun, source: PlannedRun) -> bool:
             "agent": None,
             "spaces": checkpoint.load(policies[0])["spaces"],
             "collector": None,
-            "due": None,
+            "due": asdict(Due("final", 0, run.steps)),  # as trained: the evaluation comes after the checkpoint
             "logs": logs.lengths(),
         }
+        logs.append("eval", final)
         logs.close()
         checkpoint.save_run(folder, run.steps, state)
         folder.set_status("finished", run.steps, task)
