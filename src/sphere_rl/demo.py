@@ -50,7 +50,7 @@ def print_tables(runs: Path) -> None:
 
     rows = []
     for folder in map(RunFolder, run_folders(runs)):
-        method = "+".join(folder.config()["method"])
+        method = "+".join(folder.train_config().method)
         speed = np.median([row["steps_per_second"] for row in folder.read("train")])
         ranks = {row["task_index"]: row for row in folder.read("spectrum") if row["batch"] == "probe"}
         later = {row["task_index"]: row for row in folder.read("eval") if row["phase"] == "retention"}

@@ -12,19 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol, runtime_checkable
 
 from sphere_rl import checkpoint
 from sphere_rl.agent import Agent, Policy, Spaces
-from sphere_rl.config import TrainConfig, from_dict, to_dict
-from sphere_rl.errors import ConfigError, TrainingError
+from sphere_rl.config import TrainConfig, to_dict
+from sphere_rl.errors import ConfigError, RunFolderError, TrainingError
 from sphere_rl.evaluation import evaluate, summarize
 from sphere_rl.lanes import two_lanes
 from sphere_rl.ppo import update
 from sphere_rl.rollout import Collector, Rollout
 from sphere_rl.runs import Logs, RunFolder
-from sphere_rl.runtime import LaneChoice, threads, tune_process
+from sphere_rl.runtime import LaneChoice, check_device, threads, tune_process
 from sphere_rl.seeding import derive_seed
 from sphere_rl.suites import make_suite
 from sphere_rl.tracking import Tracker
@@ -55,9 +56,10 @@ def check(config: TrainConfig) -> None:
     """Refuse what cannot be trained, before anything is written.
 
     Raises:
-        ConfigError: a task that does not exist, a method or network size that cannot be, or a sequence for one agent
-            whose tasks differ in their spaces.
+        ConfigError: a device that cannot be used here, a task that does not exist, a method or network size that
+            cannot be, or a sequence for one agent whose tasks differ in their spaces.
     """
+    check_device(config.device)
     suite, tasks = make_suite(config.suite), list(dict.fromkeys(config.task_sequence))
     known: dict[Spaces, str] = {}
     for task in tasks[:1] if suite.same_spaces else tasks:
@@ -80,10 +82,13 @@ def start(config: TrainConfig, folder: RunFolder, monitors: Callable[[int], list
 
 def resume(folder: RunFolder, monitors: Callable[[int], list[Monitor]]) -> None:
     """Train from the newest checkpoint to the end; ``monitors(global_step)`` makes those who watch."""
-    config = from_dict(folder.config())
+    config = folder.train_config()
+    try:
+        check_device(config.device)
+    except ConfigError as error:  # of the machine that the run was started on
+        raise RunFolderError(f"{folder.config_path}: {error}") from None
     tune_process(min(2, threads("auto")) if config.torch_threads == "auto" else config.torch_threads)
-    state = checkpoint.latest_run(folder)
-    run = Run(config, folder, state, monitors)
+    run = Run(config, folder, checkpoint.newest(folder), monitors)
     try:
         run.train()
     except KeyboardInterrupt:
@@ -104,17 +109,20 @@ class Run:
         self,
         config: TrainConfig,
         folder: RunFolder,
-        state: dict[str, Any] | None,
+        found: tuple[Path, dict[str, Any]] | None,
         monitors: Callable[[int], list[Monitor]],
     ) -> None:
         self.config, self.folder, self.suite = config, folder, make_suite(config.suite)
-        self.tasks, self.state = config.task_sequence, state
-        self.progress = Progress(**state["progress"]) if state else Progress()
-        self.logs = Logs(folder, state["logs"] if state else {})
+        self.tasks, self.state = config.task_sequence, found[1] if found else None
+        self.progress, lengths = Progress(), dict[str, int]()
+        self.agent: Agent | None = None
+        if found is not None:
+            with checkpoint.fitting(found[0]):
+                self.agent, lengths = self._restore(found[1])
+        self.logs = Logs(folder, lengths)  # the first that changes anything in the folder
         self.monitors = monitors(self.progress.global_step)
         self.tracker = Tracker(config)
         self.lanes = LaneChoice(config.torch_threads)
-        self.agent: Agent | None = None
         self.collector: Collector | None = None
 
     @property
@@ -135,7 +143,8 @@ class Run:
             self._train_segment(agent, collector)
             self._end_segment(agent, collector)
         if self.config.protocol == "crl":
-            self._evaluate_earlier_tasks(self.agent or self._restored_agent())
+            assert self.agent is not None
+            self._evaluate_earlier_tasks(self.agent)
 
     def close(self) -> None:
         """Close logs, monitors and environments."""
@@ -154,10 +163,7 @@ class Run:
             envs = self.suite.make(self.task, self.config.num_envs, seed, threads(self.config.env_threads))
         else:
             envs = collector.envs
-        new = self.agent is None
         agent = self.agent = self.agent or Agent(self.config, Spaces.of(envs), self._seed("agent"))
-        if new and state is not None and state["agent"] is not None:
-            agent.load_state_dict(state["agent"])
         if self.progress.iteration == 0:
             self._begin_task(agent)
         if collector is None:
@@ -225,12 +231,14 @@ class Run:
         path = self.folder.checkpoints / f"task-{self.progress.task_index:02d}-{self.task.replace('/', '_')}.pt"
         checkpoint.save(path, {"agent": policy, "spaces": asdict(agent.spaces), "progress": asdict(self.progress)})
 
-    def _restored_agent(self) -> Agent:
-        """The agent of a run that was stopped after its last task."""
-        assert self.state is not None
-        agent = Agent(self.config, Spaces(**self.state["spaces"]), seed=0)
-        agent.load_state_dict(self.state["agent"])
-        return agent
+    def _restore(self, state: dict[str, Any]) -> tuple[Agent | None, dict[str, int]]:
+        """The agent of a checkpoint (in rl none between two tasks), and the lengths of its logs."""
+        self.progress = Progress(**state["progress"])
+        if state["agent"] is None:
+            return None, {**state["logs"]}
+        agent = Agent(self.config, Spaces(**state["spaces"]), self._seed("agent"))
+        agent.load_state_dict(state["agent"])
+        return agent, {**state["logs"]}
 
     def _log_iteration(self, agent: Agent, rollout: Rollout, statistics: dict[str, float], seconds: float) -> None:
         row = self._position() | {"iteration": self.progress.iteration, "learning_rate": agent.learning_rate}
