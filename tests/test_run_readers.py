@@ -23,6 +23,7 @@ from sphere_rl.geometry import snapshots
 from sphere_rl.policies import load_policy, own_policies
 from sphere_rl.results import load_results
 from sphere_rl.runs import RunFolder
+from sphere_rl.saved import config_of
 from sphere_rl.suites import make_suite
 
 
@@ -65,8 +66,8 @@ class TenWide(Ten):
 
 
 for made in (Ten, TenChoices, TenWide):
-    gymnasium.register(f"{made.__name__}-v0", entry_point=made)
-gymnasium.register("TenAgain-v0", entry_point=Ten)
+    gymnasium.register(f"{made.__name__}-v0", entry_point=f"{__name__}:{made.__name__}")
+gymnasium.register("TenAgain-v0", entry_point=f"{__name__}:Ten")
 
 TRAIN = (
     "train --suite gym --num-envs 2 --num-steps 16 --minibatch-size 8 --num-epochs 2 --steps-per-task 64 --width 16 "
@@ -141,7 +142,7 @@ def test_a_task_in_progress_has_the_run_checkpoint_and_one_not_begun_has_none(
         path.unlink()
     state["progress"] |= {"task_index": 1, "iteration": 1, "global_step": 96}
     checkpoint.save(folder.checkpoints / "step-000000000096.pt", state)
-    own = own_policies(folder, folder.train_config())
+    own = own_policies(folder, config_of(folder))
     assert {index: one.path.stem for index, one in own.items()} == {0: "task-00-Ten-v0", 1: "step-000000000096"}
     rows = rows_of(capsys, run)
     assert [row["checkpoint"] for row in rows] == ["task-00-Ten-v0", "step-000000000096"]

@@ -86,6 +86,7 @@ def resume(words: list[str]) -> None:
     from sphere_rl import protocol
     from sphere_rl.monitors import make_monitors
     from sphere_rl.runs import RunFolder
+    from sphere_rl.saved import config_of
 
     options = run_parser("resume", resume.__doc__)
     options.add_argument("--quiet", action="store_true", help="no progress display")
@@ -95,7 +96,7 @@ def resume(words: list[str]) -> None:
         if folder.status().get("state") == "finished":
             print(f"{given.run}: finished already", file=sys.stderr)
             return
-        config = folder.train_config()
+        config = config_of(folder)
         with resumable(folder):
             protocol.resume(folder, lambda step: make_monitors(config, folder, step, given.quiet))
         print_results(folder)
@@ -119,6 +120,7 @@ def evaluate(words: list[str]) -> None:
     from sphere_rl.policies import policy_for, read_policies
     from sphere_rl.runs import RunFolder
     from sphere_rl.runtime import threads, tune_process
+    from sphere_rl.saved import config_of
     from sphere_rl.suites import check_task, make_suite
     from sphere_rl.tables import print_table
 
@@ -135,7 +137,7 @@ def evaluate(words: list[str]) -> None:
     add_device(options)
     given = options.parse_args(words)
     folder = RunFolder.existing(given.run)
-    config = folder.train_config()
+    config = config_of(folder)
     tune_process(threads(config.torch_threads))
     suite = make_suite(config.suite)
     for task in given.tasks or ():

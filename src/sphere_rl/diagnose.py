@@ -31,6 +31,7 @@ from sphere_rl.ranks import gram_eigenvalues
 from sphere_rl.rollout import clip_action
 from sphere_rl.runs import RunFolder
 from sphere_rl.runtime import threads, tune_process
+from sphere_rl.saved import config_of
 from sphere_rl.seeding import derive_seed
 from sphere_rl.spectrum import block_view, effective_rank, entk, gram_effective_rank, measure
 from sphere_rl.suites import make_suite
@@ -68,7 +69,7 @@ def command(words: list[str]) -> None:
     if out.suffix[1:] not in figures.FORMATS:
         raise CommandLineError(f"--out: '{out}' is not allowed; expected a .png, .svg or .pdf file")
     folder = RunFolder.existing(given.run)
-    tune_process(threads(folder.train_config().torch_threads))
+    tune_process(threads(config_of(folder).torch_threads))
     chosen = select(folder, given.checkpoint)
     if given.proxy:
         table = proxy_table(folder, chosen, given.batches or 16, given.device)
@@ -124,7 +125,7 @@ class Diagnosis:
 
 def diagnose(folder: RunFolder, chosen: Chosen, device: str = "cpu") -> Diagnosis:
     """Measure one checkpoint. Metrics of an update (churn, gradients) are in ``spectrum.jsonl`` alone."""
-    config = folder.train_config()
+    config = config_of(folder)
     task = config.task_sequence[chosen.task_index]
     policy = read_policies(folder, make_suite(config.suite), [(task, chosen)], device)[chosen.path]
     raw = probe_batch(config, task)
@@ -234,7 +235,7 @@ def proxy_table(folder: RunFolder, chosen: Sequence[Chosen], batches: int, devic
     For each checkpoint ``batches`` of random actions ("probe") and as many of its own, sampled, actions ("visited"),
     each of one task; the tasks are those of the run, or the checkpoint's own where the suite has no sequence.
     """
-    config, rows = folder.train_config(), []
+    config, rows = config_of(folder), []
     suite = make_suite(config.suite)
     for one in chosen:
         task = config.task_sequence[one.task_index]

@@ -20,6 +20,7 @@ from sphere_rl.policies import placed, read_policies
 from sphere_rl.probe import probe_batch
 from sphere_rl.ranks import gram_eigenvalues
 from sphere_rl.runs import RunFolder
+from sphere_rl.saved import config_of
 from sphere_rl.spectrum import effective_rank, entk
 from sphere_rl.suites import make_suite
 
@@ -70,7 +71,7 @@ def snapshots(run_dir: Path | str) -> list[Snapshot]:
 @cache
 def _snapshot(path: Path, _: int) -> Snapshot:
     folder = RunFolder.existing(path.parent.parent)
-    config, place = folder.train_config(), placed(folder, path)
+    config, place = config_of(folder), placed(folder, path)
     index, task = place.task_index, config.task_sequence[place.task_index]
     policy = read_policies(folder, make_suite(config.suite), [(task, place)])[place.path]
     states = probe_batch(config, task)

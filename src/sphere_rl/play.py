@@ -56,11 +56,12 @@ def play(
     from sphere_rl.policies import choose, read_policies
     from sphere_rl.rollout import clip_action
     from sphere_rl.runs import RunFolder
+    from sphere_rl.saved import config_of
     from sphere_rl.suites import make_suite
 
     _writer(Path(out))
     folder = RunFolder.existing(run)
-    suite = make_suite(folder.train_config().suite)
+    suite = make_suite(config_of(folder).suite)
     task, chosen = choose(folder, suite, task, checkpoint)
     policy = read_policies(folder, suite, [(task, chosen)], device)[chosen.path]
     env = suite.render_env(task, seed)

@@ -14,6 +14,7 @@ from sphere_rl.config import TrainConfig
 from sphere_rl.errors import ConfigError, RunFolderError
 from sphere_rl.runs import RunFolder
 from sphere_rl.runtime import check_device
+from sphere_rl.saved import config_of
 from sphere_rl.suites import Suite, check_task, make_suite
 
 
@@ -56,8 +57,8 @@ def placed(folder: RunFolder, path: Path) -> Chosen:
         progress = state["progress"]
         # What is written at the end of a task stands at the start of the next one, on which nothing was trained yet.
         index = progress["task_index"] - (progress["iteration"] == 0)
-        if not 0 <= index < len(folder.train_config().task_sequence):
-            raise ValueError(f"it is of task {index + 1}, and the run has {len(folder.train_config().task_sequence)}")
+        if not 0 <= index < len(config_of(folder).task_sequence):
+            raise ValueError(f"it is of task {index + 1}, and the run has {len(config_of(folder).task_sequence)}")
         if state["agent"] is not None:
             return Chosen(path, int(progress["global_step"]), index)
     before = checkpoint.task_checkpoint(folder, index)
@@ -118,7 +119,7 @@ def choose(folder: RunFolder, suite: Suite, task: str | None, name: str | None) 
         ConfigError: the suite has no such task.
         RunFolderError: as `policy_for`.
     """
-    config = folder.train_config()
+    config = config_of(folder)
     if task is not None:
         check_task(suite, task)
         ((_, chosen),) = policy_for(folder, config, [task], name)
@@ -130,7 +131,7 @@ def choose(folder: RunFolder, suite: Suite, task: str | None, name: str | None) 
 def read_policy(folder: RunFolder, path: Path, device: str = "cpu") -> tuple[Policy, Spaces]:
     """The policy of one checkpoint (of `placed`), and the spaces that it was trained in; raises as `load_policy`."""
     check_device(device)
-    config, state = replace(folder.train_config(), device=device), checkpoint.load(path)
+    config, state = replace(config_of(folder), device=device), checkpoint.load(path)
     with checkpoint.fitting(path):
         spaces, saved = Spaces(**state["spaces"]), state["agent"]
         agent = Agent(config, spaces, seed=0)

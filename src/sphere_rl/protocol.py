@@ -26,6 +26,7 @@ from sphere_rl.ppo import update
 from sphere_rl.rollout import Collector, Rollout
 from sphere_rl.runs import Logs, RunFolder
 from sphere_rl.runtime import LaneChoice, check_device, threads, tune_process
+from sphere_rl.saved import config_of
 from sphere_rl.seeding import derive_seed
 from sphere_rl.suites import make_suite
 from sphere_rl.tracking import Tracker
@@ -82,7 +83,7 @@ def start(config: TrainConfig, folder: RunFolder, monitors: Callable[[int], list
 
 def resume(folder: RunFolder, monitors: Callable[[int], list[Monitor]]) -> None:
     """Train from the newest checkpoint to the end; ``monitors(global_step)`` makes those who watch."""
-    config = folder.train_config()
+    config = config_of(folder)
     try:
         check_device(config.device)
     except ConfigError as error:  # of the machine that the run was started on

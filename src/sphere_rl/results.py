@@ -17,6 +17,7 @@ from sphere_rl.config import updated
 from sphere_rl.errors import RunFolderError
 from sphere_rl.records import LOG_COLUMNS
 from sphere_rl.runs import RunFolder
+from sphere_rl.saved import config_of
 from sphere_rl.suites import make_suite
 
 KEY = ("suite", "protocol", "actor", "method", "seed")
@@ -149,7 +150,7 @@ def _read(folder: RunFolder, run: str) -> _Read:
     Raises:
         RunFolderError: any of its files is not what a run writes.
     """
-    folder.train_config()  # refuses what is no configuration
+    config_of(folder)  # refuses what is no configuration
     record = folder.record()
     train, evals, spectra = (folder.read(log, LOG_COLUMNS[log]) for log in ("train", "eval", "spectrum"))
     return _Read(run, updated(record["config"]), _run_row(folder, record, train, evals), evals, spectra)

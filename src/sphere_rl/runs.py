@@ -13,19 +13,14 @@ from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from sphere_rl.errors import RunFolderError
 from sphere_rl.records import MAYBE_TEXT, OBJECT, STATE, TEXTS, WHOLE, content, read_object, read_row
 
-if TYPE_CHECKING:
-    from sphere_rl.config import TrainConfig
-
 LOGS = ("train", "eval", "spectrum")
-NAMING = ("suite", "tasks", "protocol", "actor", "method", "seed")
-"""Fields that the configuration of every run has, whatever version wrote it."""
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -117,24 +112,6 @@ class RunFolder:
     def config(self) -> dict[str, Any]:
         """The run's configuration as plain data."""
         return self.record()["config"]
-
-    def train_config(self) -> TrainConfig:
-        """The run's configuration, checked.
-
-        Raises:
-            RunFolderError: it is not the configuration of a run, or one that is not allowed here.
-        """
-        from sphere_rl.config import from_dict
-
-        config = self.config()
-        if missing := [name for name in NAMING if name not in config]:
-            raise RunFolderError(f"{self.config_path}: its config has no {missing[0]}")
-        try:
-            made = from_dict(config)
-            _ = made.task_sequence
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise RunFolderError(f"{self.config_path}: {' '.join(str(error).split())}") from None
-        return made
 
     def status(self) -> dict[str, Any]:
         """State (running, finished, failed, interrupted), global_step, task and error; empty before the first."""

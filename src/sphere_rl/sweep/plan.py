@@ -23,6 +23,7 @@ from sphere_rl.config import TrainConfig, convert, to_dict
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods import methods
 from sphere_rl.runs import RunFolder, read_sweep, write_atomic
+from sphere_rl.saved import config_of
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def check_folder(run: PlannedRun) -> None:
     """Raise `ConfigError` where the run's folder holds a run of another configuration."""
     if not RunFolder(run.folder).config_path.is_file():
         return
-    ours, theirs = to_dict(run.config), to_dict(RunFolder(run.folder).train_config())
+    ours, theirs = to_dict(run.config), to_dict(config_of(RunFolder(run.folder)))
     for name in ours.keys() - {"log", "env_threads", "torch_threads"}:  # how it is computed, not what
         if ours[name] != theirs[name]:
             raise ConfigError(name, ours[name], f"{theirs[name]!r}, as in {run.folder}; choose another --out")
