@@ -15,14 +15,14 @@ SOURCE = Path(sphere_rl.__file__).parent
 MODULES = sorted(p.relative_to(SOURCE).with_suffix("").as_posix() for p in SOURCE.rglob("*.py"))
 
 LAYERS = [
-    set("errors gradients lanes normalizer parsers penalty routing runtime scripting seeding tables".split()),
+    set("errors gradients lanes normalizer parsers penalty records routing runtime scripting seeding tables".split()),
     set("chain env_args experts mixture optimizer routed_gram runs ranks spaces statistics vanishing".split()),
     {"learner", "networks", "regression", "surrogate", "sweeps"},
     {"direct", "factors", "metrics", "ntk", "results", "rollout", "spectrum", "suites"},
     {"methods", "probe"},
     {"config"},
     {"agent"},
-    {"checkpoint", "evaluation", "ppo", "tracking"},
+    {"checkpoint", "evaluation", "ppo", "saved", "tracking"},
     {"policies", "protocol"},
     {"arguments", "catalogue", "geometry", "monitors", "play", "results"},
     {"diagnose", "figures", "sweep"},

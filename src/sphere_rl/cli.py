@@ -1,7 +1,7 @@
 """The command line: parse, call, and turn errors into one line and an exit code.
 
-Exit codes: 0 done · 2 bad arguments or configuration · 3 the run failed · 130 interrupted. Libraries load when a
-command needs them, so that ``sphere --help`` answers at once.
+Exit codes: 0 done · 2 bad arguments or configuration · 3 the run failed, or a report leaves runs out · 130 interrupted.
+Libraries load when a command needs them, so that ``sphere --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ def train(words: list[str]) -> None:
 def resume(words: list[str]) -> None:
     """Continue an interrupted run exactly, from its newest checkpoint."""
     from sphere_rl import protocol
-    from sphere_rl.config import from_dict
     from sphere_rl.monitors import make_monitors
     from sphere_rl.runs import RunFolder
+    from sphere_rl.saved import config_of
 
     options = run_parser("resume", resume.__doc__)
     options.add_argument("--quiet", action="store_true", help="no progress display")
@@ -98,7 +98,7 @@ def resume(words: list[str]) -> None:
         if folder.status().get("state") == "finished":
             print(f"{given.run}: finished already", file=sys.stderr)
             return
-        config = from_dict(folder.config())
+        config = config_of(folder)
         with resumable(folder):
             protocol.resume(folder, lambda step: make_monitors(config, folder, step, given.quiet))
         print_results(folder)
@@ -115,41 +115,51 @@ def resumable(folder: Any) -> Any:
 
 
 def evaluate(words: list[str]) -> None:
-    """Run deterministic episodes of a run's policy."""
+    """Run deterministic episodes of a run's policies."""
     import json
 
-    from sphere_rl.config import from_dict
     from sphere_rl.evaluation import evaluate as run_episodes
-    from sphere_rl.policies import load_policy
+    from sphere_rl.policies import policy_for, read_policies
     from sphere_rl.runs import RunFolder
     from sphere_rl.runtime import threads, tune_process
+    from sphere_rl.saved import config_of
     from sphere_rl.suites import check_task, make_suite
     from sphere_rl.tables import print_table
 
     options = run_parser("evaluate", evaluate.__doc__)
-    options.add_argument("--checkpoint", default="latest", help="latest, or a file of the run's checkpoints folder")
+    options.add_argument(
+        "--checkpoint",
+        help="latest, or a file of the run's checkpoints folder, for all tasks; by default the latest policy in crl, "
+        "each task's own in rl",
+    )
     options.add_argument("--tasks", nargs="+", help="tasks of the run's suite; by default all tasks of the run")
     options.add_argument("--episodes", type=positive, default=50)
     limit = "end an episode after so many steps; by default as the run does"
     options.add_argument("--eval-max-steps", "--max-steps", type=positive, help=limit)
     options.add_argument("--seed", type=integer, default=0)
     options.add_argument("--json", action="store_true", help="one JSON object a task instead of the table")
+    add_device(options)
     given = options.parse_args(words)
-    config = from_dict(RunFolder.existing(given.run).config())
+    folder = RunFolder.existing(given.run)
+    config = config_of(folder)
     tune_process(threads(config.torch_threads))
-    suite, policy = make_suite(config.suite), load_policy(given.run, given.checkpoint)
+    suite = make_suite(config.suite)
     for task in given.tasks or ():
         check_task(suite, task)
     limits = {"arguments": config.environment, "max_steps": given.eval_max_steps or config.eval_max_steps}
-    results = [
-        {"task": task}
-        | run_episodes(policy, suite, task, given.episodes, given.seed, threads(config.env_threads), **limits).row()
-        for task in given.tasks or config.task_sequence
-    ]
+    chosen = policy_for(folder, config, given.tasks, given.checkpoint)
+    policies = read_policies(folder, suite, chosen, given.device)
+    if not given.tasks and (missing := len(config.task_sequence) - len(chosen)):
+        print(f"{given.run}: no policy yet of {missing} of its {len(config.task_sequence)} tasks", file=sys.stderr)
+    results = []
+    for task, one in chosen:
+        policy = policies[one.path]
+        found = run_episodes(policy, suite, task, given.episodes, given.seed, threads(config.env_threads), **limits)
+        results.append({"task": task, "checkpoint": one.path.stem} | found.row())
     if given.json:
         print("\n".join(json.dumps(result, allow_nan=False) for result in results))
     else:
-        print_table(f"{given.run}, {given.checkpoint}, {given.episodes} deterministic episodes", results)
+        print_table(f"{given.run}, {given.episodes} deterministic episodes", results)
 
 
 def play(words: list[str]) -> None:
@@ -159,14 +169,21 @@ def play(words: list[str]) -> None:
     options = run_parser("play", play.__doc__)
     options.add_argument("--out", type=Path, required=True, help="the video, a .mp4 or .gif file")
     options.add_argument("--task", help="a task of the run's suite; by default the task of the checkpoint")
-    options.add_argument("--checkpoint", default="latest", help="latest, or a file of the run's checkpoints folder")
+    options.add_argument(
+        "--checkpoint",
+        help="latest, or a file of the run's checkpoints folder; by default the latest, in rl that of --task",
+    )
     options.add_argument("--seed", type=integer, default=0)
     options.add_argument("--steps", "--max-steps", type=positive, default=1000, help="stop after so many steps")
     options.add_argument("--fps", type=positive, default=25)
+    add_device(options)
     given = options.parse_args(words)
-    shot = film(given.run, given.out, given.task, given.checkpoint, given.seed, given.steps, given.fps)
+    shot = film(given.run, given.out, given.task, given.checkpoint, given.seed, given.steps, given.fps, given.device)
     success = "" if shot.success is None else f", {'success' if shot.success else 'no success'}"
-    print(f"{shot.path}: {shot.frames} frames, {shot.steps} steps, return {shot.total_reward:.1f}{success}")
+    print(
+        f"{shot.path}: {shot.frames} frames, {shot.steps} steps, return {shot.total_reward:.1f}{success} "
+        f"({shot.task}, {shot.checkpoint})"
+    )
 
 
 def demo(words: list[str]) -> int | None:
@@ -218,12 +235,18 @@ def run_parser(command: str, description: str | None) -> ArgumentParser:
     return options
 
 
+def add_device(options: ArgumentParser) -> None:
+    """The flag of commands that read policies."""
+    options.add_argument("--device", default="cpu", help="PyTorch device, whatever the run was made on (cpu)")
+
+
 def print_results(folder: Any) -> None:
     """The evaluations at the ends of the tasks."""
     from sphere_rl.tables import print_table
 
     columns = ("task", "task_step", "episodes", "success_final", "success_once", "mean_return")
-    rows = [{name: row[name] for name in columns} for row in folder.read("eval") if row["phase"] == "final"]
+    evals = folder.read("eval", (*columns, "phase"))
+    rows = [{name: row[name] for name in columns} for row in evals if row["phase"] == "final"]
     print_table(f"{folder.path}: at the end of each task", rows)
 
 

@@ -46,11 +46,12 @@ def print_tables(runs: Path) -> None:
 
     from sphere_rl.results import run_folders
     from sphere_rl.runs import RunFolder
+    from sphere_rl.saved import config_of
     from sphere_rl.tables import print_table
 
     rows = []
     for folder in map(RunFolder, run_folders(runs)):
-        method = "+".join(folder.config()["method"])
+        method = "+".join(config_of(folder).method)
         speed = np.median([row["steps_per_second"] for row in folder.read("train")])
         ranks = {row["task_index"]: row for row in folder.read("spectrum") if row["batch"] == "probe"}
         later = {row["task_index"]: row for row in folder.read("eval") if row["phase"] == "retention"}

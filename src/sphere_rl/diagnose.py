@@ -23,15 +23,16 @@ from numpy import ndarray
 
 from sphere_rl import checkpoint, figures
 from sphere_rl.agent import Policy
-from sphere_rl.config import TrainConfig, from_dict
+from sphere_rl.config import TrainConfig
 from sphere_rl.errors import CommandLineError, RunFolderError
 from sphere_rl.geometry import MAX_ROWS
 from sphere_rl.parsers import ArgumentParser, positive
-from sphere_rl.policies import load_policy
+from sphere_rl.policies import Chosen, placed, read_policies
 from sphere_rl.probe import probe_batch, probe_observations
 from sphere_rl.ranks import gram_eigenvalues
 from sphere_rl.runs import RunFolder
 from sphere_rl.runtime import threads, tune_process
+from sphere_rl.saved import config_of
 from sphere_rl.seeding import derive_seed, global_streams
 from sphere_rl.spaces import action_sender, check_numbers
 from sphere_rl.spectrum import block_view, effective_rank, entk, gram_effective_rank, measure
@@ -61,6 +62,7 @@ def command(words: list[str]) -> None:
     options.add_argument("--proxy", action="store_true", help="r_e(A) of the last expert layer against r_e(K)")
     options.add_argument("--batches", type=positive, help="with --proxy: batches of each kind a checkpoint (16)")
     options.add_argument("--json", action="store_true", help="one JSON object a line instead of the tables")
+    options.add_argument("--device", default="cpu", help="PyTorch device, whatever the run was made on (cpu)")
     options.add_argument("--out", type=Path, help="figure: a .png, .svg or .pdf file (RUN/spectrum.png, RUN/proxy.png)")
     given = options.parse_args(words)
     if given.batches and not given.proxy:
@@ -69,27 +71,18 @@ def command(words: list[str]) -> None:
     if out.suffix[1:] not in figures.FORMATS:
         raise CommandLineError(f"--out: '{out}' is not allowed; expected a .png, .svg or .pdf file")
     folder = RunFolder.existing(given.run)
-    tune_process(threads(from_dict(folder.config()).torch_threads))
+    tune_process(threads(config_of(folder).torch_threads))
     chosen = select(folder, given.checkpoint)
     if given.proxy:
-        table = proxy_table(folder, chosen, given.batches or 16)
+        table = proxy_table(folder, chosen, given.batches or 16, given.device)
         show_proxy(folder, table, given.json)
         caption = f"{folder.path}: batches of {BATCH} states; {INTERVAL}."
         figure = figures.proxy_scatter(table.rename({"checkpoint": "method"}), caption)
     else:
-        found = [diagnose(folder, one) for one in chosen]
+        found = [diagnose(folder, one, given.device) for one in chosen]
         show(folder, found, given.json)
         figure = spectra(found, f"{folder.path}: eigenvalues on {found[0].kernel_states} probe states.")
     write(figure, out)
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A checkpoint that holds a policy, and where in the run it was written."""
-
-    path: Path
-    global_step: int
-    task_index: int
 
 
 def select(folder: RunFolder, names: Sequence[str] | None) -> list[Chosen]:
@@ -99,21 +92,11 @@ def select(folder: RunFolder, names: Sequence[str] | None) -> list[Chosen]:
         RunFolderError: one of them is missing or broken, or there is none yet.
     """
     if names:
-        return list(dict.fromkeys(_placed(folder, checkpoint.find(folder, name)) for name in names))
-    latest = _placed(folder, checkpoint.find(folder, "latest"))
-    finished = [_placed(folder, path) for path in checkpoint.task_checkpoints(folder)]
+        return list(dict.fromkeys(placed(folder, checkpoint.find(folder, name)) for name in names))
+    latest = placed(folder, checkpoint.find(folder, "latest"))
+    finished = [placed(folder, path) for path in checkpoint.task_checkpoints(folder)]
     gone_on = latest.global_step > max((one.global_step for one in finished), default=-1)
     return [*finished, latest] if gone_on else finished
-
-
-def _placed(folder: RunFolder, path: Path) -> Chosen:
-    state = checkpoint.load(path)
-    progress = state["progress"]
-    # What is written at the end of a task stands at the start of the next one, on which nothing was trained yet.
-    index = progress["task_index"] - (progress["iteration"] == 0)
-    if state["agent"] is None:  # between two tasks of protocol rl: the next agent is not made yet
-        return _placed(folder, checkpoint.task_checkpoints(folder)[index])
-    return Chosen(path, progress["global_step"], index)
 
 
 @dataclass(frozen=True)
@@ -142,12 +125,13 @@ class Diagnosis:
         return row | row.pop("metrics") | {"blocks": [asdict(block) for block in self.blocks]}
 
 
-def diagnose(folder: RunFolder, chosen: Chosen) -> Diagnosis:
+def diagnose(folder: RunFolder, chosen: Chosen, device: str = "cpu") -> Diagnosis:
     """Measure one checkpoint. Metrics of an update (churn, gradients) are in ``spectrum.jsonl`` alone."""
-    config = from_dict(folder.config())
-    policy, task = load_policy(folder.path, str(chosen.path)), config.task_sequence[chosen.task_index]
+    config = config_of(folder)
+    task = config.task_sequence[chosen.task_index]
+    policy = read_policies(folder, make_suite(config.suite), [(task, chosen)], device)[chosen.path]
     raw = probe_batch(config, task)
-    observations = policy.normalize(torch.as_tensor(raw))
+    observations = policy.normalize(torch.as_tensor(raw, device=device))
     with torch.no_grad():
         trace = policy.actor.trace(observations)
     count = min(len(raw), MAX_ROWS // trace.output.shape[1])
@@ -161,8 +145,8 @@ def diagnose(folder: RunFolder, chosen: Chosen) -> Diagnosis:
         kernel_states=count,
         metrics=measure(policy.actor, observations),
         blocks=block_view(policy.actor, part),
-        kernel_eigenvalues=torch.linalg.eigvalsh(entk(policy.actor, part).double()).flip(0).clamp(min=0).numpy(),
-        feature_eigenvalues=gram_eigenvalues(trace.features[-1].weighted()).flip(0).numpy(),
+        kernel_eigenvalues=torch.linalg.eigvalsh(entk(policy.actor, part).double()).flip(0).clamp(min=0).cpu().numpy(),
+        feature_eigenvalues=gram_eigenvalues(trace.features[-1].weighted()).flip(0).cpu().numpy(),
     )
 
 
@@ -247,17 +231,18 @@ def write(figure: Figure, path: Path) -> None:
     print(f"figure: {path}", file=sys.stderr)
 
 
-def proxy_table(folder: RunFolder, chosen: Sequence[Chosen], batches: int) -> pl.DataFrame:
+def proxy_table(folder: RunFolder, chosen: Sequence[Chosen], batches: int, device: str = "cpu") -> pl.DataFrame:
     """r_e(A) of the last expert layer and r_e(K) of disjoint batches of `BATCH` states, a row a batch.
 
     For each checkpoint ``batches`` of random actions ("probe") and as many of its own, sampled, actions ("visited"),
     each of one task; the tasks are those of the run, or the checkpoint's own where the suite has no sequence.
     """
-    config, rows = from_dict(folder.config()), []
+    config, rows = config_of(folder), []
+    suite = make_suite(config.suite)
     for one in chosen:
-        policy = load_policy(folder.path, str(one.path))
         task = config.task_sequence[one.task_index]
-        tasks = tuple(dict.fromkeys(config.task_sequence)) if make_suite(config.suite).tasks else (task,)
+        tasks = tuple(dict.fromkeys(config.task_sequence)) if suite.tasks else (task,)
+        policy = read_policies(folder, suite, [(task, one) for task in tasks], device)[one.path]
         for source, task, states in _batches(policy, config, tasks, batches):
             ranks = _ranks(policy, states)
             rows.append({"checkpoint": one.path.stem, "source": source, "task": task} | ranks)
@@ -265,7 +250,7 @@ def proxy_table(folder: RunFolder, chosen: Sequence[Chosen], batches: int) -> pl
 
 
 def _ranks(policy: Policy, states: Float[ndarray, "N D"]) -> dict[str, float]:
-    observation = policy.normalize(torch.as_tensor(states))
+    observation = policy.normalize(torch.as_tensor(states, device=next(policy.parameters()).device))
     with torch.no_grad():
         features = policy.actor.trace(observation).features[-1].weighted()
     kernel = entk(policy.actor, observation).double()
@@ -298,12 +283,13 @@ def visited_states(
 ) -> Float[ndarray, "N D"]:
     """Return ``count`` raw observations of a policy that samples its actions, in random order; the same each time."""
     seed = derive_seed(0, "visited", task)
+    device = next(policy.parameters()).device
     with global_streams(seed):
         envs = make_suite(suite).make(task, ENVS, seed, 1, **arguments)
-        send, generator = action_sender(envs.single_action_space), torch.Generator().manual_seed(seed)
+        send, generator = action_sender(envs.single_action_space), torch.Generator(device).manual_seed(seed)
         seen = [np.array(envs.reset()[0])]
         for _ in range(max(STEPS, count)):
-            output = policy(torch.as_tensor(seen[-1], dtype=torch.float32))
+            output = policy(torch.as_tensor(seen[-1], dtype=torch.float32, device=device))
             seen.append(np.array(envs.step(send(policy.actor.head.sample(output, generator)))[0]))
             check_numbers(f"task {task}: the observation", seen[-1])
         envs.close()

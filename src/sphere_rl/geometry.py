@@ -16,12 +16,13 @@ from jaxtyping import Float, Int
 from numpy import ndarray
 
 from sphere_rl.checkpoint import task_checkpoints
-from sphere_rl.config import from_dict
-from sphere_rl.policies import load_policy
+from sphere_rl.policies import placed, read_policies
 from sphere_rl.probe import probe_batch
 from sphere_rl.ranks import gram_eigenvalues
 from sphere_rl.runs import RunFolder
+from sphere_rl.saved import config_of
 from sphere_rl.spectrum import effective_rank, entk
+from sphere_rl.suites import make_suite
 
 ITERATIONS = 500
 """Of t-SNE, half of them with exaggerated attraction: a few hundred states have settled by then."""
@@ -69,10 +70,11 @@ def snapshots(run_dir: Path | str) -> list[Snapshot]:
 
 @cache
 def _snapshot(path: Path, _: int) -> Snapshot:
-    run_dir = path.parent.parent
-    config = from_dict(RunFolder.existing(run_dir).config())
-    policy, index = load_policy(run_dir, path.stem), int(path.stem.split("-")[1])
-    states = probe_batch(config, config.task_sequence[index])
+    folder = RunFolder.existing(path.parent.parent)
+    config, place = config_of(folder), placed(folder, path)
+    index, task = place.task_index, config.task_sequence[place.task_index]
+    policy = read_policies(folder, make_suite(config.suite), [(task, place)])[place.path]
+    states = probe_batch(config, task)
     with torch.no_grad():
         rows = policy.actor(policy.normalize(torch.as_tensor(states[:1]))).shape[1]
     count = min(len(states), MAX_ROWS // rows)
@@ -83,7 +85,7 @@ def _snapshot(path: Path, _: int) -> Snapshot:
         features = policy.actor.trace(policy.normalize(torch.as_tensor(states))).features[-1].weighted()
     return Snapshot(
         task_index=index,
-        task=config.task_sequence[index],
+        task=task,
         kernel_eigenvalues=kernel.numpy(),
         feature_eigenvalues=gram_eigenvalues(features).flip(0).numpy(),
         features=features.numpy(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,46 +28,54 @@ class Recording:
     total_reward: float
     success: bool | None
     """Success at the last step; `None` where the task does not define it."""
+    task: str | None = None
+    checkpoint: str | None = None
+    """Whose episode of which task it is, where a run's policy is filmed."""
 
 
 def play(
     run: Path | str,
     out: Path | str,
     task: str | None = None,
-    checkpoint: str = "latest",
+    checkpoint: str | None = None,
     seed: int = 0,
     steps: int = 1000,
     fps: int = 25,
+    device: str = "cpu",
 ) -> Recording:
-    """Film a run's policy (mean action) on a task of its suite, by default the run's last one; see `record`.
+    """Film a run's policy (mean action) on a task of its suite, by default the checkpoint's own; see `record`.
+
+    By default the checkpoint is the latest; for a named task of an ``rl`` run it is that task's own.
 
     Raises:
-        ConfigError: the suite has no such task, or as `record`.
-        RunFolderError: no run, or no such checkpoint.
+        ConfigError: the suite has no such task, the policy does not fit it, no such device, or as `record`.
+        RunFolderError: no run, or no such checkpoint, or a broken one.
     """
     import torch
 
-    from sphere_rl.config import from_dict
-    from sphere_rl.policies import load_policy
+    from sphere_rl.policies import choose, read_policies
     from sphere_rl.runs import RunFolder
+    from sphere_rl.saved import config_of
     from sphere_rl.seeding import global_streams
     from sphere_rl.spaces import action_sender, check_numbers
     from sphere_rl.suites import make_suite
 
     _writer(Path(out))
-    config = from_dict(RunFolder.existing(run).config())
-    policy = load_policy(run, checkpoint)
-    scene = make_suite(config.suite).render_env
-    with global_streams(seed), closing(scene(task or config.task_sequence[-1], seed, **config.environment)) as env:
+    folder = RunFolder.existing(run)
+    config = config_of(folder)
+    suite = make_suite(config.suite)
+    task, chosen = choose(folder, suite, task, checkpoint)
+    policy = read_policies(folder, suite, [(task, chosen)], device)[chosen.path]
+    with global_streams(seed), closing(suite.render_env(task, seed, **config.environment)) as env:
         send = action_sender(env.action_space)
 
         @torch.no_grad()
         def act(observation: np.ndarray) -> Any:
             check_numbers("the observation", observation[None])
-            output = policy(torch.as_tensor(observation, dtype=torch.float32)[None])
+            output = policy(torch.as_tensor(observation, dtype=torch.float32, device=device)[None])
             return send(policy.actor.head.mode(output))[0]
 
-        return record(env, act, out, steps, fps)
+        return replace(record(env, act, out, steps, fps), task=task, checkpoint=chosen.path.stem)
 
 
 def record(

@@ -15,20 +15,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import isfinite
+from pathlib import Path
 from time import perf_counter
 from typing import Any, Protocol, runtime_checkable
 
 from sphere_rl import checkpoint
 from sphere_rl.agent import Agent, Policy, Spaces
-from sphere_rl.config import TrainConfig, from_dict, to_dict
-from sphere_rl.errors import ConfigError, TrainingError
+from sphere_rl.config import TrainConfig, to_dict
+from sphere_rl.errors import ConfigError, RunFolderError, TrainingError
 from sphere_rl.evaluation import evaluate, summarize
 from sphere_rl.lanes import two_lanes
 from sphere_rl.policies import load_policy
 from sphere_rl.ppo import update
 from sphere_rl.rollout import Collector, Rollout
 from sphere_rl.runs import Logs, RunFolder, file_name
-from sphere_rl.runtime import LaneChoice, threads, tune_process
+from sphere_rl.runtime import LaneChoice, check_device, threads, tune_process
+from sphere_rl.saved import config_of
 from sphere_rl.seeding import derive_seed, global_streams, seed_globals
 from sphere_rl.spaces import check_spaces
 from sphere_rl.suites import make_suite
@@ -69,9 +71,10 @@ def check(config: TrainConfig) -> None:
     """Refuse what cannot be trained, before anything is written.
 
     Raises:
-        ConfigError: a task that does not exist, a method or network size that cannot be, or a sequence for one agent
-            whose tasks differ in their spaces.
+        ConfigError: a device that cannot be used here, a task that does not exist, a method or network size that
+            cannot be, or a sequence for one agent whose tasks differ in their spaces.
     """
+    check_device(config.device)
     suite, tasks = make_suite(config.suite), list(dict.fromkeys(config.task_sequence))
     known: dict[Spaces, str] = {}
     for task in tasks[:1] if suite.same_spaces else tasks:
@@ -95,10 +98,13 @@ def start(config: TrainConfig, folder: RunFolder, monitors: Callable[[int], list
 
 def resume(folder: RunFolder, monitors: Callable[[int], list[Monitor]]) -> None:
     """Train from the newest checkpoint to the end; ``monitors(global_step)`` makes those who watch."""
-    config = from_dict(folder.config())
+    config = config_of(folder)
+    try:
+        check_device(config.device)
+    except ConfigError as error:  # of the machine that the run was started on
+        raise RunFolderError(f"{folder.config_path}: {error}") from None
     tune_process(min(2, threads("auto")) if config.torch_threads == "auto" else config.torch_threads)
-    state = checkpoint.latest_run(folder)
-    run = Run(config, folder, state, monitors)
+    run = Run(config, folder, checkpoint.newest(folder), monitors)
     try:
         with global_streams(config.seed):
             run.train()
@@ -120,18 +126,21 @@ class Run:
         self,
         config: TrainConfig,
         folder: RunFolder,
-        state: dict[str, Any] | None,
+        found: tuple[Path, dict[str, Any]] | None,
         monitors: Callable[[int], list[Monitor]],
     ) -> None:
         self.config, self.folder, self.suite = config, folder, make_suite(config.suite)
-        self.tasks, self.state = config.task_sequence, state
-        self.progress = Progress(**state["progress"]) if state else Progress()
-        self.due = Due(**state["due"]) if state and state.get("due") else None
-        self.logs = Logs(folder, state["logs"] if state else {})
+        self.tasks, self.state = config.task_sequence, found[1] if found else None
+        self.progress, lengths = Progress(), dict[str, int]()
+        self.due: Due | None = None
+        self.agent: Agent | None = None
+        if found is not None:
+            with checkpoint.fitting(found[0]):
+                self.agent, lengths = self._restore(found[1])
+        self.logs = Logs(folder, lengths)  # the first that changes anything in the folder
         self.monitors = monitors(self.progress.global_step)
         self.tracker = Tracker(config)
         self.lanes = LaneChoice(config.torch_threads)
-        self.agent: Agent | None = None
         self.collector: Collector | None = None
 
     @property
@@ -157,7 +166,8 @@ class Run:
             if self.due is not None:
                 self._evaluate(Policy(agent.actor, agent.normalizer), self.due)
         if self.config.protocol == "crl":
-            self._evaluate_earlier_tasks(self.agent or self._restored_agent())
+            assert self.agent is not None
+            self._evaluate_earlier_tasks(self.agent)
 
     def close(self) -> None:
         """Close logs, monitors and environments."""
@@ -178,10 +188,7 @@ class Run:
             envs = self.suite.make(self.task, config.num_envs, seed, threads(config.env_threads), **config.environment)
         else:
             envs = collector.envs
-        new = self.agent is None
         agent = self.agent = self.agent or Agent(self.config, Spaces.of(envs), self._seed("agent"))
-        if new and state is not None and state["agent"] is not None:
-            agent.load_state_dict(state["agent"])
         if self.progress.iteration == 0:
             self._begin_task(agent)
         if collector is None:
@@ -257,17 +264,19 @@ class Run:
 
     def _restored_policy(self, due: Due) -> Policy:
         """The policy that a checkpoint says must be evaluated; between two tasks of protocol rl its agent is gone."""
-        if due.phase == "final":
-            return load_policy(self.folder.path, self._policy_name(due.task_index))
-        agent = self._restored_agent()
-        return Policy(agent.actor, agent.normalizer)
+        if self.agent is None:
+            return load_policy(self.folder.path, self._policy_name(due.task_index), self.config.device)
+        return Policy(self.agent.actor, self.agent.normalizer)
 
-    def _restored_agent(self) -> Agent:
-        """The agent of a run that was stopped after its last task."""
-        assert self.state is not None
-        agent = Agent(self.config, Spaces(**self.state["spaces"]), seed=0)
-        agent.load_state_dict(self.state["agent"])
-        return agent
+    def _restore(self, state: dict[str, Any]) -> tuple[Agent | None, dict[str, int]]:
+        """The agent of a checkpoint (in rl none between two tasks), and the lengths of its logs."""
+        self.progress = Progress(**state["progress"])
+        self.due = Due(**state["due"]) if state.get("due") else None
+        if state["agent"] is None:
+            return None, {**state["logs"]}
+        agent = Agent(self.config, Spaces(**state["spaces"]), self._seed("agent"))
+        agent.load_state_dict(state["agent"])
+        return agent, {**state["logs"]}
 
     def _log_iteration(self, agent: Agent, rollout: Rollout, statistics: dict[str, float], seconds: float) -> None:
         row = self._position() | {"iteration": self.progress.iteration, "learning_rate": agent.learning_rate}

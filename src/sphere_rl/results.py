@@ -6,9 +6,8 @@ A *method* in these tables is a label: the composed names, and every setting in 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,9 @@ import polars as pl
 
 from sphere_rl.config import updated
 from sphere_rl.errors import RunFolderError
+from sphere_rl.records import LOG_COLUMNS
 from sphere_rl.runs import RunFolder
+from sphere_rl.saved import config_of
 from sphere_rl.suites import make_suite
 
 KEY = ("suite", "protocol", "actor", "method", "seed")
@@ -36,19 +37,22 @@ SPECTRUM = {
     "r_e_K": pl.Float64, "r_e_A": pl.Float64, "feature_rank": pl.Int64, "gate_entropy": pl.Float64,
     "expert_load": pl.List(pl.Float64),
 }  # fmt: skip
+BROKEN = {"run": pl.String, "reason": pl.String}
 
 
 @dataclass(frozen=True)
 class Results:
-    """Four tables that share the columns ``run`` and `KEY`.
+    """Tables that share the columns ``run`` and `KEY`.
 
     runs: one row a folder, with its state, progress and speed. evals, spectra: one row a line of the logs.
+    broken: the runs that cannot be read and are in none of the others, ``run`` and ``reason``.
     """
 
     root: Path
     runs: pl.DataFrame
     evals: pl.DataFrame
     spectra: pl.DataFrame
+    broken: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=BROKEN))
 
     def folder(self, run: str) -> RunFolder:
         """A run's folder by its name in the tables."""
@@ -98,29 +102,60 @@ def run_folders(root: Path | str) -> list[Path]:
 def load_results(root: Path | str) -> Results:
     """Read every run folder at or below ``root``; runs that are still going are read as far as they are.
 
+    One that cannot be read is left out of the tables, and listed in `Results.broken`.
+
     Raises:
-        RunFolderError: there is no run folder.
+        RunFolderError: there is no run folder, or none that can be read.
     """
     root = Path(root)
-    folders = [RunFolder(path) for path in run_folders(root)]
+    folders = run_folders(root)
     if not folders:
         raise RunFolderError(f"{root}: holds no run folder")
-    saved = [json.loads(folder.config_path.read_text()) for folder in folders]
-    labels = method_labels([record["config"] for record in saved])
+    found, broken = list[_Read](), list[dict[str, str]]()
+    for path in folders:
+        try:
+            found.append(_read(RunFolder(path), str(path.relative_to(root))))
+        except RunFolderError as error:
+            broken.append({"run": str(path.relative_to(root)), "reason": str(error)})
+    if not found:
+        raise RunFolderError(broken[0]["reason"] + (f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""))
     runs, evals, spectra = [], [], []
-    for folder, record, label in zip(folders, saved, labels, strict=True):
-        config, run = record["config"], str(folder.path.relative_to(root))
-        key = {"run": run} | {name: config[name] for name in KEY} | {"method": label}
-        runs.append(key | _run_row(folder, record))
-        evals.extend(key | row for row in folder.read("eval"))
-        spectra.extend(key | row for row in folder.read("spectrum"))
+    for one, label in zip(found, method_labels([one.config for one in found]), strict=True):
+        key = {"run": one.run} | {name: one.config[name] for name in KEY} | {"method": label}
+        runs.append(key | one.row)
+        evals.extend(key | row for row in one.evals)
+        spectra.extend(key | row for row in one.spectra)
     keys = {"run": pl.String} | dict.fromkeys(KEY, pl.String) | {"seed": pl.Int64}
     return Results(
         root,
         pl.DataFrame(runs, infer_schema_length=None, schema_overrides={"error": pl.String, "speed": pl.Float64}),
         _table(evals, keys | EVAL),
         _table(spectra, keys | SPECTRUM),
+        pl.DataFrame(broken, schema=BROKEN),
     )
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What one folder adds to the tables."""
+
+    run: str
+    config: dict[str, Any]
+    row: dict[str, Any]
+    evals: list[dict[str, Any]]
+    spectra: list[dict[str, Any]]
+
+
+def _read(folder: RunFolder, run: str) -> _Read:
+    """Read one folder.
+
+    Raises:
+        RunFolderError: any of its files is not what a run writes.
+    """
+    config_of(folder)  # refuses what is no configuration
+    record = folder.record()
+    train, evals, spectra = (folder.read(log, LOG_COLUMNS[log]) for log in ("train", "eval", "spectrum"))
+    return _Read(run, updated(record["config"]), _run_row(folder, record, train, evals), evals, spectra)
 
 
 def method_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -158,11 +193,12 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _run_row(folder: RunFolder, record: Mapping[str, Any]) -> dict[str, Any]:
-    config, status = record["config"], folder.status()
-    train = folder.read("train")
+def _run_row(
+    folder: RunFolder, record: Mapping[str, Any], train: list[dict[str, Any]], evals: list[dict[str, Any]]
+) -> dict[str, Any]:
+    config, status = updated(record["config"]), folder.status()
     speeds = sorted(row["steps_per_second"] for row in train)
-    finals = [row["task"] for row in folder.read("eval") if row["phase"] == "final"]
+    finals = [row["task"] for row in evals if row["phase"] == "final"]
     tasks = config["tasks"] or make_suite(config["suite"]).tasks
     batch = config["num_envs"] * config["num_steps"]
     return {

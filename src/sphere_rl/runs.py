@@ -10,7 +10,7 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sphere_rl.errors import RunFolderError
+from sphere_rl.records import MAYBE_TEXT, OBJECT, STATE, TEXTS, WHOLE, content, read_object, read_row
 
 LOGS = ("train", "eval", "spectrum")
 
@@ -57,7 +58,11 @@ class RunFolder:
             RunFolderError: there is no run.
         """
         folder = cls(path)
-        if not folder.config_path.is_file():
+        try:
+            there = folder.config_path.exists()
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot be read ({error.strerror})") from None
+        if not there:
             raise RunFolderError(f"{path}: not a run folder; expected one with a config.json")
         return folder
 
@@ -101,32 +106,75 @@ class RunFolder:
     ) -> None:
         self._lock.release()
 
+    def record(self) -> dict[str, Any]:
+        """``config.json``: the configuration as plain data, versions and commit.
+
+        Raises:
+            RunFolderError: as all readers here, in one line with the file's name, where it is not what a run writes.
+        """
+        data = read_object(self.config_path, {"config": OBJECT, "versions": OBJECT, "commit": MAYBE_TEXT}, ("config",))
+        return {"versions": {}, "commit": None} | data
+
     def config(self) -> dict[str, Any]:
         """The run's configuration as plain data."""
-        return json.loads(self.config_path.read_text())["config"]
+        return self.record()["config"]
 
     def status(self) -> dict[str, Any]:
         """State (running, finished, failed, interrupted), global_step, task and error; empty before the first."""
         path = self.path / "status.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        kinds = {"state": STATE, "global_step": WHOLE, "task": MAYBE_TEXT, "error": MAYBE_TEXT}
+        return read_object(path, kinds, ("state",)) if os.path.lexists(path) else {}
 
     def set_status(self, state: str, global_step: int, task: str, error: str | None = None) -> None:
         """Replace ``status.json``."""
         data = {"state": state, "global_step": global_step, "task": task, "error": error}
         write_atomic(self.path / "status.json", _json(data))
 
-    def read(self, log: str) -> list[dict[str, Any]]:
-        """All whole lines of a log; a last line that is still being written is left out."""
+    def read(self, log: str, needed: Iterable[str] = (), length: int | None = None) -> list[dict[str, Any]]:
+        """All whole lines of a log; a last line that is still being written is left out.
+
+        Args:
+            log: one of `LOGS`.
+            needed: columns that every line must have.
+            length: bytes to read; all of them by default.
+
+        Raises:
+            RunFolderError: a line is not a JSON object, or has a column of another kind than a run writes.
+        """
+        path, needed = self.path / f"{log}.jsonl", tuple(needed)
+        lines = content(path)[:length].split(b"\n")[:-1] if os.path.lexists(path) else []
+        return [read_row(f"{path}, line {i}", line, log, needed) for i, line in enumerate(lines, 1)]
+
+    def check_log(self, log: str, length: int) -> None:
+        """Raise `RunFolderError` unless the first ``length`` bytes of a log are whole lines as a run writes them."""
         path = self.path / f"{log}.jsonl"
-        lines = path.read_text().split("\n")[:-1] if path.exists() else []
-        return [json.loads(line) for line in lines]
+        data = content(path)[:length] if os.path.lexists(path) else b""
+        if len(data) < length or (data and not data.endswith(b"\n")):
+            raise RunFolderError(f"{path}: has lost lines that it had when the newest checkpoint was written")
+        self.read(log, length=length)
+
+
+def read_sweep(root: Path) -> dict[str, Any]:
+    """``sweep.json`` of a folder of runs: its commands and the names of the runs that were planned.
+
+    Raises:
+        RunFolderError: it is there, and not what a sweep writes.
+    """
+    path, names = root / "sweep.json", ("commands", "runs")
+    return read_object(path, dict.fromkeys(names, TEXTS), names) if os.path.lexists(path) else {}
 
 
 class Logs:
     """The append-only logs of a running run, with their lengths as part of its checkpoints."""
 
     def __init__(self, folder: RunFolder, lengths: Mapping[str, int]) -> None:
-        """Open the logs, cut to the lengths of a checkpoint: lines after it will be written again."""
+        """Open the logs, cut to the lengths of a checkpoint: lines after it will be written again.
+
+        Raises:
+            RunFolderError: a log has lost, or never had, what it held when the checkpoint was written.
+        """
+        for log in LOGS:  # before any of them is touched
+            folder.check_log(log, lengths.get(log, 0))
         self._files = {}
         for log in LOGS:
             file = (folder.path / f"{log}.jsonl").open("ab")

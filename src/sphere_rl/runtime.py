@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+from sphere_rl.errors import ConfigError
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # from glibc's malloc.h
 KEEP_FREED, KEEP_BLOCKS = 1 << 27, 1 << 22  # bytes; a gradient of ten 256 x 256 experts has 2.6 MB
 
@@ -24,6 +26,26 @@ def cores() -> int:
 def threads(asked: int | Literal["auto"]) -> int:
     """How many threads ``auto`` may stand for."""
     return cores() if asked == "auto" else asked
+
+
+def devices() -> list[str]:
+    """Names of devices that PyTorch can compute on here: ``cpu``, and accelerators as ``cuda`` and ``cuda:0``."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return ["cpu"]
+    return ["cpu", found.type, *(f"{found.type}:{i}" for i in range(torch.accelerator.device_count()))]
+
+
+def check_device(name: str, field: str = "device") -> torch.device:
+    """The device of this name.
+
+    Raises:
+        ConfigError: PyTorch does not know it, or cannot compute on it here.
+    """
+    if name not in devices():
+        others = "" if len(devices()) > 1 else " (PyTorch finds no accelerator here)"
+        raise ConfigError(field, name, f"one of {', '.join(devices())}{others}")
+    return torch.device(name)
 
 
 class LaneChoice:

@@ -123,6 +123,11 @@ class SuiteContent:
         return {label: why for label, why in self._geometry.items() if isinstance(why, str)}
 
     @cached_property
+    def unreadable(self) -> dict[str, str]:
+        """Runs whose policies could not be read for the snapshots, and the reason."""
+        return {}
+
+    @cached_property
     def _geometry(self) -> dict[str, list[Snapshot] | str]:
         found: dict[str, list[Snapshot] | str] = dict.fromkeys(self.labels, "no CRL policy at the end of a task yet")
         crl = self.runs.filter(pl.col("protocol") == "crl").sort("seed", maintain_order=True)
@@ -131,8 +136,10 @@ class SuiteContent:
             if isinstance(found[label], str):
                 try:
                     found[label] = geometry.snapshots(self.results.folder(row["run"]).path) or found[label]
-                except (RunFolderError, ConfigError) as error:  # a broken checkpoint, a task that is not known here
+                except ConfigError as error:  # a task that is not known here
                     found[label] = str(error)
+                except RunFolderError as error:  # a broken checkpoint
+                    found[label] = self.unreadable[row["run"]] = str(error)
         return found
 
     @cached_property

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 import polars as pl
 
 from sphere_rl import figures
+from sphere_rl.errors import RunFolderError
 from sphere_rl.geometry import Snapshot
 from sphere_rl.report.content import ABLATION, PLAIN, SuiteContent
 from sphere_rl.results import Results, load_results
-from sphere_rl.runs import write_atomic
+from sphere_rl.runs import read_sweep, write_atomic
 from sphere_rl.statistics import Estimate
 from sphere_rl.vanishing import notices
 
@@ -50,13 +51,25 @@ FIGURES = {
 """Figures for papers: file name and what it is."""
 
 
+@dataclass(frozen=True)
+class Page:
+    """A written page, and the runs that it leaves out, wholly or with their policies, with the reason."""
+
+    path: Path
+    left_out: Mapping[str, str]
+
+
 def write_page(runs: Path, out: Path, refresh: int | None = None) -> Path:
-    """Write ``index.html``, ``figures/`` and ``tables/`` below ``out``; returns the page's path.
+    """Write ``index.html``, ``figures/`` and ``tables/`` below ``out``; returns the page's path, as `make_page`."""
+    return make_page(load_results(runs), out, refresh).path
+
+
+def make_page(results: Results, out: Path, refresh: int | None = None) -> Page:
+    """Write ``index.html``, ``figures/`` and ``tables/`` below ``out``.
 
     The page is one file without links to the network. With ``refresh`` it reloads itself after that many seconds, and
     figures that are there already are left for the call without it.
     """
-    results = load_results(runs)
     suites = [SuiteContent(name, part) for name, part in results.by_sequence().items()]
     out.mkdir(parents=True, exist_ok=True)
     if refresh is None or not (out / "figures").is_dir():  # while runs go on, the page alone is made anew
@@ -66,7 +79,20 @@ def write_page(runs: Path, out: Path, refresh: int | None = None) -> Path:
     _write_tables(suites, results, out / "tables")
     page = out / "index.html"
     write_atomic(page, render(suites, results, refresh).encode())
-    return page
+    return Page(page, left_out(suites, results))
+
+
+def left_out(suites: Sequence[SuiteContent], results: Results) -> dict[str, str]:
+    """What cannot be read, by run, with the reason: whole runs, and policies of runs that are shown otherwise."""
+    found = dict(results.broken.iter_rows())
+    for suite in suites:
+        _ = suite.snapshots  # reads the policies
+        found |= suite.unreadable
+    try:
+        read_sweep(results.root)
+    except RunFolderError as error:
+        found["sweep.json"] = str(error)
+    return found
 
 
 def render(suites: Sequence[SuiteContent], results: Results, refresh: int | None) -> str:
@@ -91,6 +117,7 @@ def render(suites: Sequence[SuiteContent], results: Results, refresh: int | None
         suites=views,
         runs=[_run(row, results) for row in results.runs.iter_rows(named=True)],
         planned=planned(results),
+        left_out=left_out(suites, results),
         commands=_commands(results),
         configs=_configs(results),
         commits=sorted(set(results.runs["commit"].drop_nulls())),
@@ -178,7 +205,7 @@ def _warnings(run: dict[str, Any], results: Results) -> list[str]:
 
 def planned(results: Results) -> list[str]:
     """Runs that a sweep has planned and not begun."""
-    begun = set(results.runs["run"])
+    begun = {*results.runs["run"], *results.broken["run"]}
     return [name for name in _sweep(results).get("runs", ()) if name not in begun]
 
 
@@ -201,15 +228,17 @@ def _configs(results: Results) -> dict[str, str]:
     chosen = results.runs.unique(["suite", "protocol", "actor", "method"], keep="first", maintain_order=True)
     return {
         " · ".join(row[name] for name in ("suite", "protocol", "actor", "method")): json.dumps(
-            json.loads(results.folder(row["run"]).config_path.read_text()), indent=2
+            results.folder(row["run"]).record(), indent=2
         )
         for row in chosen.iter_rows(named=True)
     }
 
 
 def _sweep(results: Results) -> dict[str, Any]:
-    path = results.root / "sweep.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return read_sweep(results.root)
+    except RunFolderError:  # said in `left_out`
+        return {}
 
 
 def _write_tables(suites: Sequence[SuiteContent], results: Results, out: Path) -> None:

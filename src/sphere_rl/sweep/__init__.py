@@ -39,12 +39,13 @@ def command(words: list[str], report: Callable[[list[str]], object] | None = Non
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already", flush=True)
     codes = carry_out(engine, waiting, runs)
     failed = [run for run in waiting if codes[run.name]]
+    left_out = None
     if given.report and report:  # failures do not hide what the others have found
-        report([str(given.out), "--out", str(given.out / "page")])
+        left_out = report([str(given.out), "--out", str(given.out / "page")])
     if not failed:
         hint = "" if given.report else f" Look at them with: sphere report {given.out}"
         print(f"{len(runs)} of {len(runs)} runs finished.{hint}")
-        return 0
+        return 3 if left_out else 0
     from sphere_rl.sweep.cost import reason
 
     print(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again:")

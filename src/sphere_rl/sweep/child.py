@@ -14,6 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from sphere_rl.errors import RunFolderError
 from sphere_rl.runs import RunFolder
 
 PR_SET_PDEATHSIG = 1
@@ -40,4 +41,8 @@ def main(parent: int, folder: Path, words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]))
+    try:
+        sys.exit(main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]))
+    except RunFolderError as unreadable:
+        print(f"sphere: {unreadable}", file=sys.stderr)
+        sys.exit(2)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sphere_rl.config import TrainConfig, to_dict
-from sphere_rl.errors import TrainingError
+from sphere_rl.errors import RunFolderError, TrainingError
 from sphere_rl.runs import RunFolder
 from sphere_rl.sweep.display import standing
 from sphere_rl.sweep.engines import start
@@ -65,14 +65,17 @@ def calibrate(run: PlannedRun) -> float:
 def reason(run: PlannedRun, log: Path) -> str:
     """Why a run failed: the error of its status, or the last line that its process printed."""
     folder = RunFolder(run.folder)
-    error = folder.status().get("error") if folder.config_path.is_file() else None
+    try:
+        error = folder.status().get("error") if folder.config_path.is_file() else None
+    except RunFolderError as unreadable:
+        error = str(unreadable)
     lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
     return error or (lines[-1] if lines else "no output")
 
 
 def _measured(run: PlannedRun) -> float | None:
     folder = RunFolder(run.folder)
-    rows = folder.read("train") if folder.config_path.is_file() else []
+    rows = folder.read("train", ("steps_per_second",)) if folder.config_path.is_file() else []
     found = sorted(row["steps_per_second"] for row in rows)
     return found[len(found) // 2] if found else None
 

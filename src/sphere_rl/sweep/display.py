@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from sphere_rl.errors import RunFolderError
 from sphere_rl.monitors import duration
+from sphere_rl.records import read_row
 from sphere_rl.runs import RunFolder
 from sphere_rl.sweep.plan import PlannedRun, state
 
@@ -38,12 +39,14 @@ class Standing:
 
 
 def standing(run: PlannedRun) -> Standing:
-    """Read the last lines of a run's logs."""
-    now = state(run)
+    """Read the last lines of a run's logs; what cannot be read is not shown, for the other runs go on."""
+    try:
+        now, status = state(run), RunFolder(run.folder).status()
+    except RunFolderError:
+        return Standing("failed", "status.json cannot be read")
     if now == "new":
         return Standing(now)
     train, evaluation = (last_row(run.folder / f"{log}.jsonl") for log in ("train", "eval"))
-    status = RunFolder(run.folder).status()
     return Standing(
         now,
         status.get("task") or "",
@@ -54,13 +57,14 @@ def standing(run: PlannedRun) -> Standing:
 
 
 def last_row(path: Path) -> dict[str, Any]:
-    """The last whole line of a log; empty where there is none."""
-    if not path.is_file():
+    """The last whole line of a log; empty where there is none that can be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.path.getsize(path) - TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+        return read_row(str(path), lines[-1], path.stem, ()) if lines else {}
+    except (OSError, RunFolderError):
         return {}
-    with path.open("rb") as file:
-        file.seek(max(0, os.path.getsize(path) - TAIL_BYTES))
-        lines = file.read().split(b"\n")[:-1]
-    return json.loads(lines[-1]) if lines else {}
 
 
 class Lines:

@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sphere_rl.arguments import parse_train
-from sphere_rl.config import TrainConfig, convert, from_dict, to_dict
+from sphere_rl.config import TrainConfig, convert, to_dict
 from sphere_rl.env_args import FLAG, word_of
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods import methods
-from sphere_rl.runs import RunFolder, file_name
+from sphere_rl.runs import RunFolder, file_name, read_sweep, write_atomic
+from sphere_rl.saved import config_of
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def check_folder(run: PlannedRun) -> None:
     """Raise `ConfigError` where the run's folder holds a run of another configuration."""
     if not RunFolder(run.folder).config_path.is_file():
         return
-    ours, theirs = to_dict(run.config), to_dict(from_dict(RunFolder(run.folder).config()))
+    ours, theirs = to_dict(run.config), to_dict(config_of(RunFolder(run.folder)))
     for name in ours.keys() - {"log", "env_threads", "torch_threads"}:  # how it is computed, not what
         if ours[name] != theirs[name]:
             raise ConfigError(name, ours[name], f"{theirs[name]!r}, as in {run.folder}; choose another --out")
@@ -194,11 +195,9 @@ def _stage(table: Any) -> dict[str, Any]:
 
 def record(out: Path, command: str, runs: Sequence[PlannedRun]) -> None:
     """Add the command and its runs to ``sweep.json``, for the report and for whoever asks how this came about."""
-    from sphere_rl.runs import write_atomic
-
     out.mkdir(parents=True, exist_ok=True)
     path = out / "sweep.json"
-    old = json.loads(path.read_text()) if path.exists() else {"commands": [], "runs": []}
+    old = read_sweep(out) or {"commands": [], "runs": []}
     new = {
         "commands": list(dict.fromkeys([*old["commands"], command])),
         "runs": list(dict.fromkeys([*old["runs"], *(run.name for run in runs)])),

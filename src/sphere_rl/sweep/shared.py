@@ -5,14 +5,15 @@ A shared run's folder is that of a trained one, byte for byte but for times, wit
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from sphere_rl import checkpoint
 from sphere_rl.config import TrainConfig, to_dict
+from sphere_rl.errors import RunFolderError
 from sphere_rl.protocol import Due, Progress
+from sphere_rl.records import LOG_COLUMNS
 from sphere_rl.runs import LOGS, Logs, RunFolder
 from sphere_rl.sweep.plan import PlannedRun
 
@@ -25,14 +26,20 @@ def sources(runs: Sequence[PlannedRun]) -> dict[str, PlannedRun]:
 
 
 def share(run: PlannedRun, source: PlannedRun) -> bool:
-    """Make a finished run's folder from the first task of ``source``; False, and nothing, if that task is not over."""
+    """Make a finished run's folder from the first task of ``source``.
+
+    False, and nothing is made, if that task is not over or cannot be read.
+    """
     taken, task = RunFolder(source.folder), run.config.task_sequence[0]
-    policies = checkpoint.task_checkpoints(taken)[:1]
-    rows = {log: [row for row in taken.read(log) if row["task_index"] == 0] for log in LOGS}
-    rows["eval"] = [row for row in rows["eval"] if row["phase"] != "retention"]
-    if not policies or not rows["eval"] or rows["eval"][-1]["phase"] != "final":
+    try:
+        policy, origin = checkpoint.task_checkpoint(taken, 0), taken.record()
+        rows = {log: [row for row in taken.read(log, LOG_COLUMNS[log]) if row["task_index"] == 0] for log in LOGS}
+        spaces = checkpoint.load(policy).get("spaces") if policy else None
+    except RunFolderError:
         return False
-    origin = json.loads(taken.config_path.read_text())
+    rows["eval"] = [row for row in rows["eval"] if row["phase"] != "retention"]
+    if policy is None or spaces is None or not rows["eval"] or rows["eval"][-1]["phase"] != "final":
+        return False
     with RunFolder(run.folder) as folder:
         folder.create(to_dict(run.config), {name: origin[name] for name in ("versions", "commit")})
         logs = Logs(folder, {})
@@ -40,11 +47,11 @@ def share(run: PlannedRun, source: PlannedRun) -> bool:
         for log in LOGS:
             for row in rows[log]:
                 logs.append(log, row)
-        shutil.copy2(policies[0], folder.checkpoints)
+        shutil.copy2(policy, folder.checkpoints)
         state = {
             "progress": asdict(Progress(task_index=1, global_step=run.steps)),
             "agent": None,
-            "spaces": checkpoint.load(policies[0])["spaces"],
+            "spaces": spaces,
             "collector": None,
             "due": asdict(Due("final", 0, run.steps)),  # as trained: the evaluation comes after the checkpoint
             "logs": logs.lengths(),
