@@ -53,17 +53,11 @@ def play(
     """
     import torch
 
-    from sphere_rl.policies import choose, read_policies
+    from sphere_rl.policies import load_for_task
     from sphere_rl.rollout import clip_action
-    from sphere_rl.runs import RunFolder
-    from sphere_rl.saved import config_of
-    from sphere_rl.suites import make_suite
 
     _writer(Path(out))
-    folder = RunFolder.existing(run)
-    suite = make_suite(config_of(folder).suite)
-    task, chosen = choose(folder, suite, task, checkpoint)
-    policy = read_policies(folder, suite, [(task, chosen)], device)[chosen.path]
+    suite, task, chosen, policy = load_for_task(run, task, checkpoint, device)
     env = suite.render_env(task, seed)
     space: Any = env.action_space
     bounds = (space.low, space.high) if hasattr(space, "low") else None
