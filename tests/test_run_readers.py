@@ -14,7 +14,6 @@ import polars as pl
 import pytest
 import torch
 from gymnasium import spaces
-from sphere_rl.saved import config_of
 
 from sphere_rl import checkpoint
 from sphere_rl.cli import main
@@ -24,6 +23,7 @@ from sphere_rl.geometry import snapshots
 from sphere_rl.policies import load_policy, own_policies
 from sphere_rl.results import load_results
 from sphere_rl.runs import RunFolder
+from sphere_rl.saved import config_of
 from sphere_rl.suites import make_suite
 
 

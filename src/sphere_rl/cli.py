@@ -123,7 +123,7 @@ def evaluate(words: list[str]) -> None:
     from sphere_rl.runs import RunFolder
     from sphere_rl.runtime import threads, tune_process
     from sphere_rl.saved import config_of
-    from sphere_rl.suites import check_task, make_suite
+    from sphere_rl.suites import make_suite
     from sphere_rl.tables import print_table
 
     options = run_parser("evaluate", evaluate.__doc__)
@@ -144,8 +144,6 @@ def evaluate(words: list[str]) -> None:
     config = config_of(folder)
     tune_process(threads(config.torch_threads))
     suite = make_suite(config.suite)
-    for task in given.tasks or ():
-        check_task(suite, task)
     limits = {"arguments": config.environment, "max_steps": given.eval_max_steps or config.eval_max_steps}
     chosen = policy_for(folder, config, given.tasks, given.checkpoint)
     policies = read_policies(folder, suite, chosen, given.device)

@@ -53,20 +53,16 @@ def play(
     """
     import torch
 
-    from sphere_rl.policies import choose, read_policies
+    from sphere_rl.policies import load_for_task
     from sphere_rl.runs import RunFolder
     from sphere_rl.saved import config_of
     from sphere_rl.seeding import global_streams
     from sphere_rl.spaces import action_sender, check_numbers
-    from sphere_rl.suites import make_suite
 
     _writer(Path(out))
-    folder = RunFolder.existing(run)
-    config = config_of(folder)
-    suite = make_suite(config.suite)
-    task, chosen = choose(folder, suite, task, checkpoint)
-    policy = read_policies(folder, suite, [(task, chosen)], device)[chosen.path]
-    with global_streams(seed), closing(suite.render_env(task, seed, **config.environment)) as env:
+    suite, task, chosen, policy = load_for_task(run, task, checkpoint, device)
+    arguments = config_of(RunFolder.existing(run)).environment
+    with global_streams(seed), closing(suite.render_env(task, seed, **arguments)) as env:
         send = action_sender(env.action_space)
 
         @torch.no_grad()

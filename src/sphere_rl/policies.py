@@ -92,8 +92,11 @@ def policy_for(
     times has the last policy of it.
 
     Raises:
+        ConfigError: the suite has no such task.
         RunFolderError: a named task has no policy of its own (yet); or as `own_policies`.
     """
+    for task in tasks or ():
+        check_task(make_suite(config.suite), task)
     if name is not None:
         chosen = placed(folder, checkpoint.find(folder, name))
         return [(task, chosen) for task in tasks or config.task_sequence]
@@ -112,20 +115,24 @@ def policy_for(
     return [(task, last[task]) for task in tasks]
 
 
-def choose(folder: RunFolder, suite: Suite, task: str | None, name: str | None) -> tuple[str, Chosen]:
-    """One task and the checkpoint for it; by default the newest policy and the task that it was trained on.
+def load_for_task(
+    run_dir: Path | str, task: str | None = None, name: str | None = None, device: str = "cpu"
+) -> tuple[Suite, str, Chosen, Policy]:
+    """One task with its suite and policy; by default the newest policy and the task that it was trained on.
 
     Raises:
-        ConfigError: the suite has no such task.
+        ConfigError: the suite has no such task, the policy does not fit it, or no such device.
         RunFolderError: as `policy_for`.
     """
+    folder = RunFolder.existing(run_dir)
     config = config_of(folder)
-    if task is not None:
-        check_task(suite, task)
+    if task is None:
+        chosen = placed(folder, checkpoint.find(folder, name or "latest"))
+        task = config.task_sequence[chosen.task_index]
+    else:
         ((_, chosen),) = policy_for(folder, config, [task], name)
-        return task, chosen
-    chosen = placed(folder, checkpoint.find(folder, name or "latest"))
-    return config.task_sequence[chosen.task_index], chosen
+    suite = make_suite(config.suite)
+    return suite, task, chosen, read_policies(folder, suite, [(task, chosen)], device)[chosen.path]
 
 
 def read_policy(folder: RunFolder, path: Path, device: str = "cpu") -> tuple[Policy, Spaces]:

@@ -76,7 +76,7 @@ class PlannedRun:
     @property
     def threads(self) -> int:
         """Cores that the run asks for; with ``auto`` it takes what it is given."""
-        return max(1, *(asked for asked in self._asked if asked != "auto"))
+        return max([1, *(asked for asked in self._asked if asked != "auto")])
 
     @property
     def takes_what_is_given(self) -> bool:
