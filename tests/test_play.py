@@ -13,8 +13,10 @@ import torch
 from gymnasium.envs.registration import EnvSpec
 from PIL import Image
 
+from sphere_rl.cli import main
 from sphere_rl.config import override, preset
 from sphere_rl.errors import ConfigError
+from sphere_rl.picture import Picture
 from sphere_rl.play import play, record
 from sphere_rl.policies import load_policy
 from sphere_rl.protocol import start
@@ -135,6 +137,81 @@ def test_every_suite_can_be_filmed(tmp_path: Path, suite: str, task: str) -> Non
     assert (frames[0] != frames[-1]).any()
 
 
+SAME = """
+import sys, hashlib, numpy as np
+from sphere_rl.picture import Picture
+from sphere_rl.suites import make_suite
+for picture in (None, Picture(64, 48), Picture(64, 48, fine=True)):
+    env = make_suite("cw10").render_env("push-wall", seed=3)
+    if picture is not None:
+        env.draw_as(picture)
+    vector = make_suite("cw10").make("push-wall", 1, seed=3, num_threads=1)
+    seen, expected = [env.reset()[0]], [vector.reset()[0][0]]
+    for action in np.random.default_rng(0).uniform(-1, 1, (30, 4)).astype(np.float32):
+        seen.append(env.step(action)[0])
+        expected.append(vector.step(action[None])[0][0])
+    assert np.array_equal(seen, expected)
+    print(env.spec.max_episode_steps, *env.render().shape, env.render().astype(int).sum())
+    env.close()
+"""
+
+
+@pytest.mark.slow
+def test_metaworld_plays_the_same_however_it_is_drawn() -> None:
+    """Bit for bit the training environment's episode; without shadows the picture is brighter."""
+    result = in_new_process(SAME)
+    if result.returncode and "EGL" in result.stderr:
+        pytest.skip(f"nothing to draw with: {result.stderr[-200:]}")
+    assert result.returncode == 0, result.stderr
+    usual, plain, fine = ([int(word) for word in line.split()] for line in result.stdout.splitlines())
+    assert usual[:-1] == [500, 360, 480, 3]
+    assert plain[:-1] == fine[:-1] == [500, 48, 64, 3]
+    assert plain[-1] > fine[-1]
+
+
+H1 = """
+from sphere_rl.picture import Picture
+from sphere_rl.suites import make_suite
+for fine in (False, True):
+    env = make_suite("h1").render_env("stand", seed=3)
+    env.draw_as(Picture(1400, 48, fine))
+    env.reset()
+    print(*env.render().shape, env.render()[-16:].astype(int).sum(), env.spec.max_episode_steps)
+    env.close()
+"""
+
+
+@pytest.mark.slow
+def test_h1_is_drawn_as_chosen() -> None:
+    result = in_new_process(H1)
+    if result.returncode and "OpenGL" in result.stderr:
+        pytest.skip(f"nothing to draw with: {result.stderr[-200:]}")
+    assert result.returncode == 0, result.stderr
+    plain, fine = (line.split() for line in result.stdout.splitlines())
+    assert plain[:3] == fine[:3] == ["48", "1400", "3"]
+    assert plain[3] != fine[3]
+    assert plain[4] == "1000"
+
+
+def test_frames_are_chosen_where_that_is_possible(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="size: '8x48' is not allowed; expected 16 to 4096 pixels a side"):
+        Picture(8, 48)
+    assert main(["play", str(tmp_path), "--out", "clip.gif", "--size", "640"]) == 2
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_sees_how_far_it_is(
+    tmp_path: Path, terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
+    env = Counter()
+    env.spec = EnvSpec("Counter-v0", max_episode_steps=12)
+    record(env, lambda observation: 0.0, tmp_path / "clip.gif", steps=100, progress=True)
+    captured = capsys.readouterr()
+    assert ("12/12" in captured.err) == terminal
+    assert captured.out == ""
+
+
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere windows need no display variable")
 
 
@@ -170,6 +247,8 @@ def test_a_run_is_filmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         play(tmp_path / "run", "clip.png")
     with pytest.raises(ConfigError, match="tasks: 'fly'"):
         play(tmp_path / "run", "clip.gif", task="fly")
+    with pytest.raises(ConfigError, match="size: '64x48' is not allowed; expected the frames that the environment has"):
+        play(tmp_path / "run", "clip.gif", picture=Picture(64, 48))
 
 
 def test_unknown_tasks_cannot_be_filmed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,8 +54,6 @@ class Agent:
         self.learning_rate = config.learning_rate
         self.actor_parameters: list[Tensor] = list(self.actor.parameters())
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
-        self.actor_optimizer = self._make_optimizer(self.actor_parameters)
-        self.critic_optimizer = self._make_optimizer(self.critic_parameters)
         self.actor_gradients, self.critic_gradients = GradientStore(), GradientStore()
         self.normalizer = (
             ObservationNormalizer(spaces.observation_dim, config.observation_clip)
@@ -64,6 +63,16 @@ class Agent:
         self.reward_normalizer = RewardNormalizer(config.gamma) if config.normalize_rewards else None
         for method in self.methods:
             method.start(self)
+
+    @cached_property
+    def actor_optimizer(self) -> torch.optim.Optimizer:
+        """Made when it is needed: PyTorch then loads its compiler, which a policy that only acts can do without."""
+        return self._make_optimizer(self.actor_parameters)
+
+    @cached_property
+    def critic_optimizer(self) -> torch.optim.Optimizer:
+        """Likewise."""
+        return self._make_optimizer(self.critic_parameters)
 
     def fresh_networks(self, generator: torch.Generator) -> tuple[Actor, MoENetwork]:
         """Build an actor and a critic with new weights, on this agent's device."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sphere_rl.errors import CommandLineError, ConfigError, RunFolderError, TrainingError
-from sphere_rl.parsers import ArgumentParser, integer, positive
+from sphere_rl.parsers import ArgumentParser, integer, positive, size
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -162,6 +162,7 @@ def evaluate(words: list[str]) -> None:
 
 def play(words: list[str]) -> None:
     """Film an episode of a run's policy as mp4 or gif."""
+    from sphere_rl.picture import Picture
     from sphere_rl.play import play as film
 
     options = run_parser("play", play.__doc__)
@@ -173,10 +174,16 @@ def play(words: list[str]) -> None:
     )
     options.add_argument("--seed", type=integer, default=0)
     options.add_argument("--steps", "--max-steps", type=positive, default=1000, help="stop after so many steps")
-    options.add_argument("--fps", type=positive, default=25)
+    options.add_argument(
+        "--fps", type=positive, default=25, help="pictures a second, about: in real time, every k-th step drawn"
+    )
+    options.add_argument("--size", type=size, help="WIDTHxHEIGHT of a frame, 480x360 where the suite can choose it")
+    options.add_argument("--fine", action="store_true", help="shadows and smooth edges, about ten times as slow")
     add_device(options)
     given = options.parse_args(words)
-    shot = film(given.run, given.out, given.task, given.checkpoint, given.seed, given.steps, given.fps, given.device)
+    picture = Picture(*given.size or (), fine=given.fine) if given.size or given.fine else None
+    about = (given.task, given.checkpoint, given.seed, given.steps, given.fps, given.device)
+    shot = film(given.run, given.out, *about, picture=picture, progress=True)
     success = "" if shot.success is None else f", {'success' if shot.success else 'no success'}"
     print(
         f"{shot.path}: {shot.frames} frames, {shot.steps} steps, return {shot.total_reward:.1f}{success} "

@@ -48,3 +48,12 @@ def positive(text: str) -> int:
         if whole(text) > 0:
             return whole(text)
     raise argparse.ArgumentTypeError(f"{text!r} is not allowed; expected a whole number above 0")
+
+
+def size(text: str) -> tuple[int, int]:
+    """Width and height, as in 640x480."""
+    sides = text.split("x")
+    with contextlib.suppress(ValueError):
+        if len(sides) == 2:
+            return whole(sides[0]), whole(sides[1])
+    raise argparse.ArgumentTypeError(f"{text!r} is not allowed; expected WIDTHxHEIGHT, such as 640x480")

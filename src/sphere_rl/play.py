@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import gymnasium
 import numpy as np
 
 from sphere_rl.errors import ConfigError
+from sphere_rl.picture import Drawable, Picture
 
 Frame = np.ndarray  # uint8 [height, width, 3]
 DEFAULT_STEP_RATE = 50
@@ -42,13 +44,16 @@ def play(
     steps: int = 1000,
     fps: int = 25,
     device: str = "cpu",
+    picture: Picture | None = None,
+    progress: bool = False,
 ) -> Recording:
     """Film a run's policy (mean action) on a task of its suite, by default the checkpoint's own; see `record`.
 
     By default the checkpoint is the latest; for a named task of an ``rl`` run it is that task's own.
 
     Raises:
-        ConfigError: the suite has no such task, the policy does not fit it, no such device, or as `record`.
+        ConfigError: the suite has no such task, the policy does not fit it, no such device, its frames cannot be chosen,
+            or as `record`.
         RunFolderError: no run, or no such checkpoint, or a broken one.
     """
     import torch
@@ -63,6 +68,8 @@ def play(
     suite, task, chosen, policy = load_for_task(run, task, checkpoint, device)
     arguments = config_of(RunFolder.existing(run)).environment
     with global_streams(seed), closing(suite.render_env(task, seed, **arguments)) as env:
+        if picture is not None:
+            _draw_as(env, picture)
         send = action_sender(env.action_space)
 
         @torch.no_grad()
@@ -71,15 +78,29 @@ def play(
             output = policy(torch.as_tensor(observation, dtype=torch.float32, device=device)[None])
             return send(policy.actor.head.mode(output))[0]
 
-        return replace(record(env, act, out, steps, fps), task=task, checkpoint=chosen.path.stem)
+        return replace(record(env, act, out, steps, fps, progress), task=task, checkpoint=chosen.path.stem)
+
+
+def _draw_as(env: gymnasium.Env, picture: Picture) -> None:
+    if not isinstance(env.unwrapped, Drawable):
+        size = f"{picture.width}x{picture.height}"
+        raise ConfigError("size", size, "the frames that the environment has: it does not let them be chosen")
+    env.unwrapped.draw_as(picture)
 
 
 def record(
-    env: gymnasium.Env, act: Callable[[np.ndarray], Any], path: Path | str, steps: int = 1000, fps: int = 25
+    env: gymnasium.Env,
+    act: Callable[[np.ndarray], Any],
+    path: Path | str,
+    steps: int = 1000,
+    fps: int = 25,
+    progress: bool = False,
 ) -> Recording:
-    """Play one episode, at most `steps` long, and write it in real time at up to `fps` pictures a second.
+    """Play one episode, at most `steps` long, and write it in real time at about `fps` pictures a second.
 
-    The real time of a step is ``1 / env.metadata["render_fps"]``; a fast environment is shown every few steps.
+    The real time of a step is ``1 / env.metadata["render_fps"]``. Every k-th step is drawn, with the whole number k
+    whose pictures a second come nearest: MetaWorld's 80 steps a second at 25 are every third, 26.7 a second.
+    ``progress`` shows a bar on stderr where that is a terminal.
 
     Raises:
         ConfigError: the path is neither .mp4 nor .gif, or no OpenGL library can draw.
@@ -95,7 +116,7 @@ def record(
     frame = _draw(env)
     path.parent.mkdir(parents=True, exist_ok=True)
     frames, taken, total, success = 1, 0, 0.0, None
-    with writer(path, frame.shape, step_rate / stride) as write:
+    with _bar(env, steps, progress) as show, writer(path, frame.shape, step_rate / stride) as write:
         write(frame)
         for taken in range(1, steps + 1):
             observation, reward, terminated, truncated, info = env.step(act(observation))
@@ -104,9 +125,27 @@ def record(
             if taken % stride == 0 or terminated or truncated:
                 write(_draw(env))
                 frames += 1
+            show(taken)
             if terminated or truncated:
                 break
     return Recording(path, frames, taken, total, success)
+
+
+@contextmanager
+def _bar(env: gymnasium.Env, steps: int, progress: bool) -> Iterator[Callable[[int], object]]:
+    """Show how many steps of an episode are done, on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(file=sys.stderr)
+    if not (progress and console.is_terminal):
+        yield lambda taken: None
+        return
+    longest = (env.spec.max_episode_steps if env.spec else None) or steps
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("steps", total=min(steps, longest))
+        yield lambda taken: bar.update(task, completed=taken)
 
 
 def _writer(path: Path) -> Any:

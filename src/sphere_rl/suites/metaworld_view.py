@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import re
+import shutil
 import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gymnasium
 import numpy as np
+from gymnasium.envs.registration import EnvSpec
 
 from sphere_rl.errors import ConfigError
+from sphere_rl.picture import Picture
+
+SCENES = Path("mujoco", "metaworld")
+"""MetaWorld's scenes inside the folder of EnvPool's assets."""
 
 
 class MetaWorldView(gymnasium.Env):
@@ -17,16 +26,29 @@ class MetaWorldView(gymnasium.Env):
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012
 
-    def __init__(self, environment_id: str, seed: int, width: int = 480, height: int = 360) -> None:
+    def __init__(self, environment_id: str, seed: int, picture: Picture | None = None) -> None:
         _load_egl()
-        import envpool
-
-        size = {"render_width": width, "render_height": height}
-        self._pool = envpool.make_gymnasium(
-            environment_id, num_envs=1, seed=seed, partially_observable=False, render_mode="rgb_array", **size
-        )
+        self._id, self._seed, self._scenes = environment_id, seed, TemporaryDirectory(prefix="sphere-")
+        self._pool = self._make(picture or Picture())
         self.observation_space, self.action_space = self._pool.observation_space, self._pool.action_space
         self.render_mode = "rgb_array"
+        self.spec = EnvSpec(environment_id, max_episode_steps=self._pool.config["max_episode_steps"])
+
+    def _make(self, picture: Picture) -> Any:
+        import envpool
+
+        options: dict[str, Any] = {"render_width": picture.width, "render_height": picture.height}
+        if not picture.fine:
+            assets = Path(envpool.make_spec(self._id).config.base_path)
+            options["base_path"] = _plain_scenes(assets, Path(self._scenes.name))
+        return envpool.make_gymnasium(
+            self._id, num_envs=1, seed=self._seed, partially_observable=False, render_mode="rgb_array", **options
+        )
+
+    def draw_as(self, picture: Picture) -> None:
+        """Choose the frames; before the first reset, for the environment is made anew."""
+        self._pool.close()
+        self._pool = self._make(picture)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start an episode. The seed is the constructor's: EnvPool cannot be reseeded."""
@@ -49,6 +71,22 @@ class MetaWorldView(gymnasium.Env):
     def close(self) -> None:
         """Stop EnvPool's thread."""
         self._pool.close()
+        self._scenes.cleanup()
+
+
+def _plain_scenes(assets: Path, copy: Path) -> str:
+    """Copy MetaWorld's scenes without shadows, reflections and multisampling, and return the copy's path.
+
+    EnvPool draws as the scene's file says: without a graphics card nine tenths of the time go into a shadow map of
+    4096² pixels and four samples a pixel. None of this enters the physics.
+    """
+    if not (copy / SCENES).exists():
+        shutil.copytree(assets / SCENES, copy / SCENES)
+        for path in (copy / SCENES).rglob("*.xml"):
+            scene = path.read_text(encoding="utf-8")
+            scene = re.sub(r"<quality\b[^>]*>", '<quality shadowsize="0" offsamples="0"/>', scene)
+            path.write_text(re.sub(r'\breflectance\s*=\s*"[^"]*"', "", scene), encoding="utf-8")
+    return str(copy)
 
 
 def _load_egl() -> None:

@@ -13,6 +13,7 @@ import gymnasium
 import mujoco
 import numpy as np
 import torch
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
@@ -20,6 +21,7 @@ from jaxtyping import Float, Int
 from mujoco.rollout import Rollout
 
 from sphere_rl.errors import ConfigError
+from sphere_rl.picture import Picture
 from sphere_rl.suites.humanoid.foot import read_foot_mesh
 from sphere_rl.suites.humanoid.model import ACTION_DIM, SUBSTEPS, TIMESTEP, compile_model
 from sphere_rl.suites.humanoid.picture import Camera
@@ -223,10 +225,15 @@ class HumanoidEnv(gymnasium.Env):
         self.observation_space = self._env.single_observation_space
         self.action_space = self._env.single_action_space
         self.render_mode = "rgb_array"
-        self._size = (width, height)
+        self.spec = EnvSpec(task, max_episode_steps=EPISODE_STEPS)
+        self._picture = Picture(width, height)
         self._camera: Camera | None = None
         self._qpos = self._env.task.start()
         self._running = False
+
+    def draw_as(self, picture: Picture) -> None:
+        """Choose the frames; before the first one."""
+        self._picture = picture
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -256,7 +263,7 @@ class HumanoidEnv(gymnasium.Env):
             ConfigError: no OpenGL is available.
         """
         if self._camera is None:
-            self._camera = Camera(self._env.model, *self._size)
+            self._camera = Camera(self._env.model, self._picture)
         return self._camera.picture(self._qpos)
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from copy import copy
 from typing import Any
 
 import mujoco
@@ -14,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from sphere_rl.errors import ConfigError
+from sphere_rl.picture import Picture
 
 REMEDY = "a working OpenGL library: install libegl1 (MUJOCO_GL=egl) or libosmesa6 (MUJOCO_GL=osmesa)"
 
@@ -37,12 +39,22 @@ def _graphics(model: mujoco.MjModel, width: int, height: int) -> tuple[Any, Any]
     return context, resources
 
 
+def _as_drawn(model: mujoco.MjModel, picture: Picture) -> mujoco.MjModel:
+    """A copy with room for the frame, and no shadow map and multisampling unless the frame is to be fine."""
+    model = copy(model)
+    model.vis.global_.offwidth, model.vis.global_.offheight = picture.width, picture.height
+    if not picture.fine:
+        model.vis.quality.shadowsize = model.vis.quality.offsamples = 0
+    return model
+
+
 class Camera:
     """The scene through the model's camera `follow`."""
 
-    def __init__(self, model: mujoco.MjModel, width: int, height: int) -> None:
-        self._model, self._width, self._height = model, width, height
-        self._context, self._resources = _graphics(model, width, height)
+    def __init__(self, model: mujoco.MjModel, picture: Picture) -> None:
+        model = _as_drawn(model, picture)
+        self._model, self._width, self._height = model, picture.width, picture.height
+        self._context, self._resources = _graphics(model, self._width, self._height)
         self._data = mujoco.MjData(model)
         self._scene = mujoco.MjvScene(model, maxgeom=model.ngeom + 100)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._resources)
