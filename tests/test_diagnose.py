@@ -17,8 +17,8 @@ from sphere_rl import diagnose as module
 from sphere_rl import protocol
 from sphere_rl.cli import main
 from sphere_rl.config import TrainConfig, override
-from sphere_rl.diagnose import Chosen, correlation, proxy_table, select, visited_states
-from sphere_rl.policies import load_policy
+from sphere_rl.diagnose import correlation, proxy_table, select, visited_states
+from sphere_rl.policies import Chosen, load_policy
 from sphere_rl.probe import probe_observations
 from sphere_rl.runs import RunFolder
 from sphere_rl.spectrum import SPECTRAL_METRICS, effective_rank, entk, gram_effective_rank, measure

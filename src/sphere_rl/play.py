@@ -52,8 +52,8 @@ def play(
     By default the checkpoint is the latest; for a named task of an ``rl`` run it is that task's own.
 
     Raises:
-        ConfigError: the suite has no such task, the policy does not fit it, no such device, its frames cannot be chosen,
-            or as `record`.
+        ConfigError: the suite has no such task, or its frames cannot be chosen; the policy does not fit it; no such
+            device; or as `record`.
         RunFolderError: no run, or no such checkpoint, or a broken one.
     """
     import torch
