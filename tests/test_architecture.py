@@ -16,7 +16,8 @@ MODULES = sorted(p.relative_to(SOURCE).with_suffix("").as_posix() for p in SOURC
 
 LAYERS = [
     set("errors gradients lanes normalizer parsers penalty routing runtime scripting seeding tables".split()),
-    {"chain", "experts", "mixture", "optimizer", "routed_gram", "runs", "ranks", "statistics", "vanishing"},
+    set("chain experts mixture optimizer ranks routed_gram runs statistics vanishing".split())
+    | {"jax_regularizer", "regularizer", "torch_regularizer"},
     {"learner", "networks", "regression", "surrogate", "sweeps"},
     {"direct", "factors", "metrics", "ntk", "results", "rollout", "spectrum", "suites"},
     {"methods", "probe"},
