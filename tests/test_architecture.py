@@ -17,10 +17,10 @@ MODULES = sorted(p.relative_to(SOURCE).with_suffix("").as_posix() for p in SOURC
 LAYERS = [
     set("errors gradients lanes normalizer parsers penalty routing runtime scripting seeding tables".split()),
     set("chain experts mixture optimizer ranks routed_gram runs statistics vanishing".split())
-    | {"jax_regularizer", "regularizer", "torch_regularizer"},
+    | {"captured", "jax_regularizer", "joint_regularizer", "regularizer", "torch_regularizer"},
     {"learner", "networks", "regression", "surrogate", "sweeps"},
     {"direct", "factors", "metrics", "ntk", "results", "rollout", "spectrum", "suites"},
-    {"methods", "probe"},
+    {"hooks", "methods", "probe"},
     {"config"},
     {"agent"},
     {"checkpoint", "evaluation", "ppo", "tracking"},

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sphere_rl.hooks import track
     from sphere_rl.networks import make_actor
     from sphere_rl.penalty import gate_penalty, layers_penalty, per_expert_penalty, sphere_penalty, weighted_features
     from sphere_rl.policies import load_policy
@@ -28,6 +29,7 @@ _HOMES = {
     "per_expert_penalty": "penalty",
     "regularize": "regularizer",
     "sphere_penalty": "penalty",
+    "track": "hooks",
     "weighted_features": "penalty",
 }
 
@@ -43,6 +45,7 @@ __all__ = [
     "per_expert_penalty",
     "regularize",
     "sphere_penalty",
+    "track",
     "weighted_features",
 ]
 
