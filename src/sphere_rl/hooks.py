@@ -40,7 +40,7 @@ def track(module: nn.Module, features: str, gates: str | None = None, select: Se
             t.metrics(x)["r_e_A"]
 
     Raises ValueError for a pattern without a match (and says which names there are), several modules for ``gates``, or
-    a compiled module, whose graph passes by its hooks.
+    a compiled module, whose graph passes by its hooks: compile it after this.
     """
     return Tracker(module, features, gates, select)
 
@@ -103,8 +103,9 @@ class Tracker:
 
         So y must be tensors in tuples, lists or dicts, and the loss must depend on o through y alone; parts that
         are called without ``module`` are not regularised. ``rho=0`` switches it off. Gradient accumulation, autocast,
-        DistributedDataParallel and checkpoints (not reentrant ones inside of ``module``) work; second derivatives,
-        torch.func and torch.compile are refused with one line. Raises ValueError as `sphere_rl.regularize` does.
+        DistributedDataParallel, checkpoints (not reentrant ones inside of ``module``) and torch.compile(module) after
+        `track` work; second derivatives and torch.func are refused with one line. Raises ValueError as
+        `sphere_rl.regularize` does.
         """
         if not self._handles:
             raise ValueError("regularize: the hooks are removed, allowed: before the end of `with` or close()")
