@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from jaxtyping import config as jaxtyping_config
 
 from sphere_rl.config import TrainConfig, override
 
@@ -32,6 +34,14 @@ def _plain_process() -> None:
     """Undo what a run sets for the whole process: hypothesis wants its subnormal numbers."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(False)
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """Users run without the shape checker: there the functions' own errors are what they see."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ MODULES = sorted(p.relative_to(SOURCE).with_suffix("").as_posix() for p in SOURC
 
 LAYERS = [
     set("errors gradients lanes normalizer parsers penalty records routing runtime scripting seeding tables".split()),
-    set("chain env_args experts mixture optimizer routed_gram runs ranks spaces statistics vanishing".split()),
+    set("chain env_args experts mixture optimizer routed_gram runs ranks spaces statistics vanishing".split())
+    | {"captured", "jax_regularizer", "joint_regularizer", "regularizer", "torch_regularizer"},
     {"learner", "networks", "regression", "surrogate", "sweeps"},
     {"direct", "factors", "metrics", "ntk", "results", "rollout", "spectrum", "suites"},
-    {"methods", "probe"},
+    {"hooks", "methods", "probe"},
     {"config"},
     {"agent"},
     {"checkpoint", "evaluation", "ppo", "saved", "tracking"},

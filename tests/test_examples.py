@@ -72,6 +72,17 @@ def test_stable_baselines3(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
+def test_the_blocks_of_the_page_on_own_code_run():
+    """Those that import what they need: the others are lines out of a training loop."""
+    page = (ROOT / "docs" / "own-code.md").read_text()
+    blocks = [
+        text for text in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL) if "import " in text
+    ]
+    assert blocks
+    for text in blocks:
+        exec(compile(text, "docs/own-code.md", "exec"), {})
+
+
 def files_of_page(page: str) -> dict[str, str]:
     """Python blocks that are introduced by their path."""
     blocks = re.findall(r"^`(src/sphere_rl/\S+\.py)`:\n\n```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxtyping import config as jaxtyping_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sphere_rl.penalty import (
@@ -43,14 +42,6 @@ def routed(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     gates = np.abs(draw(6, 3, seed=seed + 1))
     gates[np.arange(6), gates.argmin(axis=1)] = 0.0
     return draw(6, 3, 4, seed=seed), gates / gates.sum(axis=1, keepdims=True)
-
-
-@pytest.fixture
-def _unchecked_shapes():
-    """Users run without the shape checker: there the functions' own errors are what they see."""
-    jaxtyping_config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping_config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -317,7 +308,7 @@ def test_every_float_dtype_keeps_its_kind(shape):
 BAD: dict[str, Any] = {"text": "trace", "empty": "", "none": None}
 
 
-@pytest.mark.usefixtures("_unchecked_shapes")
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -9,9 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sphere_rl.hooks import track
     from sphere_rl.networks import make_actor
     from sphere_rl.penalty import gate_penalty, layers_penalty, per_expert_penalty, sphere_penalty, weighted_features
     from sphere_rl.policies import load_policy
+    from sphere_rl.regularizer import regularize
     from sphere_rl.spectrum import effective_rank, entk, gram_effective_rank
     from sphere_rl.suites import make_suite
 
@@ -25,7 +27,9 @@ _HOMES = {
     "make_actor": "networks",
     "make_suite": "suites",
     "per_expert_penalty": "penalty",
+    "regularize": "regularizer",
     "sphere_penalty": "penalty",
+    "track": "hooks",
     "weighted_features": "penalty",
 }
 
@@ -39,7 +43,9 @@ __all__ = [
     "make_actor",
     "make_suite",
     "per_expert_penalty",
+    "regularize",
     "sphere_penalty",
+    "track",
     "weighted_features",
 ]
 

@@ -26,7 +26,7 @@ def weighted_features(features: Float[Array, "N E H"], gates: Float[Array, "N E"
     ``features`` [N, E, H] are the experts' hidden activations, ``gates`` [N, E] the routing weights after
     top-k (zero for experts that were not selected). Raises ValueError on wrong axes or integer input.
     """
-    _check_routed(features, gates)
+    check_routed(features, gates)
     samples, experts, width = features.shape
     return (features * gates[:, :, None]).reshape((samples, experts * width))
 
@@ -40,7 +40,7 @@ def sphere_penalty(phi: Float[Array, "N m"], scale: Scale = "literal") -> Float[
     ⟨∇_Φ, Φ⟩ = 0; 1 / (it + 1/m) is the participation ratio of A. Raises ValueError on wrong axes, integer input or
     another scale. Source: Luo et al. 2026, the loss L_SPHERE, which is the literal one.
     """
-    _check("phi", phi, "N m")
+    check_array("phi", phi, "N m")
     return _spread(phi, scale)
 
 
@@ -62,7 +62,7 @@ def per_expert_penalty(
     Arguments as in ``weighted_features``. ``scale`` "free": each expert's A_e over its own trace; one whose features
     are all zero adds 0. Raises ValueError on wrong axes, integer input or another scale.
     """
-    _check_routed(features, gates)
+    check_routed(features, gates)
     xp = array_namespace(features, gates)
     return xp.sum(_spread(xp.permute_dims(features * gates[:, :, None], (1, 0, 2)), scale))
 
@@ -73,7 +73,7 @@ def gate_penalty(gates: Float[Array, "N E"], scale: Scale = "literal") -> Float[
     It is zero when experts are used evenly and never together.
     Raises ValueError on wrong axes, integer input or another scale.
     """
-    _check("gates", gates, "N E")
+    check_array("gates", gates, "N E")
     return _spread(gates, scale) / gates.shape[1]
 
 
@@ -84,11 +84,10 @@ def _spread(phi: Float[Array, "*b N m"], scale: Scale) -> Float[Array, "*b"]:
     ‖Gram − c I_n‖² + (m − n) c²: a sum of squares, free of the cancellation in ‖A‖² − tr²/m when the spectrum
     is almost flat. The same of Gram / tr, whose c is 1/m, is the scale-free one.
     """
-    if scale not in get_args(Scale):
-        raise ValueError(f"scale: got {scale!r}, allowed: {', '.join(get_args(Scale))}")
+    check_scale(scale)
     xp = array_namespace(phi)
     samples, width = phi.shape[-2:]
-    phi = phi if scale == "literal" else _unit(phi)
+    phi = phi if scale == "literal" else unit_features(phi)
     transposed = xp.matrix_transpose(phi)
     gram = (phi @ transposed if samples < width else transposed @ phi) / samples
     size = min(samples, width)
@@ -103,17 +102,17 @@ def _spread(phi: Float[Array, "*b N m"], scale: Scale) -> Float[Array, "*b"]:
     return xp.sum(centred * centred, axis=(-2, -1)) + (width - size) * mean * mean
 
 
-def _unit(phi: Float[Array, "*b N m"]) -> Float[Array, "*b N m"]:
+def unit_features(phi: Float[Array, "*b N m"]) -> Float[Array, "*b N m"]:
     """Each matrix over its largest absolute entry, so that no product over- or underflows; zero stays zero.
 
     The entry counts as a constant: what scale leaves alone has the same gradient either way.
     """
     xp = array_namespace(phi)
-    largest = _constant(xp.max(xp.abs(phi), axis=(-2, -1), keepdims=True))
+    largest = constant(xp.max(xp.abs(phi), axis=(-2, -1), keepdims=True))
     return phi / (largest + xp.astype(largest == 0, phi.dtype))
 
 
-def _constant(array: Array) -> Array:
+def constant(array: Array) -> Array:
     """The same values without gradient."""
     if is_torch_array(array):
         return array.detach()
@@ -124,7 +123,14 @@ def _constant(array: Array) -> Array:
     return array
 
 
-def _check(name: str, array: Array, axes: str) -> None:
+def check_scale(scale: str) -> None:
+    """Raise ValueError for a scale that there is not."""
+    if scale not in get_args(Scale):
+        raise ValueError(f"scale: got {scale!r}, allowed: {', '.join(get_args(Scale))}")
+
+
+def check_array(name: str, array: Array, axes: str) -> None:
+    """Raise ValueError unless ``array`` has these axes, none empty, and a real floating dtype."""
     shape, wanted = tuple(array.shape), axes.split()
     if len(shape) != len(wanted) or 0 in shape:
         raise ValueError(f"{name}: got shape {shape}, allowed: [{', '.join(wanted)}], no axis empty")
@@ -132,9 +138,10 @@ def _check(name: str, array: Array, axes: str) -> None:
         raise ValueError(f"{name}: got dtype {array.dtype}, allowed: a real floating dtype")
 
 
-def _check_routed(features: Array, gates: Array) -> None:
-    _check("features", features, "N E H")
-    _check("gates", gates, "N E")
+def check_routed(features: Array, gates: Array) -> None:
+    """Raise ValueError unless ``features`` are [N, E, H] and ``gates`` [N, E], real and floating."""
+    check_array("features", features, "N E H")
+    check_array("gates", gates, "N E")
     if tuple(features.shape[:2]) != tuple(gates.shape):
         wanted = tuple(features.shape[:2])
         raise ValueError(f"gates: got shape {tuple(gates.shape)}, allowed: {wanted}, the axes N, E of features")

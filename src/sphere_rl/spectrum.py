@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sphere_rl.experts import GroupedLinear
+from sphere_rl.experts import GroupedLinear, RoutedFeatures, Routing
 from sphere_rl.metrics import (
     active_fraction,
     churn,
@@ -74,8 +75,17 @@ SPECTRAL_METRICS: dict[str, str] = {
 def feature_metrics(trace: Trace) -> dict[str, float | list[float]]:
     """Every metric that a forward pass holds: the spectrum of Φ, the state of the units, the health of the routing."""
     last, layers = trace.features[-1], (*trace.features, *trace.gate_features)
-    samples = last.routing.num_samples
-    eigenvalues = gram_eigenvalues(last.weighted())
+    return {
+        **_feature_spectrum(last.weighted()),
+        **_unit_states(layers),
+        "gate_entropy": gate_entropy(trace.gates),
+        "expert_load": expert_load(last),
+        "expert_overlap": expert_overlap(last.dense()),
+    }
+
+
+def _feature_spectrum(phi: Float[Tensor, "N m"]) -> dict[str, float | list[float]]:
+    samples, eigenvalues = len(phi), gram_eigenvalues(phi)
     sigma = (eigenvalues * samples).sqrt()
     return {
         "r_e_A": effective_rank(eigenvalues),
@@ -85,13 +95,46 @@ def feature_metrics(trace: Trace) -> dict[str, float | list[float]]:
         "pca_rank": pca_rank(sigma),
         "feature_rank": feature_rank(sigma, samples),
         "feature_norm": float(eigenvalues.sum().sqrt()),
+    }
+
+
+def _unit_states(layers: Sequence[RoutedFeatures]) -> dict[str, float | list[float]]:
+    return {
         "dormant_ratio": dormant_ratio(layers),
         "dead_ratio": dead_ratio(layers),
         "active_fraction": active_fraction(layers),
-        "gate_entropy": gate_entropy(trace.gates),
-        "expert_load": expert_load(last),
-        "expert_overlap": expert_overlap(last.dense()),
     }
+
+
+def captured_metrics(
+    module: nn.Module,
+    observations: Tensor,
+    output: Any,
+    features: Float[Tensor, "N E H"],
+    gates: Float[Tensor, "N E"] | None,
+) -> dict[str, float | list[float]]:
+    """The metrics that apply to any ``module`` with ``output`` = module(observations) and the features of that pass.
+
+    Without ``gates`` every state goes to each of E experts with weight 1. r_e_K: where the output is [N, A] and
+    something is trainable. With ``gates`` those of the routing; gate_entropy where weights are ≥ 0 and no row is zero.
+    """
+    layer = _routed(features, features.new_ones(features.shape[:2]) if gates is None else gates)
+    found = {**_feature_spectrum(layer.weighted()), **_unit_states([layer])}
+    if gates is not None:
+        found |= {"expert_load": expert_load(layer), "expert_overlap": expert_overlap(layer.dense())}
+        if bool((gates >= 0).all() and (gates.sum(1) > 0).all()):
+            found["gate_entropy"] = gate_entropy(gates)
+    trainable = any(parameter.requires_grad for parameter in module.parameters())
+    if trainable and isinstance(output, Tensor) and output.ndim == 2 and len(output) == len(observations):
+        found["r_e_K"] = effective_rank(torch.linalg.eigvalsh(entk(module, observations).double()))
+    return {name: found[name] for name in SPECTRAL_METRICS if name in found}
+
+
+def _routed(features: Float[Tensor, "N E H"], weights: Float[Tensor, "N E"]) -> RoutedFeatures:
+    """Features of the (state, expert) pairs whose weight is not zero, sorted by expert."""
+    expert, sample = (weights.T != 0).nonzero(as_tuple=True)
+    counts = tuple((weights != 0).sum(0).tolist())
+    return RoutedFeatures(features[sample, expert], Routing(weights, sample, weights[sample, expert], counts))
 
 
 def weight_metrics(
