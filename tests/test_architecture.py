@@ -22,6 +22,7 @@ LAYERS = [
         "normalizer",
         "parsers",
         "penalty",
+        "picture",
         "routing",
         "runtime",
         "scripting",

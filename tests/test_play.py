@@ -93,7 +93,7 @@ def test_mp4(tmp_path: Path) -> None:
         ("clip.gif", {"fps": -1}, "fps: -1 is not allowed"),
     ],
 )
-def test_errors_of_use(tmp_path: Path, name: str, options: dict[str, int], message: str) -> None:
+def test_errors_of_use(tmp_path: Path, name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         record(Counter(), float, tmp_path / name, **options)
 

@@ -29,7 +29,7 @@ def _policy(folder: RunFolder, name: str) -> Policy:
     state: dict[str, Any] = checkpoint.load(path)
     if state["agent"] is None:  # between two tasks of protocol rl: the next agent is not made yet
         state = checkpoint.load(checkpoint.task_checkpoints(folder)[state["progress"]["task_index"] - 1])
-    agent = Agent(from_dict(folder.config()), Spaces(**state["spaces"]), seed=0)
+    agent = Agent(from_dict(folder.config()), Spaces(**state["spaces"]), seed=0, learns=False)
     saved = state["agent"]
     for method in agent.methods:
         method.load_state_dict(saved["methods"][method.name])
