@@ -15,7 +15,8 @@ SOURCE = Path(sphere_rl.__file__).parent
 MODULES = sorted(p.relative_to(SOURCE).with_suffix("").as_posix() for p in SOURCE.rglob("*.py"))
 
 LAYERS = [
-    set("errors gradients lanes normalizer parsers penalty records routing runtime scripting seeding tables".split()),
+    set("errors gradients lanes normalizer parsers penalty picture records routing runtime".split())
+    | {"scripting", "seeding", "tables"},
     set("chain env_args experts mixture optimizer routed_gram runs ranks spaces statistics vanishing".split())
     | {"captured", "jax_regularizer", "joint_regularizer", "regularizer", "torch_regularizer"},
     {"learner", "networks", "regression", "surrogate", "sweeps"},

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, overload
 
+import numpy as np
 import torch
 from gymnasium.spaces import Discrete
 from gymnasium.spaces.utils import flatdim
@@ -41,9 +42,12 @@ class Spaces:
 
 
 class Agent:
-    """Everything that learns. Equal arguments give equal agents; no global random state is used."""
+    """Everything that learns. Equal arguments give equal agents; no global random state is used.
 
-    def __init__(self, config: TrainConfig, spaces: Spaces, seed: int) -> None:
+    ``learns`` false: optimisers are made only when asked for; PyTorch loads its compiler for them.
+    """
+
+    def __init__(self, config: TrainConfig, spaces: Spaces, seed: int, learns: bool = True) -> None:
         self.config, self.spaces, self.device = config, spaces, torch.device(config.device)
         self.methods: list[Method] = [methods()[name](getattr(config.options, name)) for name in config.method]
         for method in self.methods:
@@ -54,6 +58,8 @@ class Agent:
         self.learning_rate = config.learning_rate
         self.actor_parameters: list[Tensor] = list(self.actor.parameters())
         self.critic_parameters: list[Tensor] = list(self.critic.parameters())
+        if learns:  # now: an optimiser may keep the initial weights
+            _ = self.actor_optimizer, self.critic_optimizer
         self.actor_gradients, self.critic_gradients = GradientStore(), GradientStore()
         self.normalizer = (
             ObservationNormalizer(spaces.observation_dim, config.observation_clip)
@@ -66,12 +72,12 @@ class Agent:
 
     @cached_property
     def actor_optimizer(self) -> torch.optim.Optimizer:
-        """Made when it is needed: PyTorch then loads its compiler, which a policy that only acts can do without."""
+        """Of the actor's parameters."""
         return self._make_optimizer(self.actor_parameters)
 
     @cached_property
     def critic_optimizer(self) -> torch.optim.Optimizer:
-        """Likewise."""
+        """Of the critic's parameters."""
         return self._make_optimizer(self.critic_parameters)
 
     def fresh_networks(self, generator: torch.Generator) -> tuple[Actor, MoENetwork]:
@@ -152,7 +158,8 @@ class Agent:
 class Policy(nn.Module):
     """A trained policy as a plain module: raw observations [N, D] → mean action (or logits) [N, A].
 
-    The normaliser's statistics are buffers, so ``state_dict`` is the whole policy.
+    The normaliser's statistics are buffers, so ``state_dict`` is the whole policy. `torch.export.export` and
+    `torch.jit.trace` work for any batch size; TorchScript cannot read it.
     """
 
     def __init__(self, actor: Actor, normalizer: ObservationNormalizer | None) -> None:
@@ -164,11 +171,40 @@ class Policy(nn.Module):
 
     def normalize(self, observation: Tensor) -> Tensor:
         """What the actor sees of raw observations."""
+        dtype = self.actor.experts.head.weight.dtype
         if self.clip is None:
-            return observation
+            return observation.to(dtype)
         scaled = (observation - self.mean) / (self.var + EPSILON).sqrt()  # type: ignore[operator]
-        return scaled.clip(-self.clip, self.clip).to(next(self.actor.parameters()).dtype)
+        return scaled.clip(-self.clip, self.clip).to(dtype)
 
-    def forward(self, observation: Tensor) -> Tensor:
-        """Mean action or logits."""
+    @overload
+    def forward(self, observation: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, observation: np.ndarray) -> np.ndarray: ...
+
+    def forward(self, observation: Tensor | np.ndarray) -> Tensor | np.ndarray:
+        """Mean action or logits, [N, A] of [N, D] or [A] of one state [D], of any type of number.
+
+        A NumPy array gives a NumPy array, without gradients.
+
+        Raises:
+            ValueError: the observation has another shape.
+        """
+        if isinstance(observation, Tensor):
+            return self._act(observation)
+        array = np.array(observation, dtype=np.float64)  # own memory: Torch takes neither all strides nor all orders
+        with torch.no_grad():
+            return self._act(torch.from_numpy(array).to(self.actor.experts.head.weight.device)).cpu().numpy()
+
+    def _act(self, observation: Tensor) -> Tensor:
+        if not torch.jit.is_tracing():  # type: ignore[reportPrivateImportUsage] # it would warn of the comparison
+            self._check(observation)
+        if observation.ndim == 1:
+            return self.actor(self.normalize(observation[None]))[0]
         return self.actor(self.normalize(observation))
+
+    def _check(self, observation: Tensor) -> None:
+        shape, dim = observation.shape, self.actor.observation_dim
+        if len(shape) not in (1, 2) or shape[-1] != dim:
+            raise ValueError(f"observation: shape {[*shape]} is not allowed; expected [{dim}] or [N, {dim}]")

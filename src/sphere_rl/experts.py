@@ -291,9 +291,20 @@ class ExpertMLP(nn.Module):
     def _layer_by_layer(self, h: Tensor, routing: Routing) -> Sequence[Tensor]:
         outputs = []
         for layer in self.hidden:
-            z = layer(h, routing)
-            if self.layer_norm:
-                z = F.layer_norm(z, z.shape[1:])
-            h = torch.cat((z.relu(), (-z).relu()), dim=1) if self.crelu else z.relu()
+            h = self._activate(layer(h, routing))
             outputs.append(h)
         return *outputs, self.head(h, routing)
+
+    def _activate(self, z: Tensor) -> Tensor:
+        if self.layer_norm:
+            z = F.layer_norm(z, z.shape[-1:])
+        return torch.cat((z.relu(), (-z).relu()), dim=-1) if self.crelu else z.relu()
+
+    def every(self, x: Float[Tensor, "N in"]) -> Float[Tensor, "E N A"]:
+        """What every expert makes of every row, in operations that do not depend on who is selected."""
+        h = x.expand(self.head.weight.shape[0], -1, -1)
+        for layer in self.layers:
+            weight, bias = layer.effective()
+            z = torch.baddbmm(bias[:, None], h, weight.transpose(1, 2))
+            h = z if layer is self.head else self._activate(z)
+        return h

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf, sqrt
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -19,7 +19,7 @@ from sphere_rl.chain import is_unrecorded
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts import ExpertMLP, RoutedFeatures, gated_routing, single_routing
 from sphere_rl.mixture import mixture_output
-from sphere_rl.routing import Gating, selected
+from sphere_rl.routing import Gating, gate_weights, selected
 
 
 @dataclass(frozen=True)
@@ -133,9 +133,28 @@ class MoENetwork(nn.Module):
 
     def forward(self, observation: Float[Tensor, "N D"]) -> Float[Tensor, "N A"]:
         """The output alone."""
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[reportPrivateImportUsage]
+            return self._unrouted(observation)
         if not (self.is_plain and is_unrecorded()):
             return self.trace(observation).output
         return mixture_output([mlp.effective() for mlp in self.parts], self.gating, observation, 1)
+
+    def _unrouted(self, observation: Tensor) -> Tensor:
+        """The output from all experts, those that are not selected with weight 0: a graph that no sample changes."""
+        outputs = self.experts.every(observation)
+        if self.gate is None:
+            return outputs[0]
+        weights, _ = gate_weights(self.gate.every(observation)[0], self.gating)
+        return torch.einsum("ne,ena->na", weights, outputs)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Tell `torch.jit.script`, which looks for this name, that it cannot read the network."""
+        raise TypeError("torch.jit.script: cannot read a network of experts; expected torch.export.export or jit.trace")
+
+    @property
+    def observation_dim(self) -> int:
+        """D."""
+        return self.experts.layers[0].weight.shape[2]
 
     @torch.inference_mode()
     def selection(self, observation: Float[Tensor, "N D"]) -> Int[Tensor, "N k"] | None:

@@ -141,7 +141,7 @@ def read_policy(folder: RunFolder, path: Path, device: str = "cpu") -> tuple[Pol
     config, state = replace(config_of(folder), device=device), checkpoint.load(path)
     with checkpoint.fitting(path):
         spaces, saved = Spaces(**state["spaces"]), state["agent"]
-        agent = Agent(config, spaces, seed=0)
+        agent = Agent(config, spaces, seed=0, learns=False)
         for method in agent.methods:
             method.load_state_dict(saved["methods"][method.name])
         agent.actor.load_state_dict(saved["actor"])

@@ -33,13 +33,21 @@ def selected(logits: Tensor, k: int) -> Tensor:
 
 
 @scriptable
-def route(logits: Tensor, gating: Gating) -> Assigned:
-    """Assign samples by their logits [N, R]; of equal ones the lowest index wins."""
-    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, selected(logits, gating.k), True)
+def gate_weights(logits: Tensor, gating: Gating) -> tuple[Tensor, Tensor]:
+    """Routing weights [N, E] of logits [N, R], and whether an expert is chosen; of equal ones the lowest index wins."""
+    # 1, for True is a value that cannot be traced.
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, selected(logits, gating.k), 1)
     weights = (logits / gating.temperature).masked_fill(~chosen, -float("inf")).softmax(1)
     if gating.shared > 0:
-        ones = weights.new_ones(len(weights), gating.shared)
+        ones = weights.new_ones(weights.size(0), gating.shared)
         weights, chosen = torch.cat((ones, weights), 1), torch.cat((ones.to(torch.bool), chosen), 1)
+    return weights, chosen
+
+
+@scriptable
+def route(logits: Tensor, gating: Gating) -> Assigned:
+    """Assign samples by their logits [N, R]; of equal ones the lowest index wins."""
+    weights, chosen = gate_weights(logits, gating)
     expert, sample = chosen.t().nonzero().unbind(1)
     counts: list[int] = chosen.sum(0).tolist()
     return Assigned(weights, expert, sample, weights[sample, expert], counts)
