@@ -134,7 +134,7 @@ class Run:
             agent, collector = self._begin_segment()
             self._train_segment(agent, collector)
             self._end_segment(agent, collector)
-        if self.config.protocol == "crl":
+        if self.config.protocol == "crl" and len(self.tasks) > 1:  # of one task the final episodes would come again
             self._evaluate_earlier_tasks(self.agent or self._restored_agent())
 
     def close(self) -> None:
