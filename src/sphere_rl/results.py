@@ -16,8 +16,8 @@ import polars as pl
 
 from sphere_rl.config import updated
 from sphere_rl.errors import RunFolderError
-from sphere_rl.runs import RunFolder
-from sphere_rl.suites import make_suite
+from sphere_rl.runs import LOGS, RunFolder
+from sphere_rl.suites import suites
 
 KEY = ("suite", "protocol", "actor", "method", "seed")
 """Columns that name an experiment: one seed of one method. Protocol rl may spread its tasks over several folders."""
@@ -36,12 +36,18 @@ SPECTRUM = {
     "expert_load": pl.List(pl.Float64),
 }  # fmt: skip
 
+RUNS: dict[str, Any] = {
+    "error": pl.String, "speed": pl.Float64,
+    "tasks": pl.List(pl.String), "methods": pl.List(pl.String), "settings": pl.List(pl.String),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Results:
     """Four tables that share the columns ``run`` and `KEY`.
 
-    runs: one row a folder, with its state, progress and speed. evals, spectra: one row a line of the logs.
+    runs: one row a folder, with its state, progress and speed, the ``methods`` that it was trained with and the
+    ``settings`` of its label. evals, spectra: one row a line of the logs.
     """
 
     root: Path
@@ -52,6 +58,10 @@ class Results:
     def folder(self, run: str) -> RunFolder:
         """A run's folder by its name in the tables."""
         return RunFolder.existing(self.root / run)
+
+    def trained(self, run: str) -> dict[str, Any]:
+        """A run's settings that tell what was trained, by name, as recorded; those it did not know are the defaults."""
+        return dict(_settings(updated(self.folder(run).config())))
 
     @property
     def tasks(self) -> dict[str, tuple[str, ...]]:
@@ -105,18 +115,20 @@ def load_results(root: Path | str) -> Results:
     if not folders:
         raise RunFolderError(f"{root}: holds no run folder")
     saved = [json.loads(folder.config_path.read_text()) for folder in folders]
-    labels = method_labels([record["config"] for record in saved])
+    configs = [record["config"] for record in saved]
+    labels, settings, sequences = method_labels(configs), differing(configs), _sequences(folders, configs)
     runs, evals, spectra = [], [], []
-    for folder, record, label in zip(folders, saved, labels, strict=True):
+    for folder, record, label, differs in zip(folders, saved, labels, settings, strict=True):
         config, run = record["config"], str(folder.path.relative_to(root))
         key = {"run": run} | {name: config[name] for name in KEY} | {"method": label}
-        runs.append(key | _run_row(folder, record))
+        made = {"methods": list(config["method"]), "settings": differs}
+        runs.append(key | made | _run_row(folder, record, config["tasks"] or sequences[config["suite"]]))
         evals.extend(key | row for row in folder.read("eval"))
         spectra.extend(key | row for row in folder.read("spectrum"))
     keys = {"run": pl.String} | dict.fromkeys(KEY, pl.String) | {"seed": pl.Int64}
     return Results(
         root,
-        pl.DataFrame(runs, infer_schema_length=None, schema_overrides={"error": pl.String, "speed": pl.Float64}),
+        pl.DataFrame(runs, infer_schema_length=None, schema_overrides=RUNS),
         _table(evals, keys | EVAL),
         _table(spectra, keys | SPECTRUM),
     )
@@ -126,20 +138,37 @@ def method_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Label of each run: its methods, and ``name=value`` for every setting in which its peers differ.
 
     Peers are the runs of the same suite, actor and methods, whatever their protocol. A label that was given stands
-    in the place of the methods, and peers are those that were given the same.
+    in the place of the methods, and peers are those that were given the same; where it was given to several methods,
+    these follow it in brackets.
     """
-    names = [config.get("label") or "+".join(config["method"]) for config in configs]
+    return [" ".join((name, *settings)) for name, settings in zip(_names(configs), differing(configs), strict=True)]
+
+
+def differing(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """For each run ``name=value`` of every setting in which its peers differ; see `method_labels`."""
     flat = [dict(_settings(updated(config))) for config in configs]
     groups: dict[tuple[str, ...], list[int]] = {}
-    for i, config in enumerate(configs):
-        groups.setdefault((config["suite"], config["actor"], names[i], *config["method"]), []).append(i)
-    labels = list(names)
+    for i, (config, name) in enumerate(zip(configs, _names(configs), strict=True)):
+        groups.setdefault((config["suite"], config["actor"], name), []).append(i)
+    found: list[list[str]] = [[] for _ in configs]
     for members in groups.values():
         for name in flat[members[0]]:
             if len({repr(flat[i].get(name)) for i in members}) > 1:
                 for i in members:
-                    labels[i] += f" {name.rpartition('.')[2]}={plain(flat[i].get(name))}"
-    return labels
+                    found[i].append(f"{name.rpartition('.')[2]}={plain(flat[i].get(name))}")
+    return found
+
+
+def _names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each run's methods are called: by the label that was given, or by their own names."""
+    methods = ["+".join(config["method"]) for config in configs]
+    given: dict[str, set[str]] = {}
+    for config, method in zip(configs, methods, strict=True):
+        given.setdefault(config.get("label") or method, set()).add(method)
+    return [
+        name if len(given[name := config.get("label") or method]) == 1 or name == method else f"{name} ({method})"
+        for config, method in zip(configs, methods, strict=True)
+    ]
 
 
 def plain(value: Any) -> str:
@@ -157,12 +186,27 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _run_row(folder: RunFolder, record: Mapping[str, Any]) -> dict[str, Any]:
+def _sequences(folders: Sequence[RunFolder], configs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, ...]]:
+    """Task sequence of each suite, for runs that name no tasks: its own, or, where it is not known here, as recorded.
+
+    Recorded is what the logs name, by place; of several runs, the one that has come furthest knows the most.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for folder, config in zip(folders, configs, strict=True):
+        name = config["suite"]
+        if name in suites():
+            found[name] = suites()[name].tasks
+        elif not config["tasks"]:
+            named = {row["task_index"]: row["task"] for log in LOGS for row in folder.read(log)}
+            found[name] = max(found.get(name, ()), tuple(named[i] for i in sorted(named)), key=len)
+    return found
+
+
+def _run_row(folder: RunFolder, record: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
     config, status = record["config"], folder.status()
     train = folder.read("train")
     speeds = sorted(row["steps_per_second"] for row in train)
     finals = [row["task"] for row in folder.read("eval") if row["phase"] == "final"]
-    tasks = config["tasks"] or make_suite(config["suite"]).tasks
     batch = config["num_envs"] * config["num_steps"]
     return {
         "state": status.get("state", "new"),
