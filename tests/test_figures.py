@@ -9,8 +9,9 @@ import matplotlib
 import numpy as np
 import polars as pl
 import pytest
+from matplotlib.colors import to_hex
 
-from sphere_rl import figures
+from sphere_rl import appearance, figures
 from sphere_rl.geometry import Snapshot, dominant_direction
 from sphere_rl.statistics import Estimate
 
@@ -42,9 +43,32 @@ def test_bars_have_the_values_and_intervals() -> None:
     spans = [bar.lines[2][0].get_segments()[0][:, 1] for bar in bars]
     assert np.allclose(spans, [[0.7, 0.9], [0.1, 0.6]])
     assert texts(figure).count("missing") == 1
-    assert "two seeds" in texts(figure)
+    assert "two seeds" not in texts(figure)  # a caption stands beside the picture
     assert figure.get_label() == "two seeds"
-    assert len({patch.get_hatch() for patch in axes.patches}) == 2  # type: ignore[attr-defined]  readable in grey
+    fills: list[Any] = list(axes.patches)
+    assert len({patch.get_hatch() for patch in fills}) == 2  # readable in grey
+    rl, crl, alone = (to_hex(patch.get_edgecolor()) for patch in fills)  # none in rl and crl, sphere in rl
+    assert rl == crl != alone  # a colour is a method, not a protocol
+    assert [patch.get_label() for patch in axes.get_legend().get_patches()] == ["RL", "CRL"]  # type: ignore[union-attr]
+
+
+def test_a_method_has_one_colour_in_every_figure() -> None:
+    """Also where figures do not have the methods before it: here sphere is the second of the page."""
+    order = ["none", "sphere"]
+    blue, orange = (color.lower() for color in appearance.COLORS[:2])
+    curve = figures.Curve("sphere", [1, 2], [0.1, 0.2], [0.1, 0.2], [0.1, 0.2], 1)
+    line = figures.line_plot([curve], {}, "", "y", order=order).axes[0].lines[0]
+    assert to_hex(line.get_color()) == orange
+    spectrum = figures.spectrum_decay({"sphere": [snapshot(0, 2, 1, 1)]}, "", order=order).axes[0].lines[0]
+    assert to_hex(spectrum.get_color()) == orange
+    table = pl.DataFrame({"label": ["sphere"] * 3 + ["none"], "r_e_A": [1.0, 2, 3, 4], "r_e_K": [2.0, 4, 6, 9]})
+    dots = figures.proxy_scatter(table, "", "label", order).axes[0].collections
+    assert [to_hex(one.get_facecolor()[0]) for one in dots] == [orange, blue]  # type: ignore[index]
+    bars: Any = figures.success_bars(ROWS[1:], "label", "", order=order).axes[0].patches
+    assert to_hex(bars[0].get_edgecolor()) == orange
+    features = {"sphere": [("push", np.eye(2), np.array([0, 1]))]}
+    shades: Any = figures.tsne(features, "", ("1st", "2nd"), order).axes[0].collections
+    assert [to_hex(one.get_facecolor()[0]) for one in shades] == [orange, appearance.lighter(orange, 0.45)]
 
 
 def test_curves_are_means_and_ranges_over_seeds() -> None:
@@ -52,6 +76,11 @@ def test_curves_are_means_and_ranges_over_seeds() -> None:
                           "y": [0.2, 0.6, 0.0, 0.1, None]})  # fmt: skip
     (curve,) = figures.curves(table, "x", "y", ["m"])
     assert curve == figures.Curve("a", [1, 2], [0.05, 0.4], [0.0, 0.2], [0.1, 0.6], 2)
+    (curve,) = figures.curves(table.with_columns(task=pl.col("x") - 1), "x", "y", ["m"], part="task")
+    assert curve.x == [1, None, 2]  # two tasks: nothing joins them
+    assert curve.mean == [0.05, None, 0.4]
+    (line,) = figures.line_plot([curve], {}, "", "y").axes[0].lines
+    assert np.isnan(np.asarray(line.get_ydata())).tolist() == [False, True, False]
 
 
 def test_line_plot_draws_curves_and_boundaries() -> None:
@@ -59,14 +88,17 @@ def test_line_plot_draws_curves_and_boundaries() -> None:
     figure = figures.line_plot([curve, curve], {0.0: "push", 5.0: "pull"}, "caption", "y")
     (axes,) = figure.axes
     drawn = [np.asarray(line.get_ydata()) for line in axes.lines if len(np.asarray(line.get_xdata())) == 3]
-    assert np.array_equal(drawn, [curve.mean, curve.mean])
+    assert np.array_equal(drawn, np.array([curve.mean, curve.mean], float))
     assert axes.lines[0].get_linestyle() != axes.lines[1].get_linestyle()
     assert {"push", "pull"} <= set(texts(figure).split())
 
 
-def test_semi_axes_are_eigenvalues_over_the_largest() -> None:
+def test_semi_axes_are_eigenvalues_with_the_sum_three() -> None:
     found = snapshot(0, 8.0, 4.0, 2.0, 2.0)
-    assert found.semi_axes.tolist() == [1.0, 0.5, 0.25]
+    assert found.semi_axes.tolist() == pytest.approx([24 / 14, 12 / 14, 6 / 14])
+    shares = np.array([8, 4, 2]) / 14
+    assert found.drawn_rank == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+    assert snapshot(0, 5.0, 5.0, 5.0, 1.0).semi_axes.tolist() == [1, 1, 1]  # the sphere itself, whatever its size
     assert found.top_share == pytest.approx(14 / 16)
     entropy = -(0.5 * np.log(0.5) + 0.25 * np.log(0.25) + 2 * 0.125 * np.log(0.125))
     assert found.kernel_rank == pytest.approx(np.exp(entropy))
@@ -85,7 +117,9 @@ def test_geometry_has_a_panel_for_each_policy() -> None:
     assert len(figure.axes) == 3
     assert "task1" in texts(figure)
     surface = cast(Any, figure.axes[1]).collections[-1]
-    assert np.abs(surface._faces[..., 1]).max() == pytest.approx(0.05, abs=0.005)
+    assert np.abs(surface._faces[..., 1]).max() == pytest.approx(3 * 0.2 / 4.3, abs=0.005)
+    reach = 3 * 4 / 4.3  # the longest of all: one scale
+    assert {axes.get_xlim() for axes in figure.axes} == {(-reach, reach)}
 
 
 def test_proxy_says_pearsons_r() -> None:
@@ -105,7 +139,12 @@ def test_dominant_direction_by_hand() -> None:
 def test_option_sweep_routing_and_tables() -> None:
     figure = figures.option_sweep({0.01: POINT, 0.1: POINT | {"crl": None}}, "ρ", "")
     assert figure.axes[0].get_xscale() == "log"
-    mesh = figures.routing({"none": ([10, 20], np.array([[1.0, 0.0], [0.5, 0.5]]))}, "").axes[0].collections[0]
+    loads = {"none": ([10, 20], np.array([[1.0, 0.0], [0.5, 0.5]]))}
+    figure = figures.routing(loads, "", {0.0: "push", 10.0: "pull"})
+    mesh = figure.axes[0].collections[0]
+    assert figure.axes[0].get_xlim() == (0, 20)
+    assert [line.get_xdata()[0] for line in figure.axes[0].lines] == [0, 10]  # type: ignore[index]
+    assert {"push", "pull"} <= set(texts(figure).split())
     assert np.asarray(mesh.get_array()).ravel().tolist() == [1.0, 0.5, 0.0, 0.5]
     (table,) = figures.table_figure(("variant", "CRL"), [["joint", "0.54"]], "").axes[0].tables
     assert [table[1, column].get_text().get_text() for column in range(2)] == ["joint", "0.54"]
@@ -118,7 +157,8 @@ def test_nothing_measured_is_missing() -> None:
         figures.option_sweep({}, "ρ", "why"), figures.table_figure((), [], "why"),
     ):  # fmt: skip
         assert "missing: " in texts(figure)
-        assert "why" in texts(figure)
+        assert (figure.get_label(), figure.get_gid()) == ("why", figures.MISSING)
+    assert figures.success_bars(ROWS, "label", "").get_gid() != figures.MISSING
 
 
 def test_saved_in_three_formats_reproducibly(tmp_path: Path) -> None:
@@ -127,6 +167,7 @@ def test_saved_in_three_formats_reproducibly(tmp_path: Path) -> None:
     assert [path.name for path in paths] == ["s.png", "s.svg", "s.pdf"]
     first = [path.read_bytes() for path in paths]
     assert [content[:4] for content in first] == [b"\x89PNG", b"<?xm", b"%PDF"]
+    assert all(b"caption" in content for content in first[:2])  # inside the file, not in the picture
     figures.save(figures.spectrum_decay({"none": [snapshot(0, 2, 1, 1)]}, "caption"), tmp_path / "a" / "s")
     assert [path.read_bytes() for path in paths] == first
     assert (matplotlib.rcParams["font.size"], matplotlib.rcParams["axes.grid"]) == before

@@ -50,6 +50,11 @@ def test_a_run_writes_the_folder_that_others_read(tiny: TrainConfig, tmp_path: P
     assert len(names) == 4
 
 
+def test_a_single_task_is_not_evaluated_twice_at_its_end(tiny: TrainConfig, tmp_path: Path) -> None:
+    folder = train(override(tiny, {"tasks": ["Pendulum-v1"]}), tmp_path / "run")
+    assert [row["phase"] for row in folder.read("eval")] == ["train", "final"]
+
+
 def test_learning_rate_falls_over_a_task_and_restarts_with_the_next(tiny: TrainConfig, tmp_path: Path) -> None:
     folder = train(override(tiny, {"tasks": ["Pendulum-v1"] * 2}), tmp_path / "run")
     rates = [row["learning_rate"] for row in folder.read("train")]

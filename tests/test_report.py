@@ -29,7 +29,7 @@ from sphere_rl.probe import probe_observations
 from sphere_rl.report import content, page
 from sphere_rl.results import load_results, method_labels
 from sphere_rl.runs import RunFolder
-from sphere_rl.spectrum import entk, measure
+from sphere_rl.spectrum import SPECTRAL_METRICS, entk, measure
 from sphere_rl.suites import make_suite
 
 TASKS = ("Pendulum-v1", "LightPendulum-v0")
@@ -41,6 +41,7 @@ TRAIN = (
     "--steps-per-task 256 --eval-every 128 --eval-episodes 1 --final-eval-episodes 1 --checkpoint-every 256 "
     "--spectrum-every -1 --quiet"
 ).split()
+DRAWN = ("geometry", "rank", "success", "features", "proxy", "learning", "spectrum", "routing")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 
@@ -93,6 +94,11 @@ def final_return(runs: Path, run: str) -> list[float]:
     return [row["mean_return"] for row in lines(runs, run, phase="final")]
 
 
+def unbroken(trace: dict[str, Any]) -> list[tuple[float, float]]:
+    """The points of a line, without the gaps between its tasks."""
+    return [(x, y) for x, y in zip(trace["x"], trace["y"], strict=True) if x is not None]
+
+
 def data_of(written: Path) -> dict[str, Any]:
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', written.read_text(), re.DOTALL)
     assert found
@@ -142,6 +148,49 @@ def test_headline_is_the_mean_of_the_final_lines(runs: Path, suite: content.Suit
         assert row["retention"].value == pytest.approx(np.mean(kept))
 
 
+def test_ranks_and_tasks_are_the_last_probe_lines(runs: Path, suite: content.SuiteContent, written: Path) -> None:
+    last = {
+        (method, seed): [row["r_e_K"] for row in lines(runs, f"crl-{method}-{seed}", "spectrum", batch="probe")]
+        for method in ("none", "sphere")
+        for seed in (0, 1)
+    }  # the fixture measures once a task
+    plain, ours = (np.array([last[method, 0], last[method, 1]]) for method in ("none", "sphere"))
+    assert [row["r_e_K"].value for row in suite.rows] == pytest.approx([plain.mean(), ours.mean()])
+    assert suite.differences[0]["r_e_K"].value == pytest.approx((ours - plain).mean())
+    headline = pl.read_csv(written.parent / "tables" / "headline.csv").filter(pl.col("number") == "r_e_K")
+    assert headline["value"].to_list() == pytest.approx([plain.mean(), ours.mean()])
+    table = pl.read_csv(written.parent / "tables" / "tasks.csv")
+    assert table.select("task", "method", "protocol", "seeds").rows() == [
+        (task, method, protocol, seeds)
+        for task in TASKS for method in ("none", "sphere") for protocol, seeds in (("crl", 2), ("rl", 1))
+    ]  # fmt: skip
+    second = table.row(by_predicate=(pl.col("place") == 1) & (pl.col("method") == "sphere") & (pl.col("seeds") == 2),
+                       named=True)  # fmt: skip
+    assert second["r_e_K"] == pytest.approx(ours[:, 1].mean())
+    returns = [final_return(runs, f"crl-sphere-{seed}")[1] for seed in (0, 1)]
+    assert (second["mean_return"], second["mean_return_low"]) == pytest.approx((np.mean(returns), min(returns)))
+    assert second["success_final"] is None
+    html = written.read_text()
+    assert html.count('data-label="Seeds">') == 8
+    assert html.count("<p>CRL rₑ(K)</p>") == 2
+    assert f'<p class="number">{ours.mean():.2f}</p>' in html
+
+
+def test_a_method_has_one_colour_on_the_whole_page(written: Path) -> None:
+    data = data_of(written)
+    assert data["methods"] == {"gym": {"order": ["none", "sphere"], "pair": ["none", "sphere"]}}
+    seen: dict[str, set[int]] = {"none": set(), "sphere": set()}
+    for panel in data["panels"].values():
+        for choice, traces in panel["choices"].items():
+            for trace in traces:
+                method = next((one for one in seen if trace.get("name", "").startswith(one)), choice.partition(",")[0])
+                if trace["type"] == "bar":
+                    assert trace["palette"] in ([0, 1], None)  # its legend is grey
+                elif trace["type"] != "heatmap":
+                    seen[method].add(trace["palette"])
+    assert seen == {"none": {0}, "sphere": {1}}
+
+
 def test_snapshots_are_spectra_of_the_tasks_policies(runs: Path) -> None:
     found = snapshots(runs / "crl-none-0")
     assert [s.task for s in found] == list(TASKS)
@@ -166,18 +215,23 @@ def test_probe_batch_depends_on_its_arguments_alone() -> None:
 def test_page_data_are_the_lines_of_the_runs(runs: Path, written: Path) -> None:
     panels = data_of(written)["panels"]
     mean = next(t for t in panels["learning-gym"]["choices"]["CRL"] if t["name"] == "none" and "band" not in t)
-    for x, y in zip(mean["x"], mean["y"], strict=True):
+    for x, y in unbroken(mean):
         rows = [r for s in (0, 1) for r in lines(runs, f"crl-none-{s}", global_step=x) if r["phase"] != "retention"]
         assert y == pytest.approx(np.mean([row["mean_return"] for row in rows]))
-    assert mean["x"] == [128, 256, 384, 512]
+    assert mean["x"] == [128, 256, None, 384, 512]  # the line does not join two tasks
     alone = next(t for t in panels["learning-gym"]["choices"]["RL"] if t["name"] == "none" and "band" not in t)
-    assert alone["y"] == [row["mean_return"] for row in lines(runs, "rl-none-0")]
+    assert [y for _, y in unbroken(alone)] == [row["mean_return"] for row in lines(runs, "rl-none-0")]
     assert [shape["x0"] for shape in panels["learning-gym"]["layout"]["shapes"]] == [0, 256]
     for metric in ("r_e_K", "dormant_ratio"):
         rank = next(t for t in panels["rank-gym"]["choices"][metric] if t["name"] == "sphere" and "band" not in t)
         measured = [lines(runs, f"crl-sphere-{s}", "spectrum", batch="probe") for s in (0, 1)]
-        assert rank["y"] == pytest.approx([(a[metric] + b[metric]) / 2 for a, b in zip(*measured, strict=True)])
-    load = panels["routing-gym"]["choices"]["none"][0]["z"]
+        assert [y for _, y in unbroken(rank)] == pytest.approx(
+            [(a[metric] + b[metric]) / 2 for a, b in zip(*measured, strict=True)]
+        )
+    (heat,) = panels["routing-gym"]["choices"]["none"]
+    load = heat["z"]
+    assert heat["x"] == [0, 256, 512]  # edges: a column ends where it was measured, none goes beyond the run
+    assert [shape["x0"] for shape in panels["routing-gym"]["layout"]["shapes"]] == [0, 256]
     assert np.array(load).T.tolist() == [r["expert_load"] for r in lines(runs, "crl-none-0", "spectrum", batch="probe")]
     assert sum(len(trace["x"]) for trace in panels["proxy-gym"]["choices"][""]) == 2 * 2 * 2 * 2
     assert panels["rho-gym"]["missing"].startswith("finished runs of SPHERE that differ in ρ")
@@ -192,6 +246,9 @@ def test_page_is_whole_and_stands_alone(written: Path) -> None:
     for link in re.findall(r'href="((?:figures|tables)/[^"]+)"', html):
         assert (written.parent / link).stat().st_size > 0
     assert html.count("Missing: ") == 3  # architectures, ρ, variants
+    drawn = {path.name for path in (written.parent / "figures").iterdir()}
+    assert drawn == {f"gym-{name}.{kind}" for name in DRAWN for kind in ("png", "svg", "pdf")}
+    assert set(re.findall(r'href="figures/([^"]+)"', html)) == drawn
     assert "--method sphere --seed 1 --steps-per-task 256" in html
     table = pl.read_csv(written.parent / "tables" / "evaluations.csv")
     assert table.height == 4 * (4 + 2) + 2 * 4
@@ -403,10 +460,20 @@ def test_browser_reports_no_errors(browser: Any) -> None:
 def test_browser_choice_changes_the_metric(browser: Any, runs: Path) -> None:
     from selenium.webdriver.support.ui import Select
 
+    def heading() -> str:
+        return browser.find_element("id", "title-rank-gym").text
+
+    assert heading().startswith("Effective rank of the eNTK, rₑ(K) paper’s Figure 3")
+    Select(browser.find_element("id", "choose-rank-gym")).select_by_visible_text("dormant_ratio")
+    assert heading() == "dormant_ratio"  # and no word of the paper's figure
+    assert browser.find_element("id", "note-rank-gym").text == SPECTRAL_METRICS["dormant_ratio"]
     Select(browser.find_element("id", "choose-rank-gym")).select_by_visible_text("r_e_A")
+    assert heading() == "Effective rank of the features, rₑ(A)"
     shown = next(trace for trace in drawn(browser, "rank-gym")[1::2] if trace["name"] == "none")
     measured = [lines(runs, f"crl-none-{s}", "spectrum", batch="probe") for s in (0, 1)]
-    assert shown["y"] == pytest.approx([(a["r_e_A"] + b["r_e_A"]) / 2 for a, b in zip(*measured, strict=True)])
+    assert [y for _, y in unbroken(shown)] == pytest.approx(
+        [(a["r_e_A"] + b["r_e_A"]) / 2 for a, b in zip(*measured, strict=True)]
+    )
 
 
 def test_browser_hover_names_the_value(browser: Any) -> None:
@@ -424,7 +491,8 @@ def test_browser_slider_moves_the_ellipsoids(browser: Any, runs: Path) -> None:
     extent = "Math.max(...document.querySelector('.scene[data-side={}]').data[1].{}.flat())"
     for side, method in (("left", "none"), ("right", "sphere")):
         snapshot = snapshots(runs / f"crl-{method}-0")[1]
-        for axis, length in zip("yz", snapshot.semi_axes[1:], strict=True):
+        assert snapshot.semi_axes.sum() == pytest.approx(3)
+        for axis, length in zip("xyz", snapshot.semi_axes, strict=True):
             # the grid of the surface misses the pole of an axis by less than one cell
             wait(browser, f"Math.abs({extent.format(side, axis)} - {length}) < 0.01")
         reading = browser.find_element("css selector", f".reading[data-side={side}]").text
@@ -445,5 +513,8 @@ def test_browser_theme_and_phone(browser: Any) -> None:
     phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     wait(browser, "document.documentElement.scrollWidth <= 390")
+    # every number of the tables is in the window, without scrolling sideways
+    right = "Math.max(...[...document.querySelectorAll('.headline td')].map(e => e.getBoundingClientRect().right))"
+    assert browser.execute_script(f"return {right}") <= 390
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
     test_browser_reports_no_errors(browser)

@@ -93,7 +93,7 @@ def test_the_page_warns_of_that_run_and_reads_logs_without_the_new_columns(runs:
     known = results.spectra.drop_nulls(NEW)["run"].unique().to_list()
     assert known == ["literal"]
     suite = SuiteContent("gym", results)
-    page = render([suite], results, None)
+    page = render([suite], results, None, runs / "figures")
     assert f'<p class="warning"><b>literal</b>: {SAID}.</p>' in page
     assert page.count(SAID) == 2, "with its figures and in the table of runs"
     assert page.count("have vanished") == 2

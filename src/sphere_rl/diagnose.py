@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from numpy import ndarray
 
-from sphere_rl import checkpoint, figures
+from sphere_rl import appearance, checkpoint, figures
 from sphere_rl.agent import Policy
 from sphere_rl.config import TrainConfig
 from sphere_rl.errors import CommandLineError, RunFolderError
@@ -77,7 +77,8 @@ def command(words: list[str]) -> None:
         table = proxy_table(folder, chosen, given.batches or 16, given.device)
         show_proxy(folder, table, given.json)
         caption = f"{folder.path}: batches of {BATCH} states; {INTERVAL}."
-        figure = figures.proxy_scatter(table.rename({"checkpoint": "method"}), caption)
+        figure = figures.proxy_scatter(table, caption, "checkpoint")
+        figure.suptitle(caption, fontsize=7)
     else:
         found = [diagnose(folder, one, given.device) for one in chosen]
         show(folder, found, given.json)
@@ -190,7 +191,7 @@ def print_columns(title: str, head: str, columns: Mapping[str, Mapping[str, Any]
         print_table(title, [{head: row} | {name: columns[name].get(row) for name in shown} for row in rows])
 
 
-@figures.styled
+@appearance.styled
 def spectra(found: Sequence[Diagnosis], caption: str) -> Figure:
     """Eigenvalues of K and of A over their sums, largest first, a line a checkpoint."""
     from matplotlib.figure import Figure
@@ -203,8 +204,8 @@ def spectra(found: Sequence[Diagnosis], caption: str) -> Figure:
             values = getattr(one, ranks)
             shares = values / max(values.sum(), np.finfo(float).tiny)
             axes.loglog(
-                np.arange(1, len(shares) + 1), shares, color=figures.COLORS[i % len(figures.COLORS)],
-                linestyle=figures.LINES[i // len(figures.COLORS) % len(figures.LINES)], linewidth=1.2,
+                np.arange(1, len(shares) + 1), shares, color=appearance.COLORS[i % len(appearance.COLORS)],
+                linestyle=appearance.LINES[i // len(appearance.COLORS) % len(appearance.LINES)], linewidth=1.2,
                 label=f"{one.checkpoint}, $r_e$ = {effective_rank(values):.1f}",
             )  # fmt: skip
         axes.set(
@@ -224,7 +225,7 @@ def write(figure: Figure, path: Path) -> None:
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with matplotlib.rc_context(figures.STYLE):
+        with matplotlib.rc_context(appearance.STYLE):
             figure.savefig(path, dpi=200, bbox_inches="tight")
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be written ({error.strerror})") from None

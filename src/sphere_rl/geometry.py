@@ -1,7 +1,8 @@
 """What a run's policies at the ends of its tasks do on one probe batch: spectra of K and A, and weighted features.
 
 K maps a direction of output gradients to the change of outputs that a gradient step makes of it. In the eigenspace of
-its three largest eigenvalues it maps the unit sphere to an ellipsoid with semi-axes λ₁ ≥ λ₂ ≥ λ₃.
+its three largest eigenvalues it maps the unit sphere to an ellipsoid with semi-axes λ₁ ≥ λ₂ ≥ λ₃. What is drawn is its
+shape: K scaled so that λ₁ + λ₂ + λ₃ = 3, as for the identity.
 """
 
 from __future__ import annotations
@@ -51,9 +52,14 @@ class Snapshot:
 
     @property
     def semi_axes(self) -> Float[ndarray, "3"]:
-        """λ₁, λ₂, λ₃ of K divided by λ₁; zeros for a policy that no gradient can move."""
+        """3λ₁/Σ, 3λ₂/Σ, 3λ₃/Σ with Σ = λ₁ + λ₂ + λ₃ of K: (1, 1, 1) for a sphere; zeros where no gradient moves it."""
         leading = self.kernel_eigenvalues[:3]
-        return leading / leading[0] if leading[0] > 0 else np.zeros(3)
+        return 3 * leading / leading.sum() if leading[0] > 0 else np.zeros(3)
+
+    @property
+    def drawn_rank(self) -> float:
+        """r_e of λ₁, λ₂, λ₃ alone, 1 for a needle and 3 for a sphere: it belongs to the shape, `kernel_rank` to K."""
+        return effective_rank(self.kernel_eigenvalues[:3])
 
     @property
     def top_share(self) -> float:

@@ -165,7 +165,7 @@ class Run:
             self._end_segment(agent, collector)
             if self.due is not None:
                 self._evaluate(Policy(agent.actor, agent.normalizer), self.due)
-        if self.config.protocol == "crl":
+        if self.config.protocol == "crl" and len(self.tasks) > 1:  # of one task the final episodes would come again
             assert self.agent is not None
             self._evaluate_earlier_tasks(self.agent)
 

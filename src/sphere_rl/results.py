@@ -15,10 +15,11 @@ import polars as pl
 
 from sphere_rl.config import updated
 from sphere_rl.errors import RunFolderError
+from sphere_rl.methods import methods
 from sphere_rl.records import LOG_COLUMNS
-from sphere_rl.runs import RunFolder
+from sphere_rl.runs import LOGS, RunFolder
 from sphere_rl.saved import config_of
-from sphere_rl.suites import make_suite
+from sphere_rl.suites import suites
 
 KEY = ("suite", "protocol", "actor", "method", "seed")
 """Columns that name an experiment: one seed of one method. Protocol rl may spread its tasks over several folders."""
@@ -39,13 +40,19 @@ SPECTRUM = {
 }  # fmt: skip
 BROKEN = {"run": pl.String, "reason": pl.String}
 
+RUNS: dict[str, Any] = {
+    "error": pl.String, "speed": pl.Float64,
+    "tasks": pl.List(pl.String), "methods": pl.List(pl.String), "settings": pl.List(pl.String),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Results:
     """Tables that share the columns ``run`` and `KEY`.
 
-    runs: one row a folder, with its state, progress and speed. evals, spectra: one row a line of the logs.
-    broken: the runs that cannot be read and are in none of the others, ``run`` and ``reason``.
+    runs: one row a folder, with its state, progress and speed, the ``methods`` that it was trained with and the
+    ``settings`` of its label. evals, spectra: one row a line of the logs. broken: the runs that cannot be read and are
+    in none of the others, ``run`` and ``reason``.
     """
 
     root: Path
@@ -57,6 +64,10 @@ class Results:
     def folder(self, run: str) -> RunFolder:
         """A run's folder by its name in the tables."""
         return RunFolder.existing(self.root / run)
+
+    def trained(self, run: str) -> dict[str, Any]:
+        """A run's settings that tell what was trained, by name, as recorded; those it did not know are the defaults."""
+        return dict(_settings(updated(self.folder(run).config())))
 
     @property
     def tasks(self) -> dict[str, tuple[str, ...]]:
@@ -119,16 +130,18 @@ def load_results(root: Path | str) -> Results:
             broken.append({"run": str(path.relative_to(root)), "reason": str(error)})
     if not found:
         raise RunFolderError(broken[0]["reason"] + (f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""))
+    configs, sequences = [one.config for one in found], _sequences(found)
     runs, evals, spectra = [], [], []
-    for one, label in zip(found, method_labels([one.config for one in found]), strict=True):
+    for one, label, differs in zip(found, method_labels(configs), differing(configs), strict=True):
         key = {"run": one.run} | {name: one.config[name] for name in KEY} | {"method": label}
-        runs.append(key | one.row)
-        evals.extend(key | row for row in one.evals)
-        spectra.extend(key | row for row in one.spectra)
+        made = {"methods": list(one.config["method"]), "settings": differs}
+        runs.append(key | made | _run_row(one, one.config["tasks"] or sequences[one.config["suite"]]))
+        evals.extend(key | row for row in one.logs["eval"])
+        spectra.extend(key | row for row in one.logs["spectrum"])
     keys = {"run": pl.String} | dict.fromkeys(KEY, pl.String) | {"seed": pl.Int64}
     return Results(
         root,
-        pl.DataFrame(runs, infer_schema_length=None, schema_overrides={"error": pl.String, "speed": pl.Float64}),
+        pl.DataFrame(runs, infer_schema_length=None, schema_overrides=RUNS),
         _table(evals, keys | EVAL),
         _table(spectra, keys | SPECTRUM),
         pl.DataFrame(broken, schema=BROKEN),
@@ -141,41 +154,66 @@ class _Read:
 
     run: str
     config: dict[str, Any]
-    row: dict[str, Any]
-    evals: list[dict[str, Any]]
-    spectra: list[dict[str, Any]]
+    commit: str | None
+    status: dict[str, Any]
+    logs: dict[str, list[dict[str, Any]]]
+
+
+NEEDED = (*KEY, "tasks", "steps_per_task", "num_envs", "num_steps")
+"""Fields without which nothing can be said of a run."""
 
 
 def _read(folder: RunFolder, run: str) -> _Read:
-    """Read one folder.
+    """Read one folder. Its suite and methods need not be known here: what it recorded is what counts.
 
     Raises:
         RunFolderError: any of its files is not what a run writes.
     """
-    config_of(folder)  # refuses what is no configuration
     record = folder.record()
-    train, evals, spectra = (folder.read(log, LOG_COLUMNS[log]) for log in ("train", "eval", "spectrum"))
-    return _Read(run, updated(record["config"]), _run_row(folder, record, train, evals), evals, spectra)
+    config = record["config"]
+    if config.get("suite") in suites() and set(config.get("method", ())) <= methods().keys():
+        config_of(folder)  # refuses what is no configuration
+    elif missing := [name for name in NEEDED if name not in config]:
+        raise RunFolderError(f"{folder.config_path}: no configuration: {missing[0]} is missing")
+    logs = {log: folder.read(log, LOG_COLUMNS[log]) for log in LOGS}
+    return _Read(run, updated(config), record.get("commit"), folder.status(), logs)
 
 
 def method_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Label of each run: its methods, and ``name=value`` for every setting in which its peers differ.
 
     Peers are the runs of the same suite, actor and methods, whatever their protocol. A label that was given stands
-    in the place of the methods, and peers are those that were given the same.
+    in the place of the methods, and peers are those that were given the same; where it was given to several methods,
+    these follow it in brackets.
     """
-    names = [config.get("label") or "+".join(config["method"]) for config in configs]
+    return [" ".join((name, *settings)) for name, settings in zip(_names(configs), differing(configs), strict=True)]
+
+
+def differing(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """For each run ``name=value`` of every setting in which its peers differ; see `method_labels`."""
     flat = [dict(_settings(updated(config))) for config in configs]
     groups: dict[tuple[str, ...], list[int]] = {}
-    for i, config in enumerate(configs):
-        groups.setdefault((config["suite"], config["actor"], names[i], *config["method"]), []).append(i)
-    labels = list(names)
+    for i, (config, name) in enumerate(zip(configs, _names(configs), strict=True)):
+        groups.setdefault((config["suite"], config["actor"], name), []).append(i)
+    found: list[list[str]] = [[] for _ in configs]
     for members in groups.values():
         for name in dict.fromkeys(name for i in members for name in flat[i]):
             if len({repr(flat[i].get(name)) for i in members}) > 1:
                 for i in members:
-                    labels[i] += f" {name.rpartition('.')[2]}={plain(flat[i].get(name))}"
-    return labels
+                    found[i].append(f"{name.rpartition('.')[2]}={plain(flat[i].get(name))}")
+    return found
+
+
+def _names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What each run's methods are called: by the label that was given, or by their own names."""
+    methods = ["+".join(config["method"]) for config in configs]
+    given: dict[str, set[str]] = {}
+    for config, method in zip(configs, methods, strict=True):
+        given.setdefault(config.get("label") or method, set()).add(method)
+    return [
+        name if len(given[name := config.get("label") or method]) == 1 or name == method else f"{name} ({method})"
+        for config, method in zip(configs, methods, strict=True)
+    ]
 
 
 def plain(value: Any) -> str:
@@ -193,13 +231,26 @@ def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _run_row(
-    folder: RunFolder, record: Mapping[str, Any], train: list[dict[str, Any]], evals: list[dict[str, Any]]
-) -> dict[str, Any]:
-    config, status = updated(record["config"]), folder.status()
+def _sequences(found: Sequence[_Read]) -> dict[str, tuple[str, ...]]:
+    """Task sequence of each suite, for runs that name no tasks: its own, or, where it is not known here, as recorded.
+
+    Recorded is what the logs name, by place; of several runs, the one that has come furthest knows the most.
+    """
+    sequences: dict[str, tuple[str, ...]] = {}
+    for one in found:
+        name = one.config["suite"]
+        if name in suites():
+            sequences[name] = suites()[name].tasks
+        elif not one.config["tasks"]:
+            named = {row["task_index"]: row["task"] for rows in one.logs.values() for row in rows}
+            sequences[name] = max(sequences.get(name, ()), tuple(named[i] for i in sorted(named)), key=len)
+    return sequences
+
+
+def _run_row(one: _Read, tasks: Sequence[str]) -> dict[str, Any]:
+    config, status, train = one.config, one.status, one.logs["train"]
     speeds = sorted(row["steps_per_second"] for row in train)
-    finals = [row["task"] for row in evals if row["phase"] == "final"]
-    tasks = config["tasks"] or make_suite(config["suite"]).tasks
+    finals = [row["task"] for row in one.logs["eval"] if row["phase"] == "final"]
     batch = config["num_envs"] * config["num_steps"]
     return {
         "state": status.get("state", "new"),
@@ -211,7 +262,7 @@ def _run_row(
         "steps_per_task": config["steps_per_task"] // batch * batch,
         "global_step": train[-1]["global_step"] if train else 0,
         "speed": speeds[len(speeds) // 2] if speeds else None,
-        "commit": record["commit"],
+        "commit": one.commit,
     }
 
 

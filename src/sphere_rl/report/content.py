@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -14,19 +14,37 @@ import polars as pl
 from sphere_rl import figures, geometry, statistics
 from sphere_rl.errors import ConfigError, RunFolderError
 from sphere_rl.geometry import Snapshot
-from sphere_rl.report import panels
+from sphere_rl.report import panels, tables
 from sphere_rl.report.panels import Panel
 from sphere_rl.results import Results
-from sphere_rl.statistics import Estimate
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from sphere_rl.spectrum import SPECTRAL_METRICS
 
 DIRECTIONS = ("1st", "2nd", "3rd", "4th", "5th or later")
-NOT_METRICS = {"run", "suite", "protocol", "actor", "method", "seed", "global_step", "task_index", "task", "task_step"}
+NOT_METRICS = {
+    "run",
+    "suite",
+    "protocol",
+    "actor",
+    "method",
+    "seed",
+    "global_step",
+    "task_index",
+    "task",
+    "task_step",
+    "place",
+}
 FIRST_METRICS = ("r_e_K", "r_e_A")
 BARS = {"barmode": "group", "xaxis": {"showgrid": False}}
-PLAIN, ABLATION = "none", "sphere"
+PLAIN, SPHERE = ("none",), ("sphere",)
+"""Recorded methods of plain PPO, and of SPHERE without others."""
+NUMBERS = ("rl", "crl", "crl_iqm", "gap", "retention", "forgetting", "forward_transfer")
+INSTALL = "scikit-learn is not installed: pip install 'sphere-rl[sklearn]', then make the report again"
+
+
+def arms(results: Results) -> tuple[tuple[str, str], ...]:
+    """(actor, method) of every run, by actor, plain PPO first: the order of tables, and of colours."""
+    found = {(row["actor"], row["method"]): row["methods"] for row in results.runs.iter_rows(named=True)}
+    return tuple(sorted(found, key=lambda arm: (arm[0], tuple(found[arm]) != PLAIN, arm[1])))
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,8 @@ class SuiteContent:
 
     name: str
     results: Results
+    known: tuple[tuple[str, str], ...] = ()
+    """(actor, method) of the whole page, in the order of their colours; by default this part's own."""
 
     @property
     def runs(self) -> pl.DataFrame:
@@ -43,12 +63,13 @@ class SuiteContent:
 
     @cached_property
     def evals(self) -> pl.DataFrame:
-        """Evaluations, ``label`` added, and ``position``: where in the sequence's steps each was made."""
-        return self._placed(self.results.evals)
+        """Evaluations with their ``label``, ``place`` in the sequence, and ``position`` in its steps."""
+        again = (pl.col("phase") == "retention") & (len(self.tasks) < 2)  # of one task: its final episodes once more
+        return self._placed(self.results.evals.filter(~again))
 
     @cached_property
     def spectra(self) -> pl.DataFrame:
-        """Spectrum lines, with ``label`` and ``position`` as above."""
+        """Spectrum lines, with ``label``, ``place`` and ``position`` as above."""
         return self._placed(self.results.spectra)
 
     @property
@@ -79,15 +100,27 @@ class SuiteContent:
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """Headline numbers, a row a (actor, method), those of plain PPO first; ``label`` added."""
-        found = statistics.headline(self.evals, self.results.tasks, self.score)
-        known = {(row["actor"], row["method"]) for row in found}
-        empty = dict.fromkeys(("rl", "crl", "crl_iqm", "gap", "retention", "forgetting", "forward_transfer"))
-        for actor, method in self.runs.select("actor", "method").unique(maintain_order=True).iter_rows():
-            if (actor, method) not in known:
-                found.append({"suite": self.suite, "actor": actor, "method": method} | empty)
-        found.sort(key=lambda row: (row["actor"], row["method"].split()[0] != PLAIN, row["method"]))
-        return [row | {"label": self._label(row["actor"], row["method"])} for row in found]
+        """Headline numbers, a row a (actor, method), those of plain PPO first.
+
+        Added: ``label``; ``methods``, the names that the runs recorded; ``settings`` that tell it from its peers;
+        ``r_e_K``, the mean over tasks as last measured on each in CRL.
+        """
+        scored = statistics.headline(self.evals, self.results.tasks, self.score)
+        found = {(row["actor"], row["method"]): row for row in scored}
+        complete = []
+        for actor, method in arms(self.results):
+            label = self._label(actor, method)
+            one = self.runs.filter((pl.col("actor") == actor) & (pl.col("method") == method)).row(0, named=True)
+            made = {"label": label, "methods": tuple(one["methods"]), "settings": tuple(one["settings"])}
+            rank = {"r_e_K": tables.final_rank(*self._of(label), self.tasks)}
+            empty = {"suite": self.suite, "actor": actor, "method": method} | dict.fromkeys(NUMBERS)
+            complete.append(empty | found.get((actor, method), {}) | made | rank)
+        return complete
+
+    def _of(self, label: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+        """Evaluations and spectrum lines of one label."""
+        chosen = pl.col("label") == label
+        return self.evals.filter(chosen), self.spectra.filter(chosen)
 
     @cached_property
     def labels(self) -> list[str]:
@@ -95,22 +128,48 @@ class SuiteContent:
         return [row["label"] for row in self.rows]
 
     @cached_property
+    def order(self) -> list[str]:
+        """Labels by colour: the page's methods, those that this part does not have as empty places."""
+        own = {(row["actor"], row["method"]): row["label"] for row in self.rows}
+        return [own.get(arm, "") for arm in (self.known or own)]
+
+    @cached_property
+    def plain(self) -> list[dict[str, Any]]:
+        """Rows of plain PPO."""
+        return [row for row in self.rows if row["methods"] == PLAIN]
+
+    @cached_property
+    def variants(self) -> list[dict[str, Any]]:
+        """Rows of SPHERE alone, whatever they are called."""
+        return [row for row in self.rows if row["methods"] == SPHERE]
+
+    @cached_property
+    def pair(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        """Plain PPO and SPHERE, as far as they are there: under the same actor if they can be."""
+        plain = next(iter(self.plain), None)
+        ours = self.variants or [row for row in self.rows if set(SPHERE) <= {*row["methods"]}]
+        same = [row for row in ours if plain and row["actor"] == plain["actor"]]
+        return plain, next(iter(same or ours), None)
+
+    @cached_property
     def differences(self) -> list[dict[str, Any]]:
         """What each method gains over plain PPO under the same actor and settings, paired by seed and task."""
         found = []
         for row in self.rows:
-            settings = set(row["method"].split()[1:])
-            plain = [
-                other for other in self.rows
-                if other["actor"] == row["actor"] and other["method"].split()[0] == PLAIN
-                and set(other["method"].split()[1:]) <= settings
-            ]  # fmt: skip
-            if plain and row["method"].split()[0] != PLAIN:
-                ours, theirs = (self.evals.filter(pl.col("label") == one["label"]) for one in (row, plain[0]))
+            same = (other for other in self.plain if other["actor"] == row["actor"])
+            plain = next((other for other in same if {*other["settings"]} <= {*row["settings"]}), None)
+            if plain and row["methods"] != PLAIN:
+                ours, theirs = self._of(row["label"]), self._of(plain["label"])
                 names = {"label": row["label"], "actor": row["actor"], "method": row["method"]}
-                numbers = statistics.differences(ours, theirs, self.tasks, self.score)
-                found.append(names | {"reference": plain[0]["label"]} | numbers)
+                numbers = statistics.differences(ours[0], theirs[0], self.tasks, self.score)
+                numbers["r_e_K"] = tables.rank_gain(ours, theirs, self.tasks)
+                found.append(names | {"reference": plain["label"]} | numbers)
         return found
+
+    @cached_property
+    def by_task(self) -> list[dict[str, Any]]:
+        """Every task by method and protocol."""
+        return tables.by_task(self.rows, self.evals, self.spectra, self.tasks)
 
     @property
     def snapshots(self) -> dict[str, list[Snapshot]]:
@@ -174,13 +233,13 @@ class SuiteContent:
     def facts(self) -> str:
         """Seeds and steps, for captions."""
         seeds = ", ".join(map(str, sorted(self.runs["seed"].unique())))
-        tasks = f"{len(self.tasks)} task{'s' if len(self.tasks) > 1 else ''}"
+        tasks = f"{len(self.tasks)} task{'s' if len(self.tasks) != 1 else ''}"
         return f"{self.suite}: {tasks} × {self.steps:,} steps, seed{'s' if ',' in seeds else ''} {seeds}."
 
     def curves(self, table: pl.DataFrame, column: str) -> list[figures.Curve]:
-        """A curve for each label, in the headline's order; an index means the same colour in every figure."""
-        found = {curve.label: curve for curve in figures.curves(table, "position", column, ["label"])}
-        return [found.get(label, figures.Curve(label, (), (), (), (), 0)) for label in self.labels] if found else []
+        """A curve for each label that has one, in the headline's order; it breaks where a task ends."""
+        found = figures.curves(table, "position", column, ["label"], part="place")
+        return sorted(found, key=lambda curve: self.labels.index(curve.label))
 
     @cached_property
     def panels(self) -> list[Panel]:
@@ -191,45 +250,31 @@ class SuiteContent:
         )  # fmt: skip
         return [make() for make in makers]
 
-    def drawings(self) -> dict[str, Figure]:
-        """Figures for papers by file name, without the suite's name."""
-        by_title = {panel.figure: panel.caption for panel in self.panels}
-        measured = [curve for curve in self.curves(self.crl_probe, "r_e_K") if curve.x]
-        learned = [curve for curve in self.curves(self._learned("crl"), self.score) if curve.x]
-        score, plain = self.score_name, self._plain_rows()
-        return {
-            "geometry": figures.geometry(self.snapshots, self.geometry_caption()),
-            "architectures": figures.success_bars(plain, "actor", by_title["architectures"], score),
-            "rank": figures.line_plot(measured, self.starts, by_title["rank"], "$r_e(K)$"),
-            "success": figures.success_bars(self.rows, "label", by_title["success"], score),
-            "features": figures.tsne(self.embeddings, by_title["features"], DIRECTIONS),
-            "proxy": figures.proxy_scatter(self.spectra, by_title["proxy"]),
-            "learning": figures.line_plot(learned, self.starts, by_title["learning"], score),
-            "spectrum": figures.spectrum_decay(self.snapshots, by_title["spectrum"]),
-            "routing": figures.routing(self.loads, by_title["routing"]),
-            "ablation": figures.table_figure(("variant", "RL", "CRL"), self.ablation(), "Ablation. " + self.facts()),
-            "rho": figures.option_sweep(self.rho_points(), "ρ", by_title["rho"], score),
-        }
-
     def geometry_caption(self) -> str:
         """Caption of the 3-D view."""
         return (
             "The unit sphere of output-gradient directions (grey) and its image under K at the end of each CRL task, "
             "in the eigenspace of K's three largest eigenvalues. Semi-axes are λ₁, λ₂, λ₃ of the full eNTK on one "
-            "fixed probe batch, divided by λ₁: a needle means that gradients move the policy along one direction only. "
-            f"Lowest seed of each method. {self.facts()}"
+            "fixed probe batch, scaled to the sum 3 that the sphere's have; all views have one scale. A needle means "
+            "that gradients move the policy along one direction only. The shape is of these three alone (rₑ 1 to 3); "
+            f"rₑ(K), of all of them, can be higher where it is flatter. Lowest seed of each method. {self.facts()}"
         )
 
     def ablation(self) -> list[list[str]]:
-        """Rows of the ablation table: plain PPO and every variant of SPHERE alone."""
-        chosen = [row for row in self.rows if row["method"].split()[0] in (PLAIN, ABLATION)]
+        """Rows of the ablation table: plain PPO and every variant of SPHERE alone; none where there are not two."""
+        chosen = [*self.plain, *self.variants] if len(self.variants) > 1 else []
         return [[row["label"], *(str(row[name] or "–") for name in ("rl", "crl"))] for row in chosen]
 
-    def rho_points(self) -> dict[float, dict[str, Estimate | None]]:
-        """Headline numbers by ρ, where runs of SPHERE differ in ρ alone."""
-        prefix = f"{ABLATION} rho="
-        found = [row for row in self.rows if row["method"].startswith(prefix) and row["method"].count("=") == 1]
-        return {float(row["method"].removeprefix(prefix)): {name: row[name] for name in ("rl", "crl")} for row in found}
+    def rho_points(self) -> dict[float, dict[str, Any]]:
+        """Headline numbers and label by ρ: the most runs of SPHERE whose recorded settings differ in ρ alone."""
+        alike: dict[str, dict[float, dict[str, Any]]] = {}
+        for row in self.variants:
+            own = self.runs.filter((pl.col("actor") == row["actor"]) & (pl.col("method") == row["method"]))
+            settings = self.results.trained(own["run"][0])
+            rho = settings.pop("sphere.rho")
+            alike.setdefault(repr((row["actor"], settings)), {})[rho] = {k: row[k] for k in ("rl", "crl", "label")}
+        found = max(alike.values(), key=len, default={})
+        return found if len(found) > 1 else {}
 
     def _success(self) -> Panel:
         caption = f"Mean {self.score_name.lower()} at the end of training on each task, with 95 % bootstrap intervals "
@@ -237,14 +282,14 @@ class SuiteContent:
         caption += "(none with one seed); a bar needs a seed that has finished all tasks. "
         caption += (f"Missing: {', '.join(absent)}. " if absent else "") + self.facts()
         known = any(row[protocol] for row in self.rows for protocol in ("rl", "crl"))
-        choices = {"": panels.bars(self.rows, self.labels)} if known else {}
+        choices = {"": panels.bars(self.rows, self.labels, self.order)} if known else {}
         return self._panel("success", f"{self.score_name} of RL and CRL by method", caption, choices,
                            "no seed has finished all tasks yet", BARS, y=self.score_name)  # fmt: skip
 
     def _architectures(self) -> Panel:
-        rows = self._plain_rows()
-        known = len({row["actor"] for row in rows}) > 1 and any(row[name] for row in rows for name in ("rl", "crl"))
-        choices = {"": panels.bars(rows, [row["actor"] for row in rows])} if known else {}
+        rows = self.architectures
+        known = any(row[name] for row in rows for name in ("rl", "crl"))
+        choices = {"": panels.bars(rows, [row["actor"] for row in rows], self.order)} if known else {}
         caption = f"Plain PPO by architecture, as above. {self.facts()}"
         return self._panel("architectures", "RL and CRL by architecture", caption, choices,
                            "runs of plain PPO with more than one architecture", BARS,
@@ -253,9 +298,9 @@ class SuiteContent:
     def _learning(self) -> Panel:
         choices = {}
         for protocol in ("crl", "rl"):
-            curves = self.curves(self._learned(protocol), self.score)
+            curves = self.curves(self.learned(protocol), self.score)
             if curves:
-                choices[protocol.upper()] = panels.lines(curves)
+                choices[protocol.upper()] = panels.lines(curves, self.order)
         caption = f"{self.score_name} on the current task by environment step: mean over seeds, band: their range. "
         caption += f"RL runs are drawn at their task's place in the sequence. {self.facts()}"
         layout = panels.boundaries(self.starts, self.steps)
@@ -267,34 +312,41 @@ class SuiteContent:
         numeric = [name for name, kind in lines.schema.items() if kind.is_numeric() and name not in NOT_METRICS]
         order = [name for name in FIRST_METRICS if name in numeric]
         order += sorted(name for name in numeric if name not in order and name != "position")
-        choices = {name: panels.lines(found) for name in order if (found := self.curves(lines, name))}
+        choices = {name: panels.lines(found, self.order) for name in order if (found := self.curves(lines, name))}
         caption = "Plasticity on one fixed probe batch through CRL training: mean over seeds, band: their range. "
-        return self._panel("rank", "Effective rank of the eNTK, rₑ(K)", caption + self.facts(), choices,
-                           "no spectrum lines of CRL runs", panels.boundaries(self.starts, self.steps), "metric",
-                           "environment steps")  # fmt: skip
+        panel = self._panel("rank", panels.TITLES["r_e_K"], caption + self.facts(), choices,
+                            "no spectrum lines of CRL runs", panels.boundaries(self.starts, self.steps), "metric",
+                            "environment steps")  # fmt: skip
+        notes = {name: text for name, text in SPECTRAL_METRICS.items() if name in choices}
+        return replace(panel, titles={name: panels.TITLES.get(name, name) for name in choices}, notes=notes)
 
     def _spectrum(self) -> Panel:
         caption = "Eigenvalues of K over their sum on the probe batch, largest first, lowest CRL seed of each method. "
         layout = {"yaxis": {"type": "log", "dtick": 1, "exponentformat": "power"}}
         return self._panel("spectrum", "The spectrum of K as it decays", caption + self.facts(),
-                           panels.spectra(self.snapshots), "no CRL policy at the end of a task yet", layout,
+                           panels.spectra(self.snapshots, self.order), "no CRL policy at the end of a task yet", layout,
                            "after task", "index i", "λ<sub>i</sub> / tr K")  # fmt: skip
 
     def _routing(self) -> Panel:
-        caption = "Share of the probe states that the gate sends to each expert, lowest CRL seed of each method. "
+        caption = (
+            "Share of the probe states that the gate sends to each expert, lowest CRL seed of each method; a column "
+        )
+        caption += "reaches from the measurement before to its own. "
+        layout = panels.boundaries(self.starts, self.steps) | {"hovermode": "closest"}
         return self._panel("routing", "Routing load", caption + self.facts(), panels.routing(self.loads),
-                           "no routing measured: no mixture of experts, or no spectrum lines", {}, "method",
+                           "no routing measured: no mixture of experts, or no spectrum lines", layout, "method",
                            "environment steps")  # fmt: skip
 
     def _features(self) -> Panel:
         caption = (
-            "t-SNE of the routing-weighted last hidden features Φ of the probe batch after each task; colour: the "
+            "t-SNE of the routing-weighted last hidden features Φ of the probe batch after each task; symbol and "
+            "lightness: the singular direction of Φ that a state's features are longest along. Lowest CRL seed. "
         )
-        caption += "singular direction of Φ that a state's features are longest along. Lowest CRL seed. " + self.facts()
-        reason = "no CRL policy at the end of a task yet" if find_spec("sklearn") else "scikit-learn is not installed"
+        caption += self.facts()
+        reason = "no CRL policy at the end of a task yet" if find_spec("sklearn") else INSTALL
         layout: dict[str, Any] = {axis: {"visible": False} for axis in ("xaxis", "yaxis")}
-        return self._panel("features", "Weighted features", caption, panels.embeddings(self.embeddings, DIRECTIONS),
-                           reason, layout, "snapshot")  # fmt: skip
+        choices = panels.embeddings(self.embeddings, DIRECTIONS, self.order)
+        return self._panel("features", "Weighted features", caption, choices, reason, layout, "snapshot")
 
     def _proxy(self) -> Panel:
         known = self.spectra.filter(pl.col("r_e_A").is_not_null() & pl.col("r_e_K").is_not_null())
@@ -302,13 +354,17 @@ class SuiteContent:
         if known.height >= 3 and known["r_e_A"].n_unique() > 1 and known["r_e_K"].n_unique() > 1:
             r = np.corrcoef(known["r_e_A"], known["r_e_K"])[0, 1]
             caption += f" Pearson r = {r:.3f} over {known.height} batches."
-        choices = {"": panels.scatter(known)} if known.height else {}
+        choices = {"": panels.scatter(known, self.order)} if known.height else {}
         return self._panel("proxy", "The proxy and the kernel", f"{caption} {self.facts()}", choices,
                            "no spectrum lines", {}, "", "rₑ(A)", "rₑ(K)")  # fmt: skip
 
     def _rho(self) -> Panel:
         points = self.rho_points()
-        choices = {"": panels.option_lines(points)} if any(row[p] for row in points.values() for p in row) else {}
+        choices = (
+            {"": panels.option_lines(points, self.order)}
+            if any(row[p] for row in points.values() for p in ("rl", "crl"))
+            else {}
+        )
         layout = {"xaxis": {"type": "log"}} if points and min(points) > 0 else {}
         return self._panel("rho", "Success against ρ", f"SPHERE by its strength ρ. {self.facts()}", choices,
                            "finished runs of SPHERE that differ in ρ alone (sphere sweep --grid sphere.rho 0.01 0.1)",
@@ -324,19 +380,27 @@ class SuiteContent:
         return Panel(f"{name}-{self.name}", title, caption, name, choices, choose, {**layout, **axes},
                      "" if choices else reason)  # fmt: skip
 
-    def _plain_rows(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row["method"] == PLAIN]
+    @property
+    def architectures(self) -> list[dict[str, Any]]:
+        """Rows of plain PPO without settings of their own, one an actor; none where there is but one actor."""
+        found: dict[str, dict[str, Any]] = {}
+        for row in self.plain:
+            if not row["settings"]:
+                found.setdefault(row["actor"], row)
+        return list(found.values()) if len(found) > 1 else []
 
-    def _learned(self, protocol: str) -> pl.DataFrame:
+    def learned(self, protocol: str) -> pl.DataFrame:
+        """Evaluations during training and at its end, on the task at hand."""
         return self.evals.filter((pl.col("protocol") == protocol) & pl.col("phase").is_in(["train", "final"]))
 
     def _placed(self, table: pl.DataFrame) -> pl.DataFrame:
-        place = pl.col("task").replace_strict({task: i for i, task in enumerate(self.tasks)}, return_dtype=pl.Int64)
+        places = {task: i for i, task in enumerate(self.tasks)} or {"": 0}
+        place = pl.col("task").replace_strict(places, default=None, return_dtype=pl.Int64)
         place = pl.when(pl.col("protocol") == "crl").then(pl.col("task_index")).otherwise(place)
         label = pl.struct("actor", "method").map_elements(
             lambda row: self._label(row["actor"], row["method"]), return_dtype=pl.String
         )
-        return table.with_columns(position=place * self.steps + pl.col("task_step"), label=label)
+        return table.with_columns(place=place, position=place * self.steps + pl.col("task_step"), label=label)
 
     def _label(self, actor: str, method: str) -> str:
         return method if self.runs["actor"].n_unique() == 1 else f"{actor} {method}"

@@ -5,8 +5,9 @@
   const still = matchMedia("(prefers-reduced-motion: reduce)");
   const narrow = matchMedia("(max-width: 40rem)");
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const color = (index) => css(`--c${index % 8}`);
+  const color = (index) => index === null ? css("--soft") : css(`--c${index % 8}`);
   const fade = (hex, alpha) => hex + Math.round(alpha * 255).toString(16).padStart(2, "0");
+  const mix = (hex, other, share) => "#" + [1, 3, 5].map((i) => Math.round(share * parseInt(hex.slice(i, i + 2), 16) + (1 - share) * parseInt(other.slice(i, i + 2), 16)).toString(16).padStart(2, "0")).join("");
   const config = { responsive: true, displayModeBar: false };
 
   function merge(base, changes) {
@@ -36,16 +37,22 @@
     return layout;
   }
 
+  // A colour is a method; RL's bars have a light, hatched one, and where a line joins methods it has none of theirs.
   function paint(trace) {
-    const own = color(trace.palette || 0);
+    const each = (change) => Array.isArray(trace.palette) ? trace.palette.map((index) => change(color(index))) : change(color(trace.palette === undefined ? 0 : trace.palette));
+    const own = each((hex) => hex), line = Array.isArray(trace.palette) ? css("--soft") : own;
     const painted = merge(trace, {});
     if (trace.band) painted.fillcolor = fade(own, 0.15);
     else if (trace.type === "heatmap") painted.colorbar = { ...trace.colorbar, outlinewidth: 0, thickness: 12 };
-    else {
-      painted.marker = { ...trace.marker, color: own };
-      if (trace.type === "scatter") painted.line = { ...trace.line, color: own };
-      if (trace.error_y) painted.error_y = { ...trace.error_y, color: trace.type === "bar" ? css("--ink") : own };
-      if (trace.type === "bar") painted.marker.pattern = { ...trace.marker.pattern, bgcolor: own, fgcolor: css("--card") };
+    else if (trace.type === "bar") {
+      const light = each((hex) => mix(hex, css("--card"), 0.35)), hatched = trace.protocol === "rl";
+      painted.marker = { color: hatched ? light : own, line: { color: own, width: 1.2 } };
+      if (hatched) painted.marker.pattern = { shape: "/", solidity: 0.2, size: 7, fgcolor: own, bgcolor: light };
+      if (trace.error_y) painted.error_y = { ...trace.error_y, color: css("--ink") };
+    } else {
+      painted.marker = { ...trace.marker, color: trace.shade ? mix(own, css("--card"), trace.shade) : own };
+      painted.line = { ...trace.line, color: line };
+      if (trace.error_y) painted.error_y = { ...trace.error_y, color: line };
     }
     return painted;
   }
@@ -56,6 +63,11 @@
     if (!box) return;
     const select = document.getElementById(`choose-${id}`);
     const choice = select ? select.value : Object.keys(panel.choices)[0];
+    const title = panel.titles[choice] || panel.title, note = document.getElementById(`note-${id}`), paper = document.getElementById(`paper-${id}`);
+    document.getElementById(`heading-${id}`).textContent = title;
+    box.setAttribute("aria-label", title);
+    if (paper) paper.hidden = title !== panel.title;  // the paper's figure is of the first choice
+    if (note) note.textContent = panel.notes[choice] || "";
     Plotly.react(box, panel.choices[choice].map(paint), layoutOf(panel, choice), config);
   }
 
@@ -111,9 +123,11 @@
       this.output = root.querySelector("output");
       this.button = root.querySelector(".play");
       this.timer = null;
-      const plain = this.names.find((name) => /(^| )none$/.test(name)) || this.names[0];
-      this.sides[0].select.value = plain;
-      this.sides[1].select.value = this.names.find((name) => /sphere/.test(name)) || this.names[this.names.length - 1];
+      const { order, pair } = data.methods[root.dataset.suite];
+      this.order = order;
+      this.reach = Math.max(1, ...Object.values(this.methods).flat().map((one) => one.semi_axes[0]));
+      this.sides[0].select.value = this.names.includes(pair[0]) ? pair[0] : this.names[0];
+      this.sides[1].select.value = this.names.includes(pair[1]) ? pair[1] : this.names[this.names.length - 1];
       this.range.max = Math.max(...Object.values(this.methods).map((row) => row.length)) - 1;
       this.range.addEventListener("input", () => { this.pause(); this.show(); });
       for (const side of this.sides) side.select.addEventListener("change", () => this.show());
@@ -134,7 +148,7 @@
     }
 
     traces(side) {
-      const own = color(this.names.indexOf(side.select.value));
+      const own = color(this.order.indexOf(side.select.value));
       return [
         { type: "scatter3d", mode: "lines", ...cage(), line: { color: fade(css("--soft"), 0.55), width: 1.4 }, hoverinfo: "skip", showlegend: false },
         { type: "mesh3d", ...solid(side.axes), color: own, opacity: 1, hoverinfo: "skip", flatshading: false,
@@ -143,7 +157,7 @@
     }
 
     layout() {
-      const axis = { visible: false, range: [-1.05, 1.05] };
+      const axis = { visible: false, range: [-1.05 * this.reach, 1.05 * this.reach] };
       return { margin: { l: 0, r: 0, t: 0, b: 0 }, paper_bgcolor: "rgba(0,0,0,0)", showlegend: false, uirevision: "kept",
         scene: { xaxis: axis, yaxis: axis, zaxis: axis, aspectmode: "cube", dragmode: "orbit", camera: { eye: { x: 0.95, y: 0.95, z: 0.6 } } } };
     }
@@ -167,7 +181,7 @@
       for (const side of this.sides) {
         const found = this.snapshot(side);
         side.reading.innerHTML = found
-          ? `r<sub>e</sub>(K) = <b>${found.rank.toFixed(1)}</b> · λ₂/λ₁ = ${found.semi_axes[1].toFixed(3)} · λ₃/λ₁ = ${found.semi_axes[2].toFixed(3)}<br>λ₁ = ${found.largest.toLocaleString("en", { maximumSignificantDigits: 3 })} · the three hold ${(100 * found.share).toFixed(0)} % of tr K`
+          ? `r<sub>e</sub>(K) = <b>${found.rank.toFixed(1)}</b> · r<sub>e</sub> of the three drawn = <b>${found.drawn_rank.toFixed(2)}</b><br>semi-axes ${found.semi_axes.map((axis) => axis.toFixed(2)).join(" · ")} · λ₁ = ${found.largest.toLocaleString("en", { maximumSignificantDigits: 3 })} · the three hold ${(100 * found.share).toFixed(0)} % of tr K`
           : "missing: this run has not finished the task";
       }
     }

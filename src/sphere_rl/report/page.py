@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
@@ -13,10 +12,10 @@ from typing import Any
 
 import polars as pl
 
-from sphere_rl import figures
 from sphere_rl.errors import RunFolderError
 from sphere_rl.geometry import Snapshot
-from sphere_rl.report.content import ABLATION, PLAIN, SuiteContent
+from sphere_rl.report import commands, drawings, tables
+from sphere_rl.report.content import SuiteContent, arms
 from sphere_rl.results import Results, load_results
 from sphere_rl.runs import read_sweep, write_atomic
 from sphere_rl.statistics import Estimate
@@ -26,13 +25,14 @@ NUMBERS = {
     "rl": "RL",
     "crl": "CRL",
     "crl_iqm": "CRL, IQM",
+    "r_e_K": "rₑ(K)",
     "gap": "RL − CRL",
     "retention": "Retention",
     "forgetting": "Forgetting",
     "forward_transfer": "Forward transfer",
 }
 """Columns of the headline table."""
-DIFFERENCES = ("rl", "crl", "crl_iqm", "gap", "retention")
+DIFFERENCES = ("rl", "crl", "crl_iqm", "r_e_K", "gap", "retention")
 """Columns of the table of differences to plain PPO."""
 
 FIGURES = {
@@ -70,15 +70,15 @@ def make_page(results: Results, out: Path, refresh: int | None = None) -> Page:
     The page is one file without links to the network. With ``refresh`` it reloads itself after that many seconds, and
     figures that are there already are left for the call without it.
     """
-    suites = [SuiteContent(name, part) for name, part in results.by_sequence().items()]
+    known = arms(results)
+    suites = [SuiteContent(name, part, known) for name, part in results.by_sequence().items()]
     out.mkdir(parents=True, exist_ok=True)
     if refresh is None or not (out / "figures").is_dir():  # while runs go on, the page alone is made anew
-        for suite in suites:
-            for name, figure in suite.drawings().items():
-                figures.save(figure, out / "figures" / f"{suite.name}-{name}")
+        (out / "figures").mkdir(exist_ok=True)
+        drawings.write(suites, out / "figures")
     _write_tables(suites, results, out / "tables")
     page = out / "index.html"
-    write_atomic(page, render(suites, results, refresh).encode())
+    write_atomic(page, render(suites, results, refresh, out / "figures").encode())
     return Page(page, left_out(suites, results))
 
 
@@ -95,18 +95,19 @@ def left_out(suites: Sequence[SuiteContent], results: Results) -> dict[str, str]
     return found
 
 
-def render(suites: Sequence[SuiteContent], results: Results, refresh: int | None) -> str:
-    """The page's HTML."""
+def render(suites: Sequence[SuiteContent], results: Results, refresh: int | None, figures: Path) -> str:
+    """The page's HTML; it links to the files that are in the folder ``figures``."""
     from jinja2 import Environment
     from plotly.offline import get_plotlyjs
 
     parts = files("sphere_rl.report")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((parts / "page.html.j2").read_text())
-    views = [_view(suite) for suite in suites]
+    views: list[dict[str, Any]] = [_view(suite) | {"figures": _figures(suite, figures)} for suite in suites]
     data = {
         "panels": {panel["id"]: panel for view in views for panel in view["panels"]},
         "geometry": {view["name"]: view["geometry"] for view in views},
+        "methods": {suite.name: _methods(suite) for suite in suites},
         "refresh": refresh,
     }
     return template.render(
@@ -118,11 +119,12 @@ def render(suites: Sequence[SuiteContent], results: Results, refresh: int | None
         runs=[_run(row, results) for row in results.runs.iter_rows(named=True)],
         planned=planned(results),
         left_out=left_out(suites, results),
-        commands=_commands(results),
+        commands=commands.commands(results),
         configs=_configs(results),
         commits=sorted(set(results.runs["commit"].drop_nulls())),
         numbers=NUMBERS,
         differences=DIFFERENCES,
+        columns=tables.COLUMNS,
         paper={name: title.partition(",")[0] for name, title in FIGURES.items() if title.startswith("Figure")},
         refresh=refresh,
     )
@@ -141,6 +143,7 @@ def _view(suite: SuiteContent) -> dict[str, Any]:
         "differences": [
             row | {"cells": {name: _cell(row[name], signed=True) for name in DIFFERENCES}} for row in suite.differences
         ],
+        "by_task": [row | {"cells": {name: _cell(row[name]) for name in tables.COLUMNS}} for row in suite.by_task],
         "panels": [asdict(panel) for panel in suite.panels],
         "ablation": suite.ablation(),
         "geometry": {label: [_ellipsoid(s) for s in row] for label, row in suite.snapshots.items()},
@@ -149,15 +152,22 @@ def _view(suite: SuiteContent) -> dict[str, Any]:
             run["run"]: texts for run in suite.runs.iter_rows(named=True) if (texts := _warnings(run, suite.results))
         },
         "absent": suite.absent,
-        "figures": FIGURES,
     }
 
 
+def _figures(suite: SuiteContent, folder: Path) -> dict[str, str]:
+    """Figures for papers that are there, and what they are."""
+    return {name: title for name, title in FIGURES.items() if drawings.written(folder / f"{suite.name}-{name}")}
+
+
+def _methods(suite: SuiteContent) -> dict[str, Any]:
+    """Colours of a suite's methods, and which of them the 3-D view shows first: plain PPO beside SPHERE."""
+    return {"order": suite.order, "pair": [row and row["label"] for row in suite.pair]}
+
+
 def _cards(suite: SuiteContent) -> list[dict[str, str]]:
-    """The numbers at the top: plain PPO and SPHERE under the same actor in CRL, their difference, their gaps to RL."""
-    plain = next((row for row in suite.rows if row["method"].split()[0] == PLAIN), {})
-    sphere = [row for row in suite.rows if row["method"].split()[0] == ABLATION]
-    ours = next((row for row in sphere if row["actor"] == plain.get("actor")), sphere[0] if sphere else {})
+    """The numbers at the top: plain PPO and SPHERE under the same actor in CRL, with differences and ranks."""
+    plain, ours = (row or {} for row in suite.pair)
     gained = next((row for row in suite.differences if row["label"] == ours.get("label")), {})
     score = suite.score_name
     names = plain.get("label", "plain PPO"), ours.get("label", "SPHERE")
@@ -167,6 +177,8 @@ def _cards(suite: SuiteContent) -> list[dict[str, str]]:
         {"title": f"CRL {score.lower()}", "who": names[1]} | _cell(ours.get("crl")),
         {"title": "Difference in CRL", "who": pair} | _cell(gained.get("crl"), signed=True),
         {"title": "Difference of the RL − CRL gap", "who": pair} | _cell(gained.get("gap"), signed=True),
+        {"title": "CRL rₑ(K)", "who": names[0]} | _cell(plain.get("r_e_K")),
+        {"title": "CRL rₑ(K)", "who": names[1]} | _cell(ours.get("r_e_K")),
     ]
 
 
@@ -187,6 +199,7 @@ def _ellipsoid(snapshot: Snapshot) -> dict[str, Any]:
         "task": snapshot.task,
         "semi_axes": snapshot.semi_axes.tolist(),
         "rank": snapshot.kernel_rank,
+        "drawn_rank": snapshot.drawn_rank,
         "largest": float(snapshot.kernel_eigenvalues[0]),
         "share": snapshot.top_share,
     }
@@ -206,21 +219,7 @@ def _warnings(run: dict[str, Any], results: Results) -> list[str]:
 def planned(results: Results) -> list[str]:
     """Runs that a sweep has planned and not begun."""
     begun = {*results.runs["run"], *results.broken["run"]}
-    return [name for name in _sweep(results).get("runs", ()) if name not in begun]
-
-
-def _commands(results: Results) -> list[str]:
-    """The exact commands: the sweep's, or one for each run, with its whole configuration in config.json."""
-    if found := _sweep(results).get("commands"):
-        return found
-    return [
-        shlex.join([
-            "sphere", "train", "--suite", row["suite"], "--tasks", *row["tasks"], "--protocol", row["protocol"],
-            "--actor", row["actor"], "--method", *row["method"].split()[0].split("+"), "--seed", str(row["seed"]),
-            "--steps-per-task", str(row["steps_per_task"]),
-        ])
-        for row in results.runs.iter_rows(named=True)
-    ]  # fmt: skip
+    return [name for name in commands.sweep(results).get("runs", ()) if name not in begun]
 
 
 def _configs(results: Results) -> dict[str, str]:
@@ -232,13 +231,6 @@ def _configs(results: Results) -> dict[str, str]:
         )
         for row in chosen.iter_rows(named=True)
     }
-
-
-def _sweep(results: Results) -> dict[str, Any]:
-    try:
-        return read_sweep(results.root)
-    except RunFolderError:  # said in `left_out`
-        return {}
 
 
 def _write_tables(suites: Sequence[SuiteContent], results: Results, out: Path) -> None:
@@ -255,9 +247,24 @@ def _write_tables(suites: Sequence[SuiteContent], results: Results, out: Path) -
         columns = dict.fromkeys(("part", "actor", "method", "number"), pl.String)
         columns |= dict.fromkeys(("value", "low", "high"), pl.Float64) | {"seeds": pl.Int64}
         pl.DataFrame(rows, schema=columns).write_csv(out / f"{file}.csv")
+    _task_table(suites).write_csv(out / "tasks.csv")
     results.evals.write_csv(out / "evaluations.csv")
     flat = [name for name, kind in results.spectra.schema.items() if not kind.is_nested()]
     results.spectra.select(flat).write_csv(out / "spectrum.csv")
+
+
+def _task_table(suites: Sequence[SuiteContent]) -> pl.DataFrame:
+    names = dict.fromkeys(("part", "task", "actor", "method", "protocol"), pl.String)
+    ends = {"": "value", "_low": "low", "_high": "high"}
+    numbers = {f"{name}{end}": pl.Float64 for name in tables.COLUMNS for end in ends}
+    rows = [
+        row | {"part": suite.name}
+        | {f"{name}{end}": getattr(row[name], key, None) for name in tables.COLUMNS for end, key in ends.items()}
+        for suite in suites
+        for row in suite.by_task
+    ]  # fmt: skip
+    schema = names | {"place": pl.Int64, "seeds": pl.Int64} | numbers
+    return pl.DataFrame([{name: row[name] for name in schema} for row in rows], schema=schema)
 
 
 def _json(data: Any) -> str:

@@ -1,7 +1,8 @@
 """The page's interactive figures: tables to Plotly traces as plain data, which a script of the page draws.
 
 A panel has one or more choices (a metric, a task, a run), each with its traces. A panel without data says what is
-missing. Colours are indices into the page's palette, so that both themes have their own.
+missing. Colours are indices into the page's palette, so that both themes have their own: a method's place in ``order``,
+the same in every figure. ``protocol`` says how a trace is filled.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from sphere_rl.appearance import index, shade
 from sphere_rl.figures import Curve
 from sphere_rl.geometry import Snapshot
 from sphere_rl.statistics import Estimate
 
 DASHES = ("solid", "dash", "dashdot", "dot", "longdash")
 SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x", "star")
-PATTERNS = ("", "/", ".", "x", "\\", "+", "-", "|")
+PROTOCOLS = ("rl", "crl")
 SHOWN_EIGENVALUES = 64
+TITLES = {"r_e_K": "Effective rank of the eNTK, rₑ(K)", "r_e_A": "Effective rank of the features, rₑ(A)"}
+"""Headings of the metrics that have one; the others go by their name."""
 
 
 @dataclass(frozen=True)
@@ -37,44 +41,68 @@ class Panel:
     layout: Mapping[str, Any] = field(default_factory=dict)
     missing: str = ""
     """Why there is nothing to draw; empty where there is."""
+    titles: Mapping[str, str] = field(default_factory=dict)
+    """Headings of the choices that have one of their own; ``title`` of the others."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """What a choice shows, such as a metric's definition."""
 
 
-def bars(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> list[dict[str, Any]]:
-    """RL and CRL bars with 95 % intervals; a bar that the runs do not give yet is null."""
-    return [
+def bars(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], order: Sequence[str]) -> list[dict[str, Any]]:
+    """RL and CRL bars with 95 % intervals, each of its method's colour; a bar that the runs do not give yet is null.
+
+    Their legend is of two grey bars without a value, since no method's colour stands for a protocol.
+    """
+    colors = [index(row["label"], i, order) for i, row in enumerate(rows)]
+    drawn = [
         {
-            "type": "bar",
-            "name": protocol.upper(),
-            "x": list(labels),
-            "y": [row[protocol] and row[protocol].value for row in rows],
-            "error_y": _error_bars([row[protocol] for row in rows]),
+            "type": "bar", "name": protocol.upper(), "protocol": protocol, "offsetgroup": protocol, "showlegend": False,
+            "x": list(labels), "y": [row[protocol] and row[protocol].value for row in rows],
+            "error_y": _error_bars([row[protocol] for row in rows]), "palette": colors,
             "customdata": [row[protocol].seeds if row[protocol] else None for row in rows],
             "hovertemplate": "%{x}<br>" + protocol.upper() + " %{y:.3f}<br>%{customdata} seed(s)<extra></extra>",
-            "marker": {"pattern": {"shape": PATTERNS[i], "solidity": 0.25}},
-            "palette": i,
         }
-        for i, protocol in enumerate(("rl", "crl"))
-    ]
+        for protocol in PROTOCOLS
+    ]  # fmt: skip
+    legend = [
+        {"type": "bar", "name": protocol.upper(), "protocol": protocol, "offsetgroup": protocol, "x": [labels[0]],
+         "y": [None], "palette": None, "hoverinfo": "skip"}
+        for protocol in PROTOCOLS
+    ]  # fmt: skip
+    return drawn + legend
 
 
-def lines(curves: Sequence[Curve], hover: str = "%{y:.3f}") -> list[dict[str, Any]]:
-    """A line and a band (the range of the seeds) for each curve, in one legend entry."""
+def lines(curves: Sequence[Curve], order: Sequence[str], hover: str = "%{y:.3f}") -> list[dict[str, Any]]:
+    """A line and a band (the range of the seeds) for each curve, in one legend entry; both break where it does."""
     traces: list[dict[str, Any]] = []
     for i, curve in enumerate(curves):
-        x = list(curve.x)
-        band = {"x": x + x[::-1], "y": [*curve.high, *list(curve.low)[::-1]], "fill": "toself", "mode": "none"}
-        shared = {"type": "scatter", "legendgroup": curve.label, "name": curve.label, "palette": i}
-        traces.append(shared | band | {"hoverinfo": "skip", "showlegend": False, "band": True})
-        style = {"line": {"dash": DASHES[i % len(DASHES)], "width": 2.2}, "marker": {"size": 6}}
-        style["marker"]["symbol"] = SYMBOLS[i % len(SYMBOLS)]
+        place = index(curve.label, i, order)
+        shared = {"type": "scatter", "legendgroup": curve.label, "name": curve.label, "palette": place}
+        band = {"fill": "toself", "mode": "none", "hoverinfo": "skip", "showlegend": False, "band": True}
+        traces.append(shared | _band(curve) | band)
+        style = {"line": {"dash": DASHES[place % len(DASHES)], "width": 2.2}}
+        style["marker"] = {"size": 6, "symbol": SYMBOLS[place % len(SYMBOLS)]}
         text = {"hovertemplate": f"{curve.label} · {hover} · {curve.seeds} seed(s)<extra></extra>"}
-        mode = "lines+markers" if len(x) <= 40 else "lines"
-        traces.append(shared | style | text | {"x": x, "y": list(curve.mean), "mode": mode})
+        mode = "lines+markers" if len(curve.x) <= 40 else "lines"
+        traces.append(shared | style | text | {"x": list(curve.x), "y": list(curve.mean), "mode": mode})
     return traces
+
+
+def _band(curve: Curve) -> dict[str, list[Any]]:
+    """Outline of the range of the seeds, a closed piece for each unbroken part of the curve."""
+    outline: dict[str, list[Any]] = {"x": [], "y": []}
+    breaks = [i for i, x in enumerate(curve.x) if x is None]
+    for start, end in zip([0, *(i + 1 for i in breaks)], [*breaks, len(curve.x)], strict=True):
+        x, low, high = (list(values[start:end]) for values in (curve.x, curve.low, curve.high))
+        gap = [None] if start else []
+        outline["x"] += [*gap, *x, *x[::-1]]
+        outline["y"] += [*gap, *high, *low[::-1]]
+    return outline
 
 
 def boundaries(starts: Mapping[float, str], steps: int) -> dict[str, Any]:
     """A layout with a dotted line where each task begins, and its name above its ``steps``."""
+    if not starts:
+        return {}
     shapes = [
         {"type": "line", "xref": "x", "yref": "paper", "x0": x, "x1": x, "y0": 0, "y1": 1,
          "line": {"dash": "dot", "width": 1}}
@@ -90,10 +118,11 @@ def boundaries(starts: Mapping[float, str], steps: int) -> dict[str, Any]:
             "xaxis": {"range": [0, (max(starts) + steps) * 1.01]}}  # fmt: skip
 
 
-def spectra(snapshots: Mapping[str, Sequence[Snapshot]]) -> dict[str, list[dict[str, Any]]]:
+def spectra(snapshots: Mapping[str, Sequence[Snapshot]], order: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """For each task λ_i/tr K by index i, a line a method."""
     choices: dict[str, list[dict[str, Any]]] = {}
-    for i, (method, row) in enumerate(snapshots.items()):
+    for place, (method, row) in enumerate(snapshots.items()):
+        i = index(method, place, order)
         for snapshot in row:
             total = max(float(snapshot.kernel_eigenvalues.sum()), 1e-300)
             values = snapshot.kernel_eigenvalues[:SHOWN_EIGENVALUES] / total
@@ -110,60 +139,73 @@ def spectra(snapshots: Mapping[str, Sequence[Snapshot]]) -> dict[str, list[dict[
 
 
 def routing(loads: Mapping[str, tuple[Sequence[int | float], np.ndarray]]) -> dict[str, list[dict[str, Any]]]:
-    """For each method a heat map of the share of probe states by expert and environment step."""
+    """For each method a heat map of the share of probe states by expert and environment step.
+
+    ``x``: edges of the columns; each reaches from the measurement before to its own.
+    """
     return {
         label: [
             {
-                "type": "heatmap", "x": list(steps), "y": [f"expert {e}" for e in range(load.shape[1])],
+                "type": "heatmap", "x": [0, *steps], "y": [f"expert {e}" for e in range(load.shape[1])],
                 "z": load.T.tolist(), "zmin": 0, "zmax": 1, "colorscale": "Cividis", "colorbar": {"title": "share"},
-                "hovertemplate": "step %{x:,}<br>%{y}: %{z:.2f} of the states<extra></extra>",
+                "customdata": [list(steps)] * load.shape[1],
+                "hovertemplate": "step %{customdata:,}<br>%{y}: %{z:.2f} of the states<extra></extra>",
             }
         ]
         for label, (steps, load) in loads.items()
     }  # fmt: skip
 
 
-def embeddings(panels: Mapping[str, Sequence[tuple[str, np.ndarray, np.ndarray]]], names: Sequence[str]) -> dict:
-    """For each method and task the embedded states, coloured by their dominant singular direction."""
+def embeddings(
+    panels: Mapping[str, Sequence[tuple[str, np.ndarray, np.ndarray]]], names: Sequence[str], order: Sequence[str]
+) -> dict[str, list[dict[str, Any]]]:
+    """For each method and task the embedded states in the method's colour, lighter by dominant singular direction."""
     choices: dict[str, list[dict[str, Any]]] = {}
-    for method, row in panels.items():
+    for place, (method, row) in enumerate(panels.items()):
         for i, (task, points, direction) in enumerate(row):
             choices[f"{method}, after {i + 1}. {task}"] = [
                 {
-                    "type": "scatter", "mode": "markers", "name": names[index], "palette": int(index),
-                    "x": points[direction == index, 0].tolist(), "y": points[direction == index, 1].tolist(),
-                    "marker": {"size": 6, "symbol": SYMBOLS[index], "opacity": 0.8},
-                    "hovertemplate": f"{names[index]}<extra></extra>",
+                    "type": "scatter", "mode": "markers", "name": names[one], "palette": index(method, place, order),
+                    "shade": shade(int(one), len(names)),
+                    "x": points[direction == one, 0].tolist(), "y": points[direction == one, 1].tolist(),
+                    "marker": {"size": 6, "symbol": SYMBOLS[one], "opacity": 0.9},
+                    "hovertemplate": f"{names[one]}<extra></extra>",
                 }
-                for index in np.unique(direction)
+                for one in np.unique(direction)
             ]  # fmt: skip
     return choices
 
 
-def scatter(table: pl.DataFrame) -> list[dict[str, Any]]:
+def scatter(table: pl.DataFrame, order: Sequence[str]) -> list[dict[str, Any]]:
     """r_e(A) against r_e(K), a colour and a symbol a method; hover names task and step."""
-    return [
-        {
-            "type": "scatter", "mode": "markers", "name": str(key[0]), "x": group["r_e_A"].to_list(),
+    traces = []
+    for place, ((label, *_), group) in enumerate(table.group_by("label", maintain_order=True)):
+        i = index(str(label), place, order)
+        traces.append({
+            "type": "scatter", "mode": "markers", "name": str(label), "x": group["r_e_A"].to_list(),
             "y": group["r_e_K"].to_list(), "palette": i,
             "marker": {"size": 6, "opacity": 0.7, "symbol": SYMBOLS[i % len(SYMBOLS)]},
             "text": [f"{task}, step {step:,}" for task, step in group.select("task", "global_step").iter_rows()],
             "hovertemplate": "%{text}<br>rₑ(A) %{x:.2f} · rₑ(K) %{y:.2f}<extra></extra>",
-        }
-        for i, (key, group) in enumerate(table.group_by("method", maintain_order=True))
-    ]  # fmt: skip
+        })  # fmt: skip
+    return traces
 
 
-def option_lines(points: Mapping[float, Mapping[str, Estimate | None]]) -> list[dict[str, Any]]:
-    """Success against the values of an option, RL and CRL, with 95 % intervals."""
+def option_lines(points: Mapping[float, Mapping[str, Any]], order: Sequence[str]) -> list[dict[str, Any]]:
+    """Success against the values of an option with 95 % intervals: RL dashed with open markers, CRL full.
+
+    Each point has its method's colour, the line between methods none.
+    """
     ordered = sorted(points.items())
+    colors = [index(row["label"], i, order) for i, (_, row) in enumerate(ordered)]
     return [
         {
-            "type": "scatter", "mode": "lines+markers", "name": protocol.upper(), "x": [x for x, _ in ordered],
-            "y": [row[protocol].value if row[protocol] else None for _, row in ordered], "palette": i,  # type: ignore[union-attr]
-            "error_y": _error_bars([row[protocol] for _, row in ordered]), "line": {"dash": DASHES[i]},
+            "type": "scatter", "mode": "lines+markers", "name": protocol.upper(), "protocol": protocol,
+            "x": [x for x, _ in ordered], "y": [row[protocol].value if row[protocol] else None for _, row in ordered],
+            "palette": colors, "error_y": _error_bars([row[protocol] for _, row in ordered]),
+            "line": {"dash": ("dash", "solid")[i]}, "marker": {"size": 9, "symbol": ("circle-open", "circle")[i]},
         }
-        for i, protocol in enumerate(("rl", "crl"))
+        for i, protocol in enumerate(PROTOCOLS)
     ]  # fmt: skip
 
 

@@ -1,0 +1,71 @@
+"""The commands that make the runs of a page again, from what the runs recorded."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sphere_rl.config import TrainConfig, preset, to_dict, updated
+from sphere_rl.errors import RunFolderError
+from sphere_rl.results import Results
+from sphere_rl.runs import read_sweep
+from sphere_rl.suites import suites
+
+NAMED = ("suite", "tasks", "protocol", "actor", "method", "label", "seed", "steps_per_task")
+"""Fields that a command names first; the others follow where they differ from the suite's preset."""
+
+
+def commands(results: Results) -> list[str]:
+    """The exact commands: the sweep's, or one for each run."""
+    if found := sweep(results).get("commands"):
+        return found
+    return [train(results.folder(run).config()) for run in results.runs["run"]]
+
+
+def sweep(results: Results) -> dict[str, Any]:
+    """What ``sphere sweep`` wrote of itself; empty where the runs were started one by one."""
+    try:
+        return read_sweep(results.root)
+    except RunFolderError:  # the page says so
+        return {}
+
+
+def train(config: Mapping[str, Any]) -> str:
+    """``sphere train`` with every recorded setting that is not this suite's default.
+
+    Options of methods that are not in use are left out: they change nothing. A suite that is not known here has the
+    defaults of `TrainConfig`.
+    """
+    suite = suites().get(config["suite"])
+    usual = to_dict(preset(suite) if suite else TrainConfig())
+    config = updated(config)
+    words = [word for name in NAMED if config[name] not in ("", [], ()) for word in flag(name, config[name])]
+    for name, value in config.items():
+        if not isinstance(value, Mapping):
+            if name not in NAMED and _plain(value) != _plain(usual.get(name)):
+                words += flag(name, value)
+        elif name == "network" or name in config["method"]:
+            prefix = "" if name == "network" else f"{name}."
+            words += _changed(prefix, value, usual.get(name, {}))
+    return shlex.join(["sphere", "train", *words])
+
+
+def _changed(prefix: str, table: Mapping[str, Any], usual: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in table.items():
+        if name not in usual or _plain(value) != _plain(usual[name]):
+            yield from flag(prefix + name, value)
+
+
+def flag(name: str, value: Any) -> list[str]:
+    """Words of one setting: ``--sphere.rho 0.1``; switches are ``--crelu`` and ``--no-crelu``."""
+    table, dot, inner = name.replace("_", "-").rpartition(".")
+    if isinstance(value, bool):
+        return [f"--{table}{dot}{'' if value else 'no-'}{inner}"]
+    items = value if isinstance(value, list | tuple) else [value]
+    return [f"--{table}{dot}{inner}", *map(str, items)]
+
+
+def _plain(value: Any) -> Any:
+    """A setting as a file holds it: lists for tuples."""
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,54 @@
+"""A suite's figures for papers, in files beside the page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sphere_rl import figures
+from sphere_rl.report.content import DIRECTIONS, SuiteContent
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def drawings(suite: SuiteContent) -> dict[str, Figure]:
+    """Figures by file name, without the suite's name; without data a figure has the group id `figures.MISSING`."""
+    captions = {panel.figure: panel.caption for panel in suite.panels}
+    measured = suite.curves(suite.crl_probe, "r_e_K")
+    learned = suite.curves(suite.learned("crl"), suite.score)
+    score, order = suite.score_name, suite.order
+    bars: dict[str, Any] = {"ylabel": score, "order": order}
+    ablation = "Ablation. " + suite.facts()
+    return {
+        "geometry": figures.geometry(suite.snapshots, suite.geometry_caption(), order),
+        "architectures": figures.success_bars(suite.architectures, "actor", captions["architectures"], **bars),
+        "rank": figures.line_plot(measured, suite.starts, captions["rank"], "$r_e(K)$", order=order),
+        "success": figures.success_bars(suite.rows, "label", captions["success"], **bars),
+        "features": figures.tsne(suite.embeddings, captions["features"], DIRECTIONS, order),
+        "proxy": figures.proxy_scatter(suite.spectra, captions["proxy"], "label", order),
+        "learning": figures.line_plot(learned, suite.starts, captions["learning"], score, order=order),
+        "spectrum": figures.spectrum_decay(suite.snapshots, captions["spectrum"], order=order),
+        "routing": figures.routing(suite.loads, captions["routing"], suite.starts),
+        "ablation": figures.table_figure(("variant", "RL", "CRL"), suite.ablation(), ablation),
+        "rho": figures.option_sweep(suite.rho_points(), "ρ", captions["rho"], **bars),
+    }
+
+
+def write(suites: Sequence[SuiteContent], out: Path) -> None:
+    """Write the figures that have data, and take away files of an earlier page for which there are none now."""
+    for suite in suites:
+        for name, figure in drawings(suite).items():
+            stem = out / f"{suite.name}-{name}"
+            if figure.get_gid() == figures.MISSING:
+                for path in written(stem):
+                    path.unlink()
+            else:
+                figures.save(figure, stem)
+
+
+def written(stem: Path) -> list[Path]:
+    """The files of a figure that are there."""
+    paths = [stem.with_name(f"{stem.name}.{kind}") for kind in figures.FORMATS]
+    return [path for path in paths if path.is_file()]
