@@ -127,7 +127,7 @@ def test_whole_numbers_may_be_written_with_an_exponent(tmp_path: Path) -> None:
     assert {type(value) for value in (*found, config.options.redo.every, config.options.cbp.maturity)} == {int}
     config, _, _ = parse_train(["--num-experts", "3", "--top-k", "3"])
     assert config.network.top_k == 3
-    assert parse_train("--actor dense --num-experts 1".split())[0].network.num_experts == 1
+    assert parse_train(["--actor", "dense", "--num-experts", "1"])[0].network.num_experts == 1
 
 
 @pytest.mark.parametrize("changes", [{"protocol": "x"}, {"tasks": 3}, {"gamma": True}])
