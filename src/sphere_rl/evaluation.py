@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import count
@@ -62,26 +63,22 @@ def evaluate(
     """Run exactly ``episodes`` episodes with the mean (or most likely) action.
 
     Every environment gets an equal share of the episodes, fixed in advance, so that short episodes are not
-    over-represented. An episode is ended, as by a time limit, after ``max_steps`` steps; ``arguments`` are those of
-    the environments.
+    over-represented. An episode is ended, as by a time limit, after ``max_steps`` steps; as its environment cannot be
+    reset alone, its other episodes are those of a new one. ``arguments`` are those of the environments.
 
     Raises:
         TrainingError: an environment gave, or the policy put out, what is not a finite number; names ``phase``, too.
     """
-    quota = np.full(min(episodes, MAX_ENVS), episodes // min(episodes, MAX_ENVS))
-    quota[: episodes % len(quota)] += 1
+    quota = _shares(episodes)
     was_training, finished = policy.training, list[Episode]()
     policy.eval()
     try:
         for made in count():
-            # An environment whose episode was ended cannot be reset alone: its other episodes are those of a new one.
             fresh = derive_seed(seed, "again", made) if made else seed
             with global_streams(fresh):
                 envs = suite.make(task, len(quota), fresh, num_threads, **arguments)
-                try:
+                with closing(envs):
                     finished += _run(policy, envs, quota, max_steps)
-                finally:
-                    envs.close()
             if not quota.any():
                 return summarize(finished)
             _tell(task, max_steps)
@@ -91,6 +88,12 @@ def evaluate(
     finally:
         policy.train(was_training)
     raise AssertionError
+
+
+def _shares(episodes: int) -> np.ndarray:
+    """Episodes of each environment."""
+    number = min(episodes, MAX_ENVS)
+    return np.full(number, episodes // number) + (np.arange(number) < episodes % number)
 
 
 def _run(policy: Policy, envs: VectorEnv, quota: np.ndarray, max_steps: int) -> list[Episode]:

@@ -155,10 +155,7 @@ class Collector:
             if not finite:
                 raise TrainingError(f"the policy's output at rollout step {t + 1} of {num_steps} is not finite")
             raw.append(self.observation)
-            try:
-                self.observation, reward, terminated, truncated, info = self._step(action)
-            except TrainingError as error:
-                raise TrainingError(f"rollout step {t + 1} of {num_steps}: {error}") from None
+            self.observation, reward, terminated, truncated, info = self._step(action, f"{t + 1} of {num_steps}")
             done = terminated | truncated
             if done.any():
                 ended = np.flatnonzero(done)
@@ -194,10 +191,13 @@ class Collector:
             episodes=episodes,
         )
 
-    def _step(self, action: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def _step(self, action: Tensor, number: str) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Step the environments; arrays are copied, for the next step may write into the same ones."""
         observation, reward, terminated, truncated, info = self.envs.step(self.send(action))
-        check_step(observation, reward, terminated | truncated, info)
+        try:
+            check_step(observation, reward, terminated | truncated, info)
+        except TrainingError as error:
+            raise TrainingError(f"rollout step {number}: {error}") from None
         return np.array(observation), np.array(reward), np.array(terminated), np.array(truncated), info
 
     def _tensor(self, observation: np.ndarray) -> Float[Tensor, "B D"]:
