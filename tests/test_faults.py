@@ -70,8 +70,9 @@ def test_a_fault_in_an_evaluation_names_its_phase(phase: str, tmp_path: Path, mo
 
     monkeypatch.setattr(protocol, "evaluate", breaks)
     arguments = {"what": "reward", "value": 1.0}
+    settings = config("Broken", env_args=arguments, eval_every=32, eval_episodes=1)
     with pytest.raises(TrainingError, match=f"task toy_envs:Broken-v0, {phase} evaluation, step 5: .*reward is inf"):
-        train(config("Broken", env_args=arguments, eval_every=32, eval_episodes=1), tmp_path / "run")
+        train(override(settings, {"tasks": settings.tasks * 2}), tmp_path / "run")  # one task has no retention
 
 
 def test_the_environment_at_fault_is_named() -> None:
