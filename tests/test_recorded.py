@@ -28,7 +28,8 @@ def record(folder: Path, tasks: int = 2, score: float = 0.5, rank: float = 4.0, 
     for i, task in enumerate(("push", "pull")[:tasks]):
         place = {"global_step": 2000 * (i + 1), "task_index": i, "task": task, "task_step": 2000}
         numbers = {"episodes": 1, "success_final": score, "success_once": 1.0, "mean_return": 10 * score}
-        logs["train"].append(place | {"steps_per_second": 100.0})
+        numbers |= {"std_return": 1.0, "mean_length": 500.0}
+        logs["train"].append(place | {"iteration": 2, "steps_per_second": 100.0})
         logs["eval"].append(place | {"phase": "final"} | numbers)
         for batch, found in (("probe", rank + i), ("rollout", 99.0)):
             logs["spectrum"].append(place | {"batch": batch, "r_e_K": found, "r_e_A": 2.0 + i})

@@ -285,8 +285,11 @@ def test_damaged_configurations_are_named(copy: Path, damage: str, capsys: pytes
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(RunFolderError, match=message):
         load_policy(copy)
-    with pytest.raises(RunFolderError, match=message):
-        load_results(copy.parent)
+    if damage == "suite":  # of another machine, perhaps: its numbers are shown all the same
+        assert load_results(copy.parent).runs["suite"].to_list() == ["moon"]
+    else:
+        with pytest.raises(RunFolderError, match=message):
+            load_results(copy.parent)
     before = content_of(copy)
     RunFolder(copy).set_status("interrupted", 64, "Ten-v0")
     for command in ("evaluate", "diagnose", "resume"):

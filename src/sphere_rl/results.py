@@ -174,7 +174,7 @@ def _read(folder: RunFolder, run: str) -> _Read:
     if config.get("suite") in suites() and set(config.get("method", ())) <= methods().keys():
         config_of(folder)  # refuses what is no configuration
     elif missing := [name for name in NEEDED if name not in config]:
-        raise RunFolderError(f"{folder.config_path}: no configuration: {missing[0]} is missing")
+        raise RunFolderError(f"{folder.config_path}: its config has no {missing[0]}")
     logs = {log: folder.read(log, LOG_COLUMNS[log]) for log in LOGS}
     return _Read(run, updated(config), record.get("commit"), folder.status(), logs)
 
