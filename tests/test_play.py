@@ -255,3 +255,13 @@ def test_unknown_tasks_cannot_be_filmed() -> None:
     for suite in ("h1", "cw10"):
         with pytest.raises(ConfigError, match="tasks: 'fly' is not allowed"):
             make_suite(suite).render_env("fly", 0)
+
+
+def test_a_process_that_has_trained_can_draw() -> None:
+    """A policy is held against its task's environments before anything is drawn: EnvPool is loaded by then."""
+    code = (
+        "from sphere_rl.suites import make_suite\nsuite = make_suite('cw10')\nsuite.make('reach', 1, 0, 1).close()\n"
+        "env = suite.render_env('reach', 0)\nenv.reset()\nprint(env.render().shape)\n"
+    )
+    result = in_new_process(code)
+    assert (result.returncode, result.stdout) == (0, "(360, 480, 3)\n"), result.stderr

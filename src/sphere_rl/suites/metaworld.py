@@ -6,7 +6,9 @@ randomised at each reset. Sources: Yu et al. 2020 (MetaWorld), Wołczyk et al. 2
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import gymnasium
@@ -113,6 +115,9 @@ class MetaWorld:
 
     def _pool(self, task: str, **options: Any) -> Any:
         check_task(self, task)
+        # EnvPool's MuJoCo looks for OpenGL when it is loaded, and may be asked to draw later in the process.
+        with suppress(OSError):
+            ctypes.CDLL("libEGL.so.1", mode=ctypes.RTLD_GLOBAL)
         import envpool  # loads a large native library: only when an environment is made
 
         return envpool.make_gymnasium(environment_id(task), partially_observable=False, **options)
