@@ -110,8 +110,8 @@ def train_epochs(agent: Agent, batch: Minibatch, config: TrainConfig) -> tuple[l
     return statistics, 0
 
 
-def went_too_far(statistics: Float[Tensor, "S"], config: TrainConfig) -> bool:
-    """Whether this minibatch's KL ends the update."""
+def went_too_far(statistics: Float[Tensor, "S"] | Sequence[Tensor], config: TrainConfig) -> bool:
+    """Whether this minibatch's KL, the second of `STATISTICS`, ends the update."""
     return config.target_kl > 0 and float(statistics[STATISTICS.index("kl")]) > KL_MARGIN * config.target_kl
 
 
@@ -200,7 +200,7 @@ def actor_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Tens
     gradients = agent.actor_gradients.differentiate(total, agent.actor_parameters, retain_graph=bool(rules))
     for method in rules:
         gradients = method.actor_gradients(step, gradients)
-    if config.target_kl > 0 and float(statistics[1]) > KL_MARGIN * config.target_kl:
+    if went_too_far(statistics, config):
         return [*statistics, total_norm(gradients)]
     norm = apply_gradients(agent.actor_optimizer, agent.actor_parameters, gradients, config.max_grad_norm)
     return [*statistics, norm]
