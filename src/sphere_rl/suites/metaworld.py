@@ -6,7 +6,6 @@ randomised at each reset. Sources: Yu et al. 2020 (MetaWorld), Wołczyk et al. 2
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -15,6 +14,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from sphere_rl.errors import ConfigError
 from sphere_rl.suites import check_task
 
 CW10 = (
@@ -115,9 +115,11 @@ class MetaWorld:
 
     def _pool(self, task: str, **options: Any) -> Any:
         check_task(self, task)
+        from sphere_rl.suites.metaworld_view import load_egl
+
         # EnvPool's MuJoCo looks for OpenGL when it is loaded, and may be asked to draw later in the process.
-        with suppress(OSError):
-            ctypes.CDLL("libEGL.so.1", mode=ctypes.RTLD_GLOBAL)
+        with suppress(ConfigError):
+            load_egl()
         import envpool  # loads a large native library: only when an environment is made
 
         return envpool.make_gymnasium(environment_id(task), partially_observable=False, **options)

@@ -27,7 +27,7 @@ class MetaWorldView(gymnasium.Env):
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012
 
     def __init__(self, environment_id: str, seed: int, picture: Picture | None = None) -> None:
-        _load_egl()
+        load_egl()
         self._id, self._seed, self._scenes = environment_id, seed, TemporaryDirectory(prefix="sphere-")
         self._pool = self._make(picture or Picture())
         self.observation_space, self.action_space = self._pool.observation_space, self._pool.action_space
@@ -89,7 +89,7 @@ def _plain_scenes(assets: Path, copy: Path) -> str:
     return str(copy)
 
 
-def _load_egl() -> None:
+def load_egl() -> None:
     """EnvPool's MuJoCo looks for OpenGL among the libraries that are loaded, and ends the process if there is none."""
     if sys.platform != "linux":
         return
