@@ -18,13 +18,16 @@ from typing import Any
 import torch
 from measure import CLOCKS, machine, markdown
 
-from sphere_rl import direct, ppo
-from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override, preset
-from sphere_rl.experts import RoutedFeatures
-from sphere_rl.rollout import Collector, Rollout
+from sphere_rl.experts.layers import RoutedFeatures
+from sphere_rl.learner import policy_step as direct
+from sphere_rl.learner.actor_critic import Spaces
+from sphere_rl.learner.minibatch import flatten
+from sphere_rl.learner.rollout import Collector, Rollout
 from sphere_rl.runtime import threads, tune_process
 from sphere_rl.suites import make_suite
+from sphere_rl.training import ppo
+from sphere_rl.training.agent import Agent
 
 
 class Stopwatch:
@@ -107,7 +110,7 @@ def profile(config: TrainConfig, task: str, iterations: int, clock: str) -> str:
 
 def operations(agent: Agent, rollout: Rollout, config: TrainConfig, count: int = 16) -> str:
     """PyTorch's operations in as many minibatches, each without those inside it."""
-    batch, order = ppo.flatten(rollout, rollout.reward), [torch.arange(config.minibatch_size)] * count
+    batch, order = flatten(rollout, rollout.reward), [torch.arange(config.minibatch_size)] * count
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         ppo.minibatch_steps(agent, batch, order, config)
     found = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sphere_rl.networks import Actor, make_actor
-from sphere_rl.ntk import entk
+from sphere_rl.experts.network import Actor, make_actor
+from sphere_rl.spectrum.kernel import entk
 
 SAMPLES, OBSERVATION, ACTIONS, REPEATS, THREADS = 256, 39, 4, 7, 1
 

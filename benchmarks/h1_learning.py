@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sphere_rl.play import play
-from sphere_rl.rollout import EpisodeRecorder
+from sphere_rl.commands.play import play
+from sphere_rl.learner.rollout import EpisodeRecorder
 from sphere_rl.runs import RunFolder
 from sphere_rl.suites import make_suite
 

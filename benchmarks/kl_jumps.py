@@ -21,11 +21,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecNormalize
 from torch import Tensor
 
-from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override
-from sphere_rl.ppo import STATISTICS, Minibatch, flatten, minibatch_steps
-from sphere_rl.rollout import Collector, gae
+from sphere_rl.learner.actor_critic import Spaces
+from sphere_rl.learner.minibatch import Minibatch, flatten
+from sphere_rl.learner.rollout import Collector, gae
 from sphere_rl.suites import make_suite
+from sphere_rl.training.agent import Agent
+from sphere_rl.training.ppo import STATISTICS, minibatch_steps
 
 SHOWN = 6
 

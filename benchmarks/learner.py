@@ -22,11 +22,13 @@ from measure import CLOCKS, interleaved, machine, markdown
 from reference import Reference
 from torch import nn
 
-from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override
-from sphere_rl.lanes import two_lanes
-from sphere_rl.ppo import Minibatch, minibatch_steps
+from sphere_rl.kernels.threads import two_lanes
+from sphere_rl.learner.actor_critic import Spaces
+from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.runtime import tune_process
+from sphere_rl.training.agent import Agent
+from sphere_rl.training.ppo import minibatch_steps
 
 OBSERVATION_DIM, ACTION_DIM, WIDTH, EXPERTS, TOP_K = 51, 19, 256, 10, 2
 INNER = 8

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from sphere_rl.config import TrainConfig
-from sphere_rl.rollout import EpisodeRecorder
+from sphere_rl.learner.rollout import EpisodeRecorder
 from sphere_rl.runs import RunFolder
 from sphere_rl.suites import make_suite
 

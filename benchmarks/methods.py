@@ -16,11 +16,12 @@ import torch
 from learner import sample_batch
 from measure import CLOCKS, interleaved, machine, markdown
 
-from sphere_rl import ppo
-from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override
+from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.methods import methods
 from sphere_rl.runtime import tune_process
+from sphere_rl.training import ppo
+from sphere_rl.training.agent import Agent
 
 OBSERVATION_DIM, ACTION_DIM = 39, 4
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from sphere_rl import sphere_penalty
-from sphere_rl.networks import MoENetwork
-from sphere_rl.ppo import Minibatch
+from sphere_rl.experts.network import MoENetwork
+from sphere_rl.learner.minibatch import Minibatch
 
 RHO = 0.1
 

@@ -15,13 +15,14 @@ from statistics import median
 
 from measure import machine, markdown
 
-from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override, preset
-from sphere_rl.ppo import update
-from sphere_rl.rollout import Collector
+from sphere_rl.learner.actor_critic import Spaces
+from sphere_rl.learner.rollout import Collector
 from sphere_rl.runtime import threads, tune_process
 from sphere_rl.suites import make_suite
-from sphere_rl.tracking import PER_TASK, Tracker
+from sphere_rl.training.agent import Agent
+from sphere_rl.training.ppo import update
+from sphere_rl.training.tracker import PER_TASK, Tracker
 
 WANTED = 0.02
 

@@ -19,13 +19,15 @@ from measure import CLOCKS, interleaved, machine, markdown
 from peer import make_ppo
 from reference import Reference
 
-from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override, preset
-from sphere_rl.lanes import two_lanes
-from sphere_rl.ppo import flatten, update
-from sphere_rl.rollout import Collector
+from sphere_rl.kernels.threads import two_lanes
+from sphere_rl.learner.actor_critic import Spaces
+from sphere_rl.learner.minibatch import flatten
+from sphere_rl.learner.rollout import Collector
 from sphere_rl.runtime import tune_process
 from sphere_rl.suites import make_suite
+from sphere_rl.training.agent import Agent
+from sphere_rl.training.ppo import update
 
 LEARNERS: dict[str, dict[str, object]] = {
     "dense": {"actor": "dense"},

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from sphere_rl import checkpoint
-from sphere_rl.runs import RunFolder
+from sphere_rl.runs import RunFolder, checkpoint
 
 
 def difference(one: Any, two: Any, where: str = "state") -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,65 +16,68 @@ SOURCE = Path(sphere_rl.__file__).parent
 MODULES = sorted(p.relative_to(SOURCE).with_suffix("").as_posix() for p in SOURCE.rglob("*.py"))
 
 LAYERS = [
-    set("errors gradients lanes normalizer parsers penalty picture records routing runtime".split())
-    | {"scripting", "seeding", "tables"},
-    set("chain env_args experts mixture optimizer routed_gram runs ranks spaces statistics vanishing".split())
-    | {"captured", "jax_regularizer", "joint_regularizer", "regularizer", "torch_regularizer"},
-    {"learner", "networks", "regression", "surrogate", "sweeps"},
-    {"direct", "factors", "metrics", "ntk", "rollout", "spectrum", "suites"},
-    {"hooks", "methods", "probe"},
-    {"config"},
-    {"agent"},
-    {"checkpoint", "evaluation", "ppo", "saved", "tracking"},
-    {"policies", "protocol"},
-    {"appearance", "arguments", "catalogue", "geometry", "monitors", "play", "results"},
-    {"diagnose", "figures", "sweep"},
-    {"report"},
-    {"demo"},
-    {"cli"},
+    ["errors", "kernels", "penalty", "seeding", "statistics"],
+    ["experts", "runs", "runtime", "suites"],
+    ["learner", "spectrum"],
+    ["integrations", "methods"],
+    ["config"],
+    ["training"],
+    ["protocol", "results"],
+    ["terminal"],
+    ["report", "sweep"],
+    ["commands"],
+    ["cli"],
 ]
-"""From the ground up; a module may import modules of its own layer and of those below."""
+"""From the ground up; a part of the package imports those below and those beside it, never in a circle."""
+
+
+def module_of(name: str) -> str:
+    """The module that a dotted name lies in."""
+    while name and name not in MODULES:
+        name = name.rpartition("/")[0] if not name.endswith("/__init__") else ""
+        name = f"{name}/__init__" if f"{name}/__init__" in MODULES else name
+    return name
+
+
+def imports_of(module: str) -> set[str]:
+    """Modules of the package that a module imports, anywhere, those for type checkers included."""
+    found = set()
+    for node in ast.walk(ast.parse((SOURCE / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sphere_rl":
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.startswith("sphere_rl.")}
+    return {module_of("/".join(name.split(".")[1:])) for name in found} - {"", module}
+
+
+IMPORTS = {module: imports_of(module) for module in MODULES if module != "__init__"}
 
 
 def part(module: str) -> str:
     return module.split("/")[0]
 
 
-def imports_of(module: str) -> set[str]:
-    """Parts of the package that a module imports, anywhere but under ``if TYPE_CHECKING``."""
-    tree = ast.parse((SOURCE / f"{module}.py").read_text())
-    guarded = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
-        for statement in block.body
-        for node in ast.walk(statement)
-    }
-    found = set()
-    for node in ast.walk(tree):
-        if id(node) in guarded:
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sphere_rl":
-            names = node.module.split(".")[1:] or [alias.name for alias in node.names]
-            found |= set(names[:1] if node.module != "sphere_rl" else names)
-        elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("sphere_rl.")}
-    return found & set().union(*LAYERS)
+def test_every_part_has_its_layer() -> None:
+    assert {part(module) for module in IMPORTS} == {name for layer in LAYERS for name in layer}
 
 
-def test_every_module_has_its_layer() -> None:
-    assert {part(module) for module in MODULES} - {"__init__"} <= set().union(*LAYERS)
-
-
-@pytest.mark.parametrize("module", [m for m in MODULES if m != "__init__"])
+@pytest.mark.parametrize("module", IMPORTS)
 def test_imports_point_down(module: str) -> None:
     level = {name: i for i, names in enumerate(LAYERS) for name in names}
-    above = {name for name in imports_of(module) if level[name] > level[part(module)]}
+    above = {name for name in IMPORTS[module] if level[part(name)] > level[part(module)]}
     assert not above
 
 
+def test_neither_modules_nor_parts_import_in_a_circle() -> None:
+    parts: dict[str, set[str]] = {}
+    for module, found in IMPORTS.items():
+        parts.setdefault(part(module), set()).update({part(name) for name in found} - {part(module)})
+    for graph in (IMPORTS, parts):
+        TopologicalSorter(graph).prepare()  # raises CycleError with the circle
+
+
 def test_penalty_imports_nothing_of_the_package() -> None:
-    assert not imports_of("penalty")
+    assert not IMPORTS["penalty"]
 
 
 def test_every_module_imports_alone() -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from sphere_rl.arguments import parse_train
 from sphere_rl.config import TrainConfig, from_dict, load_toml, override, preset, to_dict
 from sphere_rl.errors import CommandLineError, ConfigError
 from sphere_rl.suites import make_suite
+from sphere_rl.terminal.arguments import parse_train
 
 
 def test_defaults_are_the_cw10_preset() -> None:

@@ -7,12 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override
-from sphere_rl.experts import ExpertMLP, ExpertOutput, RoutedFeatures
+from sphere_rl.experts.layers import ExpertMLP, ExpertOutput, RoutedFeatures
+from sphere_rl.learner.actor_critic import Spaces
+from sphere_rl.learner.rollout import Rollout
 from sphere_rl.penalty import Scale, sphere_penalty
-from sphere_rl.ppo import update
-from sphere_rl.rollout import Rollout
+from sphere_rl.training.agent import Agent
+from sphere_rl.training.ppo import update
 
 T, B, D, A = 4, 32, 6, 3
 

@@ -13,16 +13,16 @@ import pytest
 import torch
 from conftest import TINY
 
-from sphere_rl import diagnose as module
 from sphere_rl import protocol
 from sphere_rl.cli import main
+from sphere_rl.commands import diagnose as module
+from sphere_rl.commands.diagnose import correlation, proxy_table, select, visited_states
 from sphere_rl.config import TrainConfig, override
-from sphere_rl.diagnose import correlation, proxy_table, select, visited_states
-from sphere_rl.policies import Chosen, load_policy
-from sphere_rl.probe import probe_observations
 from sphere_rl.runs import RunFolder
 from sphere_rl.spectrum import SPECTRAL_METRICS, effective_rank, entk, gram_effective_rank, measure
 from sphere_rl.suites import make_suite
+from sphere_rl.training.policies import Chosen, load_policy
+from sphere_rl.training.probe import probe_observations
 
 TASKS = ["Pendulum-v1", "Pendulum-v1"]
 UPDATE_ONLY = {"grama_ratio", "grad_norm", "weight_change", "churn"}

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from sphere_rl.agent import Policy
-from sphere_rl.evaluation import evaluate, summarize
-from sphere_rl.networks import make_actor
-from sphere_rl.normalizer import ObservationNormalizer
-from sphere_rl.rollout import Episode
+from sphere_rl.experts.network import make_actor
+from sphere_rl.learner.normalizer import ObservationNormalizer
+from sphere_rl.learner.rollout import Episode
 from sphere_rl.suites import make_suite
+from sphere_rl.training.agent import Policy
+from sphere_rl.training.evaluation import evaluate, summarize
 
 
 def policy(normalizer: ObservationNormalizer | None = None, kind: str = "topk_moe") -> Policy:

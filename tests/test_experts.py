@@ -7,16 +7,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from watching import linear_outputs
 
-from sphere_rl.experts import (
-    ExpertMLP,
-    GroupedLinear,
-    RoutedFeatures,
-    Routing,
-    dense_routing,
-    shared_top_k_routing,
-    single_routing,
-    top_k_routing,
-)
+from sphere_rl.experts.layers import ExpertMLP, GroupedLinear, RoutedFeatures
+from sphere_rl.experts.routing import Routing, dense_routing, shared_top_k_routing, single_routing, top_k_routing
 from sphere_rl.penalty import Scale, per_expert_penalty, sphere_penalty
 
 torch.set_num_threads(1)

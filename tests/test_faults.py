@@ -16,15 +16,15 @@ from comparing import run_difference
 from toy_runs import CPU, GYM, WORDS, config, networks, train
 
 from sphere_rl import protocol
-from sphere_rl.agent import Policy
 from sphere_rl.cli import main
 from sphere_rl.config import override, to_dict
 from sphere_rl.errors import TrainingError
-from sphere_rl.evaluation import evaluate
-from sphere_rl.rollout import Collector
+from sphere_rl.learner.rollout import Collector
 from sphere_rl.runs import RunFolder
 from sphere_rl.seeding import global_streams
-from sphere_rl.spaces import check_numbers
+from sphere_rl.suites.spaces import check_numbers
+from sphere_rl.training.agent import Policy
+from sphere_rl.training.evaluation import evaluate
 
 # Numbers that are not finite
 

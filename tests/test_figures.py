@@ -11,8 +11,8 @@ import polars as pl
 import pytest
 from matplotlib.colors import to_hex
 
-from sphere_rl import appearance, figures
-from sphere_rl.geometry import Snapshot, dominant_direction
+from sphere_rl.report import appearance, figures
+from sphere_rl.report.geometry import Snapshot, dominant_direction
 from sphere_rl.statistics import Estimate
 
 ROWS = [

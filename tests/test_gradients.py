@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from test_optimizer import EXPERTS, make_layer, routing
 from torch import Tensor
 
-from sphere_rl.experts import GroupedLinear
-from sphere_rl.gradients import GradientStore, active_experts, add_scaled_, pieces, scale_, total_norm
+from sphere_rl.experts.layers import GroupedLinear
+from sphere_rl.kernels.gradients import GradientStore, active_experts, add_scaled_, pieces, scale_, total_norm
 
 COUNTS = st.tuples(*[st.integers(0, 3)] * EXPERTS).filter(any)
 

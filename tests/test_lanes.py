@@ -10,8 +10,8 @@ import torch
 from conformance.agents import make_agent, make_config, rollout
 from torch import nn
 
-from sphere_rl.lanes import beside, lanes, two_lanes
-from sphere_rl.ppo import update
+from sphere_rl.kernels.threads import beside, lanes, two_lanes
+from sphere_rl.training.ppo import update
 
 
 def trained(threads: int, method: str, **options: Any) -> tuple[torch.Tensor, dict[str, float]]:

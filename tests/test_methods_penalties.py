@@ -18,12 +18,12 @@ from conformance.agents import (
 )
 from torch import Tensor
 
-from sphere_rl.agent import Agent
 from sphere_rl.methods._layers import hidden_layers, linear_layers
 from sphere_rl.methods.c_chain import policy, policy_change
 from sphere_rl.methods.load_balance import balance_loss, z_loss
 from sphere_rl.methods.parseval import orthogonality
 from sphere_rl.methods.spectral_reg import largest_singular_value
+from sphere_rl.training.agent import Agent
 
 
 def double_agent(method: str, **changes) -> Agent:

@@ -13,13 +13,13 @@ from scipy.special import erfi
 from torch import nn
 from watching import linear_outputs
 
-from sphere_rl.agent import Agent
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods._layers import fresh_networks, hidden_layers, linear_layers
 from sphere_rl.methods.fire import nearest_isometry
 from sphere_rl.methods.injection import InjectedHead
 from sphere_rl.methods.trac import TracAdam, TracConfig
 from sphere_rl.suites import make_suite
+from sphere_rl.training.agent import Agent
 
 
 def trained(method: str, critic: str = "topk_moe", **changes) -> Agent:
@@ -333,7 +333,7 @@ def test_trac_starts_anew_on_tensors_that_are_replaced():
 
 def test_no_method_takes_part_in_collecting():
     """Experience with LayerNorm off and any penalty on is that of plain PPO: methods act in updates only."""
-    from sphere_rl.rollout import Collector
+    from sphere_rl.learner.rollout import Collector
 
     rollouts = []
     for method in ("none", "l2_init", "cbp", "trac"):

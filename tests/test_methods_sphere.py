@@ -14,13 +14,14 @@ from test_methods_penalties import check_gradient, double_agent
 from torch import Tensor
 from watching import linear_outputs
 
-from sphere_rl.agent import Agent
 from sphere_rl.config import override
 from sphere_rl.errors import ConfigError
-from sphere_rl.experts import RoutedFeatures, single_routing
+from sphere_rl.experts.layers import RoutedFeatures
+from sphere_rl.experts.network import Trace
+from sphere_rl.experts.routing import single_routing
+from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.methods.sphere import Schedule, SphereConfig, project_conflict
-from sphere_rl.networks import Trace
-from sphere_rl.ppo import Minibatch
+from sphere_rl.training.agent import Agent
 
 VARIANTS = [
     {"scale": scale, "factor": factor, "grouping": grouping, "layers": layers, "gate_coefficient": gate}
@@ -207,7 +208,7 @@ def test_schedule_scales_every_mode():
 
 
 def test_training_with_sphere_raises_the_rank():
-    from sphere_rl.ranks import effective_rank
+    from sphere_rl.spectrum.ranks import effective_rank
 
     ranks = []
     for rho in (0.0, 5.0):

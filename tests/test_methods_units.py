@@ -6,12 +6,13 @@ import pytest
 import torch
 from conformance.agents import begin, changed, make_agent, make_config, only_method, rollout, snapshot, train
 
-from sphere_rl.agent import Agent
-from sphere_rl.experts import RoutedFeatures, single_routing, top_k_routing
+from sphere_rl.experts.layers import RoutedFeatures
+from sphere_rl.experts.network import MoENetwork
+from sphere_rl.experts.routing import single_routing, top_k_routing
 from sphere_rl.methods._layers import mean_by_expert, recycle, stacks, unit_features, unit_layers
 from sphere_rl.methods.cbp import CbpConfig, UnitStatistics, choose, correction, fold, observe
 from sphere_rl.methods.redo import dormant_units
-from sphere_rl.networks import MoENetwork
+from sphere_rl.training.agent import Agent
 
 
 def trained(*methods: str, actor: str = "topk_moe", **changes) -> Agent:

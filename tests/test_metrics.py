@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from sphere_rl import metrics as m
-from sphere_rl.experts import RoutedFeatures, dense_routing, single_routing, top_k_routing
-from sphere_rl.ranks import effective_rank, gram_effective_rank
+from sphere_rl.experts.layers import RoutedFeatures
+from sphere_rl.experts.routing import dense_routing, single_routing, top_k_routing
+from sphere_rl.spectrum import plasticity as m
+from sphere_rl.spectrum.ranks import effective_rank, gram_effective_rank
 
 torch.set_num_threads(1)
 

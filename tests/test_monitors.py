@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from sphere_rl import cli, monitors
+from sphere_rl import cli
 from sphere_rl.runs import RunFolder
+from sphere_rl.training import monitors
 
 WORDS = (
     "train --suite gym --tasks Pendulum-v1 Pendulum-v1 --num-envs 2 --num-steps 64 --minibatch-size 32 --num-epochs 1 "
@@ -54,7 +55,8 @@ def test_tensorboard_has_every_number_of_the_logs(run: RunFolder) -> None:
 def test_missing_wandb_is_one_line_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sphere_rl.arguments.find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    present = {"sphere_rl.training.monitors.find_spec": lambda name: None if name == "wandb" else find_spec(name)}
+    monkeypatch.setattr(*present.popitem())
     line = "sphere: log: wandb is not installed; pip install 'sphere-rl[wandb]'\n"
     for words in (WORDS, ["sweep", *WORDS[1:-1]]):
         assert cli.main([*words, "--log", "wandb", "--out", str(tmp_path / "out")]) == 2

@@ -8,7 +8,8 @@ import torch
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
 from sphere_rl.errors import ConfigError
-from sphere_rl.networks import KINDS, CategoricalHead, GaussianHead, make_actor
+from sphere_rl.experts.heads import CategoricalHead, GaussianHead
+from sphere_rl.experts.network import KINDS, make_actor
 
 SMALL: dict[str, Any] = {"width": 8, "depth": 2, "num_experts": 4}
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override
-from sphere_rl.networks import MoENetwork, NetworkOptions, make_actor
-from sphere_rl.normalizer import RewardNormalizer
-from sphere_rl.rollout import Collector
+from sphere_rl.experts.network import MoENetwork, NetworkOptions, make_actor
+from sphere_rl.learner.actor_critic import Spaces
+from sphere_rl.learner.normalizer import RewardNormalizer
+from sphere_rl.learner.rollout import Collector
 from sphere_rl.suites import make_suite
+from sphere_rl.training.agent import Agent
 
 
 def test_rewards_are_divided_by_the_deviation_of_the_discounted_return_by_hand() -> None:

@@ -11,13 +11,13 @@ from jaxtyping import config as jaxtyping_config
 from torch import nn
 from torch.nn.utils.parametrize import register_parametrization
 
-from sphere_rl import ntk
-from sphere_rl.experts import GroupedLinear
-from sphere_rl.factors import factorise
+from sphere_rl.experts.layers import GroupedLinear
+from sphere_rl.experts.network import KINDS, Actor, make_actor
 from sphere_rl.methods.injection import InjectedHead
-from sphere_rl.networks import KINDS, Actor, make_actor
-from sphere_rl.ntk import block_view, entk, entk_jax, estimate_entk_rank
-from sphere_rl.ranks import effective_rank
+from sphere_rl.spectrum import kernel as ntk
+from sphere_rl.spectrum.jacobian import factorise
+from sphere_rl.spectrum.kernel import block_view, entk, entk_jax, estimate_entk_rank
+from sphere_rl.spectrum.ranks import effective_rank
 
 torch.set_num_threads(1)
 SAMPLES, ACTIONS = 12, 3

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sphere_rl.experts import GroupedLinear, Routing
-from sphere_rl.gradients import GradientStore, active_experts
-from sphere_rl.optimizer import REST, ExpertAdam, idle_experts
+from sphere_rl.experts.layers import GroupedLinear
+from sphere_rl.experts.routing import Routing
+from sphere_rl.kernels.adam import REST, idle_experts
+from sphere_rl.kernels.gradients import GradientStore, active_experts
+from sphere_rl.learner.optimizer import ExpertAdam
 
 EXPERTS = 4
 

@@ -17,18 +17,19 @@ from comparing import run_difference
 from gymnasium import spaces
 from toy_runs import CPU, GYM, WORDS, config, networks, train
 
-from sphere_rl import checkpoint, evaluation, protocol
-from sphere_rl.agent import Policy
+from sphere_rl import protocol
 from sphere_rl.cli import main
 from sphere_rl.config import TrainConfig, from_dict, override, to_dict
-from sphere_rl.env_args import taken_from, value_of, word_of
 from sphere_rl.errors import ConfigError
-from sphere_rl.evaluation import evaluate
-from sphere_rl.rollout import Collector
-from sphere_rl.runs import RunFolder, file_name
+from sphere_rl.learner.rollout import Collector
+from sphere_rl.runs import RunFolder, checkpoint, file_name
 from sphere_rl.seeding import seed_globals
-from sphere_rl.spaces import action_sender
 from sphere_rl.suites import check_arguments, suites
+from sphere_rl.suites.env_args import taken_from, value_of, word_of
+from sphere_rl.suites.spaces import action_sender
+from sphere_rl.training import evaluation
+from sphere_rl.training.agent import Policy
+from sphere_rl.training.evaluation import evaluate
 
 # Evaluation that has no end
 

@@ -14,14 +14,14 @@ from gymnasium.envs.registration import EnvSpec
 from PIL import Image
 
 from sphere_rl.cli import main
+from sphere_rl.commands.play import play, record
 from sphere_rl.config import override, preset
 from sphere_rl.errors import ConfigError
-from sphere_rl.picture import Picture
-from sphere_rl.play import play, record
-from sphere_rl.policies import load_policy
 from sphere_rl.protocol import start
 from sphere_rl.runs import RunFolder
 from sphere_rl.suites import make_suite
+from sphere_rl.suites.picture import Picture
+from sphere_rl.training.policies import load_policy
 
 
 class Counter(gymnasium.Env):
@@ -109,7 +109,7 @@ def in_new_process(code: str, **environment: str) -> subprocess.CompletedProcess
 
 DRAW = """
 import sys, numpy as np
-from sphere_rl.play import record
+from sphere_rl.commands.play import record
 from sphere_rl.suites import make_suite
 from sphere_rl.errors import ConfigError
 env = make_suite(sys.argv[1] if len(sys.argv) > 1 else SUITE).render_env(TASK, seed=0)
@@ -139,7 +139,7 @@ def test_every_suite_can_be_filmed(tmp_path: Path, suite: str, task: str) -> Non
 
 SAME = """
 import sys, hashlib, numpy as np
-from sphere_rl.picture import Picture
+from sphere_rl.suites.picture import Picture
 from sphere_rl.suites import make_suite
 for picture in (None, Picture(64, 48), Picture(64, 48, fine=True)):
     env = make_suite("cw10").render_env("push-wall", seed=3)
@@ -170,7 +170,7 @@ def test_metaworld_plays_the_same_however_it_is_drawn() -> None:
 
 
 H1 = """
-from sphere_rl.picture import Picture
+from sphere_rl.suites.picture import Picture
 from sphere_rl.suites import make_suite
 for fine in (False, True):
     env = make_suite("h1").render_env("stand", seed=3)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sphere_rl.agent import Policy
-from sphere_rl.networks import make_actor
-from sphere_rl.normalizer import ObservationNormalizer
+from sphere_rl.experts.network import make_actor
+from sphere_rl.learner.normalizer import ObservationNormalizer
+from sphere_rl.training.agent import Policy
 
 D, A = 5, 3
 

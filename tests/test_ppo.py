@@ -7,24 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override
 from sphere_rl.errors import TrainingError
-from sphere_rl.ppo import (
-    Minibatch,
-    actor_step,
-    apply_gradients,
-    critic_step,
-    direct_actor_step,
-    flatten,
-    policy_loss,
-    train_epochs,
-    update,
-    value_loss,
-)
-from sphere_rl.rollout import Collector, Rollout
+from sphere_rl.kernels.losses import adapt_learning_rate, normalize
+from sphere_rl.learner.actor_critic import Spaces
+from sphere_rl.learner.losses import policy_loss, value_loss
+from sphere_rl.learner.minibatch import Minibatch, flatten
+from sphere_rl.learner.rollout import Collector, Rollout
 from sphere_rl.suites import make_suite
-from sphere_rl.surrogate import adapt_learning_rate, normalize
+from sphere_rl.training.agent import Agent
+from sphere_rl.training.ppo import actor_step, apply_gradients, critic_step, direct_actor_step, train_epochs, update
 
 
 def test_policy_loss_by_hand() -> None:
@@ -230,7 +222,7 @@ def test_ppo_solves_a_small_problem() -> None:
 
     The learning rate falls to zero: at a constant one the last iterations go up and down by hundreds.
     """
-    from sphere_rl.evaluation import summarize
+    from sphere_rl.training.evaluation import summarize
 
     config = override(
         TrainConfig(),

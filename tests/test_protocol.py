@@ -16,11 +16,11 @@ import torch
 from comparing import run_difference, timeless
 from killing import resume_until_finished
 
-from sphere_rl import checkpoint, protocol
-from sphere_rl.agent import Agent
+from sphere_rl import protocol
 from sphere_rl.config import TrainConfig, override, to_dict
-from sphere_rl.policies import load_policy
-from sphere_rl.runs import RunFolder
+from sphere_rl.runs import RunFolder, checkpoint
+from sphere_rl.training.agent import Agent
+from sphere_rl.training.policies import load_policy
 
 
 def train(config: TrainConfig, path: Path) -> RunFolder:

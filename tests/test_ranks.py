@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sphere_rl.ranks import (
+from sphere_rl.spectrum.ranks import (
     effective_rank,
     estimate_effective_rank,
     gram_effective_rank,

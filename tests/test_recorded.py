@@ -11,11 +11,11 @@ from typing import Any
 import polars as pl
 import pytest
 
-from sphere_rl.arguments import parse_train
 from sphere_rl.config import from_dict, override, preset, to_dict
 from sphere_rl.report import commands, content, page
 from sphere_rl.results import load_results
 from sphere_rl.suites import make_suite
+from sphere_rl.terminal.arguments import parse_train
 
 
 def record(folder: Path, tasks: int = 2, score: float = 0.5, rank: float = 4.0, **changes: Any) -> dict[str, Any]:

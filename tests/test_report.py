@@ -23,14 +23,14 @@ from gymnasium.envs.classic_control.pendulum import PendulumEnv
 from sphere_rl import cli, report
 from sphere_rl.config import from_dict
 from sphere_rl.errors import CommandLineError, RunFolderError
-from sphere_rl.geometry import snapshots
-from sphere_rl.policies import load_policy
-from sphere_rl.probe import probe_observations
 from sphere_rl.report import content, page
+from sphere_rl.report.geometry import snapshots
 from sphere_rl.results import load_results, method_labels
 from sphere_rl.runs import RunFolder
 from sphere_rl.spectrum import SPECTRAL_METRICS, entk, measure
 from sphere_rl.suites import make_suite
+from sphere_rl.training.policies import load_policy
+from sphere_rl.training.probe import probe_observations
 
 TASKS = ("Pendulum-v1", "LightPendulum-v0")
 gymnasium.register(

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sphere_rl.errors import TrainingError
-from sphere_rl.networks import Actor, MoENetwork, NetworkOptions, make_actor
-from sphere_rl.normalizer import ObservationNormalizer
-from sphere_rl.rollout import Collector, EpisodeRecorder, gae
+from sphere_rl.experts.network import Actor, MoENetwork, NetworkOptions, make_actor
+from sphere_rl.learner.normalizer import ObservationNormalizer
+from sphere_rl.learner.rollout import Collector, EpisodeRecorder, gae
 from sphere_rl.suites import make_suite
 
 CPU = torch.device("cpu")

@@ -15,16 +15,15 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from sphere_rl import checkpoint
 from sphere_rl.cli import main
 from sphere_rl.errors import ConfigError, RunFolderError
-from sphere_rl.evaluation import evaluate
-from sphere_rl.geometry import snapshots
-from sphere_rl.policies import load_policy, own_policies
+from sphere_rl.report.geometry import snapshots
 from sphere_rl.results import load_results
-from sphere_rl.runs import RunFolder
-from sphere_rl.saved import config_of
+from sphere_rl.runs import RunFolder, checkpoint
 from sphere_rl.suites import make_suite
+from sphere_rl.training.evaluation import evaluate
+from sphere_rl.training.policies import load_policy, own_policies
+from sphere_rl.training.saved import config_of
 
 
 class Ten(gymnasium.Env):

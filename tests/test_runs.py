@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sphere_rl import checkpoint
 from sphere_rl.errors import RunFolderError
-from sphere_rl.runs import Logs, RunFolder, write_atomic
+from sphere_rl.runs import Logs, RunFolder, checkpoint, write_atomic
 
 
 @pytest.fixture

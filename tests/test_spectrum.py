@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from sphere_rl.experts import GroupedLinear
-from sphere_rl.metrics import churn, dead_ratio, pca_rank
-from sphere_rl.networks import KINDS, Actor, make_actor
+from sphere_rl.experts.layers import GroupedLinear
+from sphere_rl.experts.network import KINDS, Actor, make_actor
 from sphere_rl.penalty import sphere_penalty
-from sphere_rl.ranks import participation_ratio
 from sphere_rl.spectrum import SPECTRAL_METRICS, effective_rank, entk, measure
+from sphere_rl.spectrum.plasticity import churn, dead_ratio, pca_rank
+from sphere_rl.spectrum.ranks import participation_ratio
 
 torch.set_num_threads(1)
 UPDATE_ONLY = {"grama_ratio", "grad_norm", "weight_change", "churn"}

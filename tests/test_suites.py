@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from sphere_rl.agent import Spaces
 from sphere_rl.errors import ConfigError
+from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.suites import check_task, make_suite, suites
 from sphere_rl.suites.metaworld import ALL_TASKS, CW10, environment_id
 

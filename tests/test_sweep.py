@@ -20,13 +20,13 @@ from rich.console import Console
 
 from sphere_rl import cli, protocol
 from sphere_rl.errors import CommandLineError, ConfigError
-from sphere_rl.policies import load_policy
 from sphere_rl.runs import RunFolder
 from sphere_rl.sweep import command, default_jobs, parse
 from sphere_rl.sweep.cost import _kind, reason, speeds, steps_left
 from sphere_rl.sweep.display import LiveTable, last_row
 from sphere_rl.sweep.plan import Grid, load_grid, plan, state
 from sphere_rl.sweep.shared import share, sources
+from sphere_rl.training.policies import load_policy
 
 TRAIN = (
     "--num-envs 2 --num-steps 64 --minibatch-size 32 --num-epochs 1 --width 8 --depth 1 --num-experts 3 --top-k 1 "

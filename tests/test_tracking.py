@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from sphere_rl import checkpoint, protocol
-from sphere_rl.agent import Agent, Spaces
+from sphere_rl import protocol
 from sphere_rl.config import TrainConfig, override
-from sphere_rl.probe import probe_batch, probe_observations
-from sphere_rl.runs import RunFolder
+from sphere_rl.learner.actor_critic import Spaces
+from sphere_rl.runs import RunFolder, checkpoint
 from sphere_rl.spectrum import SPECTRAL_METRICS, measure
 from sphere_rl.suites import make_suite
-from sphere_rl.tracking import Tracker
+from sphere_rl.training.agent import Agent
+from sphere_rl.training.probe import probe_batch, probe_observations
+from sphere_rl.training.tracker import Tracker
 
 POSITION = {"global_step", "task_index", "task", "task_step"}
 

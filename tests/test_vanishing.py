@@ -10,12 +10,12 @@ import pytest
 
 from sphere_rl import cli
 from sphere_rl.config import from_dict
-from sphere_rl.monitors import make_monitors
 from sphere_rl.report.content import SuiteContent
 from sphere_rl.report.page import render
 from sphere_rl.results import load_results
 from sphere_rl.runs import RunFolder
-from sphere_rl.vanishing import notices
+from sphere_rl.spectrum.vanishing import notices
+from sphere_rl.training.monitors import make_monitors
 
 STRONG = (
     "train --suite gym --tasks Pendulum-v1 --num-envs 2 --num-steps 64 --minibatch-size 8 --num-epochs 4 --width 16 "

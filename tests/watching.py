@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from sphere_rl.experts import ExpertMLP
+from sphere_rl.experts.layers import ExpertMLP
 
 
 @contextmanager

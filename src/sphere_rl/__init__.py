@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sphere_rl.hooks import track
-    from sphere_rl.networks import make_actor
+    from sphere_rl.experts.network import make_actor
+    from sphere_rl.integrations.hooks import track
+    from sphere_rl.integrations.regularizer import regularize
     from sphere_rl.penalty import gate_penalty, layers_penalty, per_expert_penalty, sphere_penalty, weighted_features
-    from sphere_rl.policies import load_policy
-    from sphere_rl.regularizer import regularize
     from sphere_rl.spectrum import effective_rank, entk, gram_effective_rank
     from sphere_rl.suites import make_suite
+    from sphere_rl.training.policies import load_policy
 
 _HOMES = {
     "effective_rank": "spectrum",
@@ -23,13 +23,13 @@ _HOMES = {
     "gate_penalty": "penalty",
     "gram_effective_rank": "spectrum",
     "layers_penalty": "penalty",
-    "load_policy": "policies",
-    "make_actor": "networks",
+    "load_policy": "training.policies",
+    "make_actor": "experts.network",
     "make_suite": "suites",
     "per_expert_penalty": "penalty",
-    "regularize": "regularizer",
+    "regularize": "integrations.regularizer",
     "sphere_penalty": "penalty",
-    "track": "hooks",
+    "track": "integrations.hooks",
     "weighted_features": "penalty",
 }
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sphere_rl.errors import CommandLineError, ConfigError, RunFolderError, TrainingError
-from sphere_rl.parsers import ArgumentParser, integer, positive, size
+from sphere_rl.terminal.parsers import ArgumentParser, integer, positive, size
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,9 +71,9 @@ def interrupt(*_: object) -> NoReturn:
 def train(words: list[str]) -> None:
     """Train an agent on a sequence of tasks."""
     from sphere_rl import protocol
-    from sphere_rl.arguments import parse_train
-    from sphere_rl.monitors import make_monitors
     from sphere_rl.runs import RunFolder
+    from sphere_rl.terminal.arguments import parse_train
+    from sphere_rl.training.monitors import make_monitors
 
     config, out, quiet = parse_train(words)
     protocol.check(config)
@@ -86,9 +86,9 @@ def train(words: list[str]) -> None:
 def resume(words: list[str]) -> None:
     """Continue an interrupted run exactly, from its newest checkpoint."""
     from sphere_rl import protocol
-    from sphere_rl.monitors import make_monitors
     from sphere_rl.runs import RunFolder
-    from sphere_rl.saved import config_of
+    from sphere_rl.training.monitors import make_monitors
+    from sphere_rl.training.saved import config_of
 
     options = run_parser("resume", resume.__doc__)
     options.add_argument("--quiet", action="store_true", help="no progress display")
@@ -118,13 +118,13 @@ def evaluate(words: list[str]) -> None:
     """Run deterministic episodes of a run's policies."""
     import json
 
-    from sphere_rl.evaluation import evaluate as run_episodes
-    from sphere_rl.policies import policy_for, read_policies
     from sphere_rl.runs import RunFolder
     from sphere_rl.runtime import threads, tune_process
-    from sphere_rl.saved import config_of
     from sphere_rl.suites import make_suite
-    from sphere_rl.tables import print_table
+    from sphere_rl.terminal.tables import print_table
+    from sphere_rl.training.evaluation import evaluate as run_episodes
+    from sphere_rl.training.policies import policy_for, read_policies
+    from sphere_rl.training.saved import config_of
 
     options = run_parser("evaluate", evaluate.__doc__)
     options.add_argument(
@@ -162,8 +162,8 @@ def evaluate(words: list[str]) -> None:
 
 def play(words: list[str]) -> None:
     """Film an episode of a run's policy as mp4 or gif."""
-    from sphere_rl.picture import Picture
-    from sphere_rl.play import play as film
+    from sphere_rl.commands.play import play as film
+    from sphere_rl.suites.picture import Picture
 
     options = run_parser("play", play.__doc__)
     options.add_argument("--out", type=Path, required=True, help="the video, a .mp4 or .gif file")
@@ -193,15 +193,15 @@ def play(words: list[str]) -> None:
 
 def demo(words: list[str]) -> int | None:
     """Train with and without SPHERE on a short MetaWorld sequence, about five minutes."""
-    from sphere_rl.demo import command
+    from sphere_rl.commands.demo import command
 
     return command(words)
 
 
 def list_all(words: list[str]) -> None:
     """List suites, tasks, actors, methods or metrics."""
-    from sphere_rl import catalogue
-    from sphere_rl.tables import print_table
+    from sphere_rl.commands import catalogue
+    from sphere_rl.terminal.tables import print_table
 
     options = ArgumentParser(prog="sphere list", description=list_all.__doc__)
     for topic in catalogue.TOPICS:
@@ -214,7 +214,7 @@ def list_all(words: list[str]) -> None:
 
 def diagnose(words: list[str]) -> None:
     """Measure the plasticity of a run's checkpoints."""
-    from sphere_rl.diagnose import command
+    from sphere_rl.commands.diagnose import command
 
     command(words)
 
@@ -247,7 +247,7 @@ def add_device(options: ArgumentParser) -> None:
 
 def print_results(folder: Any) -> None:
     """The evaluations at the ends of the tasks."""
-    from sphere_rl.tables import print_table
+    from sphere_rl.terminal.tables import print_table
 
     columns = ("task", "task_step", "episodes", "success_final", "success_once", "mean_return")
     evals = folder.read("eval", (*columns, "phase"))

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 
 from tyro.conf import arg
 
-from sphere_rl.env_args import EnvArgs, Value
 from sphere_rl.errors import ConfigError
+from sphere_rl.experts.network import KINDS, NetworkOptions
 from sphere_rl.methods import check_methods, methods
-from sphere_rl.networks import KINDS, NetworkOptions
 from sphere_rl.suites import Suite, check_arguments, check_task, make_suite
+from sphere_rl.suites.env_args import EnvArgs, Value
 
 if TYPE_CHECKING:
     MethodOptions = Any

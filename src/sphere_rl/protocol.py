@@ -17,35 +17,25 @@ from dataclasses import asdict, dataclass
 from math import isfinite
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from sphere_rl import checkpoint
-from sphere_rl.agent import Agent, Policy, Spaces
 from sphere_rl.config import TrainConfig, to_dict
 from sphere_rl.errors import ConfigError, RunFolderError, TrainingError
-from sphere_rl.evaluation import evaluate, summarize
-from sphere_rl.lanes import two_lanes
-from sphere_rl.policies import load_policy
-from sphere_rl.ppo import update
-from sphere_rl.rollout import Collector, Rollout
-from sphere_rl.runs import Logs, RunFolder, file_name
+from sphere_rl.kernels.threads import two_lanes
+from sphere_rl.learner.actor_critic import Spaces
+from sphere_rl.learner.rollout import Collector, Rollout
+from sphere_rl.runs import Logs, RunFolder, checkpoint, file_name
 from sphere_rl.runtime import LaneChoice, check_device, threads, tune_process
-from sphere_rl.saved import config_of
 from sphere_rl.seeding import derive_seed, global_streams, seed_globals
-from sphere_rl.spaces import check_spaces
 from sphere_rl.suites import make_suite
-from sphere_rl.tracking import Tracker
-
-
-@runtime_checkable
-class Monitor(Protocol):
-    """Whoever watches a run: the progress display, TensorBoard."""
-
-    def row(self, log: str, row: dict[str, Any]) -> None:
-        """A line has been added to a log."""
-
-    def close(self) -> None:
-        """The run has stopped."""
+from sphere_rl.suites.spaces import check_spaces
+from sphere_rl.training.agent import Agent, Policy
+from sphere_rl.training.evaluation import evaluate, summarize
+from sphere_rl.training.monitors import Monitor
+from sphere_rl.training.policies import load_policy
+from sphere_rl.training.ppo import update
+from sphere_rl.training.saved import config_of
+from sphere_rl.training.tracker import Tracker
 
 
 @dataclass

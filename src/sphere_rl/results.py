@@ -16,10 +16,10 @@ import polars as pl
 from sphere_rl.config import updated
 from sphere_rl.errors import RunFolderError
 from sphere_rl.methods import methods
-from sphere_rl.records import LOG_COLUMNS
 from sphere_rl.runs import LOGS, RunFolder
-from sphere_rl.saved import config_of
+from sphere_rl.runs.records import LOG_COLUMNS
 from sphere_rl.suites import suites
+from sphere_rl.training.saved import config_of
 
 KEY = ("suite", "protocol", "actor", "method", "seed")
 """Columns that name an experiment: one seed of one method. Protocol rl may spread its tasks over several folders."""

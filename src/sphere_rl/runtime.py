@@ -88,7 +88,7 @@ def tune_process(torch_threads: int) -> None:
     Memory: gradients are megabytes that are freed and allocated again in every minibatch; glibc would give them back
     to the system and page them in anew, 1 to 2 ms a minibatch. Larger blocks go back at once, and all threads share
     one arena: else the environments that are made and closed for evaluations leave holes that only grow.
-    Lanes: PyTorch makes as many inter-op threads as there are cores; two lanes (`sphere_rl.lanes`) use two.
+    Lanes: PyTorch makes as many inter-op threads as there are cores; two lanes (`sphere_rl.kernels.threads`) use two.
     """
     torch.set_flush_denormal(True)
     torch.set_num_threads(max(1, torch_threads // 2))  # outside lanes, too: measured kernels have the same bits

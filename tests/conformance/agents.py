@@ -8,12 +8,14 @@ from typing import Any
 import gymnasium
 import torch
 
-from sphere_rl.agent import Agent, Spaces
 from sphere_rl.config import TrainConfig, override
+from sphere_rl.learner.actor_critic import Spaces
+from sphere_rl.learner.minibatch import Minibatch, flatten
+from sphere_rl.learner.rollout import Collector, Rollout
 from sphere_rl.methods import ActorStep, Method
-from sphere_rl.ppo import Minibatch, flatten, update
-from sphere_rl.rollout import Collector, Rollout
 from sphere_rl.suites import make_suite
+from sphere_rl.training.agent import Agent
+from sphere_rl.training.ppo import update
 
 SHORT = "ShortPendulum-v0"
 """Pendulum with episodes of 20 steps, so that evaluations take no time."""

@@ -6,10 +6,10 @@ import pytest
 import torch
 from agents import batch, begin, make_agent, make_config, train
 
-from sphere_rl.factors import factorise
 from sphere_rl.methods import methods
-from sphere_rl.ntk import entk
 from sphere_rl.spectrum import measure
+from sphere_rl.spectrum.jacobian import factorise
+from sphere_rl.spectrum.kernel import entk
 
 
 @pytest.mark.parametrize("name", sorted(methods()))

@@ -14,13 +14,13 @@ import torch
 from agents import EAGER, begin, make_agent, make_config, train
 from comparing import difference, run_difference
 
-from sphere_rl import checkpoint, protocol
-from sphere_rl.agent import Agent
+from sphere_rl import protocol
 from sphere_rl.config import TrainConfig
 from sphere_rl.errors import ConfigError
+from sphere_rl.experts.network import KINDS
 from sphere_rl.methods import methods
-from sphere_rl.networks import KINDS
-from sphere_rl.runs import RunFolder
+from sphere_rl.runs import RunFolder, checkpoint
+from sphere_rl.training.agent import Agent
 
 METHODS = sorted(methods())
 

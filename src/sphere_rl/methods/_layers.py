@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sphere_rl.experts import ExpertMLP, GroupedLinear, RoutedFeatures
-from sphere_rl.networks import Actor, MoENetwork, Trace
-
-if TYPE_CHECKING:
-    from sphere_rl.agent import Agent
+from sphere_rl.experts.layers import ExpertMLP, GroupedLinear, RoutedFeatures
+from sphere_rl.experts.network import Actor, MoENetwork, Trace
+from sphere_rl.learner.actor_critic import ActorCritic
 
 
-def networks(agent: Agent) -> dict[str, MoENetwork]:
+def networks(agent: ActorCritic) -> dict[str, MoENetwork]:
     """Actor and critic by name."""
     return {"actor": agent.actor, "critic": agent.critic}
 
@@ -37,14 +34,14 @@ def linear_layers(network: MoENetwork) -> list[GroupedLinear]:
     return hidden_layers(network) + [stack.head for stack in stacks(network)]
 
 
-def fresh_networks(agent: Agent) -> tuple[Actor, MoENetwork]:
+def fresh_networks(agent: ActorCritic) -> tuple[Actor, MoENetwork]:
     """An actor and a critic as at the start of training, with new weights from the agent's random stream."""
     seed = torch.randint(2**31, (), generator=agent.generator, device=agent.device)
     return agent.fresh_networks(torch.Generator().manual_seed(int(seed)))
 
 
 @torch.no_grad()
-def renew(agent: Agent, module: nn.Module, fresh: nn.Module, shrink: float = 0.0, perturb: float = 1.0) -> None:
+def renew(agent: ActorCritic, module: nn.Module, fresh: nn.Module, shrink: float = 0.0, perturb: float = 1.0) -> None:
     """θ ← shrink·θ + perturb·θ_fresh for all parameters of a part of an agent, with fresh Adam state."""
     mix(module, fresh, shrink, perturb)
     for parameter in module.parameters():
@@ -122,7 +119,7 @@ def seen_by_expert(features: RoutedFeatures) -> Tensor:
 
 
 @torch.no_grad()
-def recycle(agent: Agent, layers: list[UnitLayer], units: list[Bool[Tensor, "_ _"]]) -> None:
+def recycle(agent: ActorCritic, layers: list[UnitLayer], units: list[Bool[Tensor, "_ _"]]) -> None:
     """Begin chosen units anew: incoming weights redrawn (LeCun normal), bias and outgoing weights zero.
 
     Adam's moments of these entries are zeroed too. Outgoing weights come last, so that a recycled unit has no effect

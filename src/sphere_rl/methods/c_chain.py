@@ -8,17 +8,15 @@ constant share of the loss.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sphere_rl.learner.actor_critic import ActorCritic
+from sphere_rl.learner.rollout import Rollout
 from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
-
-if TYPE_CHECKING:
-    from sphere_rl.agent import Agent
-    from sphere_rl.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,11 @@ class CChain(Method):
         self._reference: tuple[Tensor, Tensor] | None = None
         self._sums: list[Tensor] = []
 
-    def start(self, agent: Agent) -> None:
+    def start(self, agent: ActorCritic) -> None:
         """Know where tensors live."""
         self._device = agent.device
 
-    def on_task_start(self, agent: Agent, task_index: int) -> None:
+    def on_task_start(self, agent: ActorCritic, task_index: int) -> None:
         """Neither observations nor the scale of losses of the task before are a reference for this one."""
         self._begin()
 
@@ -82,7 +80,7 @@ class CChain(Method):
         self._last = step.batch.observation
         return penalty
 
-    def after_iteration(self, agent: Agent, rollout: Rollout) -> None:
+    def after_iteration(self, agent: ActorCritic, rollout: Rollout) -> None:
         """Record the iteration's means; after the warm-up set c by them."""
         if self._sums:
             self._history.append(torch.stack(self._sums).mean(0).tolist())
@@ -119,13 +117,15 @@ class CChain(Method):
         self._reference = (batches["reference"], batches["previous"]) if "reference" in batches else None
 
 
-def policy(agent: Agent, observation: Float[Tensor, "N D"]) -> Float[Tensor, "N A"]:
+def policy(agent: ActorCritic, observation: Float[Tensor, "N D"]) -> Float[Tensor, "N A"]:
     """Mean actions, or the log-probabilities of discrete ones."""
     output = agent.actor(observation)
     return output.log_softmax(-1) if agent.spaces.discrete else output
 
 
-def policy_change(agent: Agent, observation: Float[Tensor, "N D"], previous: Float[Tensor, "N A"]) -> Float[Tensor, ""]:
+def policy_change(
+    agent: ActorCritic, observation: Float[Tensor, "N D"], previous: Float[Tensor, "N A"]
+) -> Float[Tensor, ""]:
     """How far the policy has moved from what `policy` gave before."""
     change = policy(agent, observation) - previous
     if agent.spaces.discrete:  # Σ p (r − 1 − log r) with r = π_θ/p is the KL divergence, without its cancellation

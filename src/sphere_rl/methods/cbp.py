@@ -8,13 +8,16 @@ weights redrawn, bias and outgoing weights zero, and what the unit gave on avera
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sphere_rl.experts import RoutedFeatures
+from sphere_rl.experts.layers import RoutedFeatures
+from sphere_rl.experts.network import Trace
+from sphere_rl.learner.actor_critic import ActorCritic
+from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
 from sphere_rl.methods._layers import (
     UnitLayer,
@@ -25,11 +28,6 @@ from sphere_rl.methods._layers import (
     unit_features,
     unit_layers,
 )
-from sphere_rl.networks import Trace
-
-if TYPE_CHECKING:
-    from sphere_rl.agent import Agent
-    from sphere_rl.ppo import Minibatch
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Cbp(Method):
         self._features: dict[str, tuple[RoutedFeatures, ...]] = {}
         self._replaced = 0
 
-    def start(self, agent: Agent) -> None:
+    def start(self, agent: ActorCritic) -> None:
         """Statistics at zero."""
         self._statistics = {
             name: [UnitStatistics.of(layer) for layer in unit_layers(network)]
@@ -96,12 +94,12 @@ class Cbp(Method):
         """No penalty: keep the features of the forward pass."""
         self._features["actor"] = unit_features(step.trace)
 
-    def critic_penalty(self, agent: Agent, batch: Minibatch, trace: Trace) -> None:
+    def critic_penalty(self, agent: ActorCritic, batch: Minibatch, trace: Trace) -> None:
         """No penalty: keep the features of the forward pass."""
         self._features["critic"] = unit_features(trace)
 
     @torch.no_grad()
-    def after_minibatch(self, agent: Agent, batch: Minibatch) -> None:
+    def after_minibatch(self, agent: ActorCritic, batch: Minibatch) -> None:
         """Update the statistics with these features and the new weights; replace what is due."""
         for name, network in networks(agent).items():
             layers, chosen = unit_layers(network), []

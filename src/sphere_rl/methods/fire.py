@@ -7,17 +7,14 @@ towards 1: the least change of direction that makes the spectrum flat.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sphere_rl.learner.actor_critic import ActorCritic
 from sphere_rl.methods import Method, MethodConfig, check_range
 from sphere_rl.methods._layers import linear_layers, networks
-
-if TYPE_CHECKING:
-    from sphere_rl.agent import Agent
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Fire(Method):
     Config = FireConfig
 
     @torch.no_grad()
-    def on_task_start(self, agent: Agent, task_index: int) -> None:
+    def on_task_start(self, agent: ActorCritic, task_index: int) -> None:
         """Project, at every task but the first."""
         if task_index == 0:
             return

@@ -6,20 +6,15 @@ the frozen h_θ and h_b of all injections so far add up to one frozen layer: the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sphere_rl.errors import ConfigError
-from sphere_rl.experts import GroupedLinear
+from sphere_rl.experts.layers import GroupedLinear
+from sphere_rl.learner.actor_critic import ActorCritic, Settings
 from sphere_rl.methods import Method
 from sphere_rl.methods._layers import fresh_networks, networks
-
-if TYPE_CHECKING:
-    from sphere_rl.agent import Agent
-    from sphere_rl.config import TrainConfig
 
 
 class InjectedHead(GroupedLinear):
@@ -55,17 +50,17 @@ class Injection(Method):
     summary = "at each change of task freeze the output layer and train a fresh one on top, output unchanged"
     citation = "Nikishin et al. 2023, Deep Reinforcement Learning with Plasticity Injection (NeurIPS)"
 
-    def check(self, config: TrainConfig, discrete: bool) -> None:
+    def check(self, config: Settings, discrete: bool) -> None:
         """What was injected is to stay."""
         if resets := {"reset_head", "reset_all"} & set(config.method):
             raise ConfigError("method", " ".join(config.method), f"injection without {' and '.join(resets)}")
 
-    def start(self, agent: Agent) -> None:
+    def start(self, agent: ActorCritic) -> None:
         """Give both networks an output layer that can be injected into."""
         for network in networks(agent).values():
             network.experts.head = InjectedHead(network.experts.head)
 
-    def on_task_start(self, agent: Agent, task_index: int) -> None:
+    def on_task_start(self, agent: ActorCritic, task_index: int) -> None:
         """Inject, at every task but the first."""
         if task_index == 0:
             return

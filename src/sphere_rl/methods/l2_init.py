@@ -6,18 +6,16 @@ Adds λ Σ_p ‖p − p₀‖²/numel(p) over all parameters of the network to i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sphere_rl.experts.network import Trace
+from sphere_rl.learner.actor_critic import ActorCritic
+from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
 from sphere_rl.methods._layers import networks
-from sphere_rl.networks import Trace
-
-if TYPE_CHECKING:
-    from sphere_rl.agent import Agent
-    from sphere_rl.ppo import Minibatch
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class L2Init(Method):
     citation = "Kumar et al. 2023, Maintaining Plasticity in Continual Learning via Regenerative Regularization"
     Config = L2InitConfig
 
-    def start(self, agent: Agent) -> None:
+    def start(self, agent: ActorCritic) -> None:
         """Keep a copy of the initial parameters."""
         self._initial = {
             name: [p.detach().clone() for p in network.parameters()] for name, network in networks(agent).items()
@@ -48,11 +46,11 @@ class L2Init(Method):
         """The pull on the actor."""
         return self._penalty(step.agent, "actor")
 
-    def critic_penalty(self, agent: Agent, batch: Minibatch, trace: Trace) -> Tensor:
+    def critic_penalty(self, agent: ActorCritic, batch: Minibatch, trace: Trace) -> Tensor:
         """The pull on the critic."""
         return self._penalty(agent, "critic")
 
-    def _penalty(self, agent: Agent, name: str) -> Tensor:
+    def _penalty(self, agent: ActorCritic, name: str) -> Tensor:
         pairs = zip(networks(agent)[name].parameters(), self._initial[name], strict=True)
         return self.config.strength * torch.stack([(p - p0).square().mean() for p, p0 in pairs]).sum()
 

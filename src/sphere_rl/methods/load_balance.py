@@ -8,20 +8,16 @@ is even and its gradient moves probability away from experts that get more; the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from sphere_rl.errors import ConfigError
+from sphere_rl.experts.network import MoENetwork, Trace
+from sphere_rl.learner.actor_critic import ActorCritic, Settings
+from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
-from sphere_rl.networks import MoENetwork, Trace
-
-if TYPE_CHECKING:
-    from sphere_rl.agent import Agent
-    from sphere_rl.config import TrainConfig
-    from sphere_rl.ppo import Minibatch
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ class LoadBalance(Method):
         super().__init__(config)
         self._metrics: dict[str, float | Tensor] = {}
 
-    def check(self, config: TrainConfig, discrete: bool) -> None:
+    def check(self, config: Settings, discrete: bool) -> None:
         """There must be a gate."""
         if config.actor in ("dense", "wide") and config.critic in ("dense", "wide"):
             raise ConfigError("method", "load_balance", f"an actor or critic with a gate; {config.actor} has none")
@@ -60,7 +56,7 @@ class LoadBalance(Method):
         """The losses of the actor's gate."""
         return self._penalty(step.agent.actor, step.trace, "actor")
 
-    def critic_penalty(self, agent: Agent, batch: Minibatch, trace: Trace) -> Tensor | None:
+    def critic_penalty(self, agent: ActorCritic, batch: Minibatch, trace: Trace) -> Tensor | None:
         """The losses of the critic's gate."""
         return self._penalty(agent.critic, trace, "critic")
 

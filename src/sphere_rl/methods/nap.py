@@ -6,17 +6,15 @@ scale-invariant layers does not decay as their norms grow.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sphere_rl.learner.actor_critic import ActorCritic
+from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.methods import Method
 from sphere_rl.methods._layers import linear_layers, networks
-
-if TYPE_CHECKING:
-    from sphere_rl.agent import Agent
-    from sphere_rl.ppo import Minibatch
 
 
 class NaP(Method):
@@ -29,12 +27,12 @@ class NaP(Method):
         """LayerNorm in every hidden layer."""
         return {"layer_norm": True}
 
-    def start(self, agent: Agent) -> None:
+    def start(self, agent: ActorCritic) -> None:
         """Measure the initial norms."""
         self._norms = [matrix_norms(weight) for weight in weights(agent)]
 
     @torch.no_grad()
-    def after_minibatch(self, agent: Agent, batch: Minibatch) -> None:
+    def after_minibatch(self, agent: ActorCritic, batch: Minibatch) -> None:
         """Project."""
         for weight, norm in zip(weights(agent), self._norms, strict=True):
             weight.mul_(norm / matrix_norms(weight).clamp(min=1e-12))  # all units recycled at once: zero stays
@@ -49,7 +47,7 @@ class NaP(Method):
             mine.copy_(theirs)
 
 
-def weights(agent: Agent) -> list[Tensor]:
+def weights(agent: ActorCritic) -> list[Tensor]:
     """Every weight tensor [E, out, in]."""
     return [layer.weight for network in networks(agent).values() for layer in linear_layers(network)]
 

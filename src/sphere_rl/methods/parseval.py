@@ -6,19 +6,16 @@ Adds λ Σ_W ‖W Wᵀ − s I‖_F² over hidden layers to the loss, W with its
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from sphere_rl.experts.network import MoENetwork, Trace
+from sphere_rl.learner.actor_critic import ActorCritic
+from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
 from sphere_rl.methods._layers import hidden_layers
-from sphere_rl.networks import MoENetwork, Trace
-
-if TYPE_CHECKING:
-    from sphere_rl.agent import Agent
-    from sphere_rl.ppo import Minibatch
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Parseval(Method):
         """λ Σ_W of the actor."""
         return self._penalty(step.agent.actor)
 
-    def critic_penalty(self, agent: Agent, batch: Minibatch, trace: Trace) -> Tensor:
+    def critic_penalty(self, agent: ActorCritic, batch: Minibatch, trace: Trace) -> Tensor:
         """λ Σ_W of the critic."""
         return self._penalty(agent.critic)
 

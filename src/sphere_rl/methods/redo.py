@@ -7,19 +7,17 @@ incoming weights, bias 0 and outgoing weights 0, and their Adam moments are zero
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sphere_rl.experts.network import MoENetwork, Trace
+from sphere_rl.learner.actor_critic import ActorCritic
+from sphere_rl.learner.rollout import Rollout
 from sphere_rl.methods import Method, MethodConfig, check_range
 from sphere_rl.methods._layers import mean_by_expert, networks, recycle, unit_features, unit_layers
-from sphere_rl.networks import MoENetwork, Trace
-
-if TYPE_CHECKING:
-    from sphere_rl.agent import Agent
-    from sphere_rl.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ class Redo(Method):
         self._recycled: Tensor | float = 0.0
 
     @torch.no_grad()
-    def after_iteration(self, agent: Agent, rollout: Rollout) -> None:
+    def after_iteration(self, agent: ActorCritic, rollout: Rollout) -> None:
         """Look for dormant units, when it is time to."""
         self._iterations += 1
         if self._iterations % self.config.every:
@@ -68,7 +66,7 @@ class Redo(Method):
             units += sum(mask.numel() for mask in dormant)
         self._recycled = torch.stack(recycled).sum() / units
 
-    def _activity(self, agent: Agent, rollout: Rollout) -> list[list[Float[Tensor, "_ _"]]]:
+    def _activity(self, agent: ActorCritic, rollout: Rollout) -> list[list[Float[Tensor, "_ _"]]]:
         """Mean |h| [E, U] of each of a network's `unit_layers`, for actor and critic."""
         observation = rollout.observation.flatten(0, 1)
         order = torch.randperm(len(observation), generator=agent.generator, device=agent.device)

@@ -7,18 +7,15 @@ other activations keep every unit active, the gradient still tells which have st
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor
 
+from sphere_rl.learner.actor_critic import ActorCritic
+from sphere_rl.learner.rollout import Rollout
 from sphere_rl.methods import MethodConfig, check_range
 from sphere_rl.methods._layers import networks, unit_layers
 from sphere_rl.methods.redo import Redo
-
-if TYPE_CHECKING:
-    from sphere_rl.agent import Agent
-    from sphere_rl.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Regrama(Redo):
     citation = "Liu et al. 2025, Measure Gradients, Not Activations! (NeurIPS)"
     Config = RegramaConfig
 
-    def _activity(self, agent: Agent, rollout: Rollout) -> list[list[Float[Tensor, "_ _"]]]:
+    def _activity(self, agent: ActorCritic, rollout: Rollout) -> list[list[Float[Tensor, "_ _"]]]:
         return [
             [gradient_activity(layer.incoming.weight) for layer in unit_layers(network)]
             for network in networks(agent).values()

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from sphere_rl.learner.actor_critic import ActorCritic
 from sphere_rl.methods import Method
 from sphere_rl.methods._layers import fresh_networks, networks, renew
-
-if TYPE_CHECKING:
-    from sphere_rl.agent import Agent
 
 
 class ResetHead(Method):
@@ -17,7 +13,7 @@ class ResetHead(Method):
     summary = "re-initialise the output layer at each change of task, with its optimiser state"
     citation = "Nikishin et al. 2022, The Primacy Bias in Deep Reinforcement Learning (ICML)"
 
-    def on_task_start(self, agent: Agent, task_index: int) -> None:
+    def on_task_start(self, agent: ActorCritic, task_index: int) -> None:
         """Draw the output layers anew, at every task but the first."""
         if task_index > 0:
             for network, fresh in zip(networks(agent).values(), fresh_networks(agent), strict=True):

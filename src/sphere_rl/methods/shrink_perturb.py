@@ -6,14 +6,12 @@ At each change of task, or softly after every minibatch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from sphere_rl.learner.actor_critic import ActorCritic
+from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.methods import Method, MethodConfig, check_range
 from sphere_rl.methods._layers import fresh_networks, mix, networks, renew
-
-if TYPE_CHECKING:
-    from sphere_rl.agent import Agent
-    from sphere_rl.ppo import Minibatch
 
 
 @dataclass(frozen=True)
@@ -42,13 +40,13 @@ class ShrinkPerturb(Method):
     citation = "Ash & Adams 2020, On Warm-Starting Neural Network Training (NeurIPS)"
     Config = ShrinkPerturbConfig
 
-    def on_task_start(self, agent: Agent, task_index: int) -> None:
+    def on_task_start(self, agent: ActorCritic, task_index: int) -> None:
         """The hard form, at every task but the first."""
         if self.config.when == "task" and task_index > 0:
             for network, fresh in zip(networks(agent).values(), fresh_networks(agent), strict=True):
                 renew(agent, network, fresh, self.config.shrink, self.config.perturb)
 
-    def after_minibatch(self, agent: Agent, batch: Minibatch) -> None:
+    def after_minibatch(self, agent: ActorCritic, batch: Minibatch) -> None:
         """The soft form."""
         if self.config.when == "minibatch":
             for network, fresh in zip(networks(agent).values(), fresh_networks(agent), strict=True):

@@ -7,20 +7,18 @@ iteration in each minibatch that starts from the last one's u; its gradient is u
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from sphere_rl.experts.network import Trace
+from sphere_rl.learner.actor_critic import ActorCritic
+from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
 from sphere_rl.methods._layers import linear_layers, networks
-from sphere_rl.networks import Trace
-
-if TYPE_CHECKING:
-    from sphere_rl.agent import Agent
-    from sphere_rl.ppo import Minibatch
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class SpectralReg(Method):
     citation = "Lewandowski et al. 2024, Learning Continually by Spectral Regularization (ICLR 2025)"
     Config = SpectralRegConfig
 
-    def start(self, agent: Agent) -> None:
+    def start(self, agent: ActorCritic) -> None:
         """Begin the power iterations at W·1, which takes no random numbers."""
         self._u = {
             name: [F.normalize(layer.weight.detach().sum(2), dim=1) for layer in linear_layers(network)]
@@ -55,11 +53,11 @@ class SpectralReg(Method):
         """The penalty on the actor."""
         return self._penalty(step.agent, "actor")
 
-    def critic_penalty(self, agent: Agent, batch: Minibatch, trace: Trace) -> Tensor:
+    def critic_penalty(self, agent: ActorCritic, batch: Minibatch, trace: Trace) -> Tensor:
         """The penalty on the critic."""
         return self._penalty(agent, "critic")
 
-    def _penalty(self, agent: Agent, name: str) -> Tensor:
+    def _penalty(self, agent: ActorCritic, name: str) -> Tensor:
         power, terms = self.config.power, []
         for layer, u in zip(linear_layers(networks(agent)[name]), self._u[name], strict=True):
             terms.append((largest_singular_value(layer.weight, u).pow(power) - 1).square().sum())

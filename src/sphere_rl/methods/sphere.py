@@ -15,24 +15,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from sphere_rl.direct import FeaturePenalty, Improved
 from sphere_rl.errors import ConfigError
-from sphere_rl.experts import RoutedFeatures
-from sphere_rl.gradients import GradientStore, add_scaled_, total_norm
-from sphere_rl.lanes import beside
+from sphere_rl.experts.layers import RoutedFeatures
+from sphere_rl.experts.network import Actor, Trace
+from sphere_rl.kernels.gradients import GradientStore, add_scaled_, total_norm
+from sphere_rl.kernels.threads import beside
+from sphere_rl.learner.actor_critic import ActorCritic
+from sphere_rl.learner.policy_step import FeaturePenalty, Improved
+from sphere_rl.learner.rollout import Rollout
 from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
-from sphere_rl.networks import Actor, Trace
 from sphere_rl.penalty import Scale, gate_penalty, sphere_penalty
-from sphere_rl.ranks import effective_rank
-
-if TYPE_CHECKING:
-    from sphere_rl.agent import Agent
-    from sphere_rl.rollout import Rollout
+from sphere_rl.spectrum.ranks import effective_rank
 
 EPSILON = 1e-8
 STRENGTH: dict[Scale, float] = {"literal": 1e-3, "free": 0.1}
@@ -110,15 +108,15 @@ class Sphere(Method):
         self._gradients = GradientStore()
         self._begun: Callable[[], tuple[Tensor, list[Tensor], Tensor]] | None = None
 
-    def start(self, agent: Agent) -> None:
+    def start(self, agent: ActorCritic) -> None:
         """Signals are derivatives with respect to features."""
         agent.actor.experts.layerwise = self.config.factor == "gradient"
 
-    def on_task_start(self, agent: Agent, task_index: int) -> None:
+    def on_task_start(self, agent: ActorCritic, task_index: int) -> None:
         """The schedule starts again."""
         self._schedule.start_task(agent.config.iterations_per_task)
 
-    def after_iteration(self, agent: Agent, rollout: Rollout) -> None:
+    def after_iteration(self, agent: ActorCritic, rollout: Rollout) -> None:
         """The schedule goes on."""
         self._schedule.advance()
 

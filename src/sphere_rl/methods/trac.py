@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sphere_rl.errors import ConfigError
+from sphere_rl.learner.actor_critic import Settings
 from sphere_rl.methods import Method, MethodConfig
-
-if TYPE_CHECKING:
-    from sphere_rl.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Trac(Method):
     citation = "Muppidi et al. 2024, Fast TRAC: A Parameter-Free Optimizer for Lifelong RL (NeurIPS)"
     Config = TracConfig
 
-    def make_optimizer(self, parameters: Sequence[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
+    def make_optimizer(self, parameters: Sequence[Tensor], config: Settings) -> torch.optim.Optimizer:
         """Adam's settings, within the tuner."""
         return TracAdam(parameters, self.config, lr=config.learning_rate, eps=config.adam_eps)
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from sphere_rl.learner.actor_critic import Settings
 from sphere_rl.methods import Method, MethodConfig, check_range
-
-if TYPE_CHECKING:
-    from sphere_rl.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class WeightDecay(Method):
     citation = "Loshchilov & Hutter 2019, Decoupled Weight Decay Regularization (ICLR)"
     Config = WeightDecayConfig
 
-    def make_optimizer(self, parameters: Sequence[Tensor], config: TrainConfig) -> torch.optim.Optimizer:
+    def make_optimizer(self, parameters: Sequence[Tensor], config: Settings) -> torch.optim.Optimizer:
         """Adam's settings, with the decay."""
         decay = self.config.decay
         return torch.optim.AdamW(

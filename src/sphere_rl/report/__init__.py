@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sphere_rl.parsers import ArgumentParser, positive
+from sphere_rl.terminal.parsers import ArgumentParser, positive
 
 if TYPE_CHECKING:
     from sphere_rl.report.page import Page

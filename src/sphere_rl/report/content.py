@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from sphere_rl import figures, geometry, statistics
+from sphere_rl import statistics
 from sphere_rl.errors import ConfigError, RunFolderError
-from sphere_rl.geometry import Snapshot
-from sphere_rl.report import panels, tables
+from sphere_rl.report import figures, geometry, panels, tables
+from sphere_rl.report.geometry import Snapshot
 from sphere_rl.report.panels import Panel
 from sphere_rl.results import Results
 from sphere_rl.spectrum import SPECTRAL_METRICS

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sphere_rl import figures
+from sphere_rl.report import figures
 from sphere_rl.report.content import DIRECTIONS, SuiteContent
 
 if TYPE_CHECKING:

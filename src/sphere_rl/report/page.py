@@ -13,13 +13,13 @@ from typing import Any
 import polars as pl
 
 from sphere_rl.errors import RunFolderError
-from sphere_rl.geometry import Snapshot
 from sphere_rl.report import commands, drawings, tables
 from sphere_rl.report.content import SuiteContent, arms
+from sphere_rl.report.geometry import Snapshot
 from sphere_rl.results import Results, load_results
 from sphere_rl.runs import read_sweep, write_atomic
+from sphere_rl.spectrum.vanishing import notices
 from sphere_rl.statistics import Estimate
-from sphere_rl.vanishing import notices
 
 NUMBERS = {
     "rl": "RL",

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from sphere_rl.appearance import index, shade
-from sphere_rl.figures import Curve
-from sphere_rl.geometry import Snapshot
+from sphere_rl.report.appearance import index, shade
+from sphere_rl.report.figures import Curve
+from sphere_rl.report.geometry import Snapshot
 from sphere_rl.statistics import Estimate
 
 DASHES = ("solid", "dash", "dashdot", "dot", "longdash")

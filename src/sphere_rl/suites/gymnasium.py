@@ -17,7 +17,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from sphere_rl.errors import ConfigError
-from sphere_rl.spaces import check_spaces
+from sphere_rl.suites.spaces import check_spaces
 
 
 class _Adapted(gymnasium.Wrapper):

@@ -15,7 +15,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
 from sphere_rl.errors import ConfigError
-from sphere_rl.picture import Picture
+from sphere_rl.suites.picture import Picture
 
 SCENES = Path("mujoco", "metaworld")
 """MetaWorld's scenes inside the folder of EnvPool's assets."""

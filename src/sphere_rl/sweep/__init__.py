@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sphere_rl.errors import CommandLineError
-from sphere_rl.parsers import ArgumentParser, integer, positive
+from sphere_rl.terminal.parsers import ArgumentParser, integer, positive
 
 SINGULAR = {"--protocol", "--actor", "--method", "--seed", "--suites"}
 """Flags of ``sphere train`` that a sweep has as axes."""

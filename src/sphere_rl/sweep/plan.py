@@ -18,13 +18,13 @@ from itertools import product, repeat
 from pathlib import Path
 from typing import Any, Literal
 
-from sphere_rl.arguments import parse_train
 from sphere_rl.config import TrainConfig, convert, to_dict
-from sphere_rl.env_args import FLAG, word_of
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods import methods
 from sphere_rl.runs import RunFolder, file_name, read_sweep, write_atomic
-from sphere_rl.saved import config_of
+from sphere_rl.suites.env_args import FLAG, word_of
+from sphere_rl.terminal.arguments import parse_train
+from sphere_rl.training.saved import config_of
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from sphere_rl import checkpoint
 from sphere_rl.config import TrainConfig, to_dict
 from sphere_rl.errors import RunFolderError
 from sphere_rl.protocol import Due, Progress
-from sphere_rl.records import LOG_COLUMNS
-from sphere_rl.runs import LOGS, Logs, RunFolder
+from sphere_rl.runs import LOGS, Logs, RunFolder, checkpoint
+from sphere_rl.runs.records import LOG_COLUMNS
 from sphere_rl.sweep.plan import PlannedRun
 
 

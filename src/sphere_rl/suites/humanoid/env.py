@@ -21,12 +21,12 @@ from jaxtyping import Float, Int
 from mujoco.rollout import Rollout
 
 from sphere_rl.errors import ConfigError
-from sphere_rl.picture import Picture
 from sphere_rl.suites.humanoid.foot import read_foot_mesh
 from sphere_rl.suites.humanoid.model import ACTION_DIM, SUBSTEPS, TIMESTEP, compile_model
 from sphere_rl.suites.humanoid.picture import Camera
 from sphere_rl.suites.humanoid.tasks import EPISODE_STEPS, TASKS
 from sphere_rl.suites.humanoid.terms import Readings
+from sphere_rl.suites.picture import Picture
 
 RESET_NOISE = 0.01
 FPS = round(1 / (TIMESTEP * SUBSTEPS))

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from sphere_rl.errors import ConfigError
-from sphere_rl.picture import Picture
+from sphere_rl.suites.picture import Picture
 
 REMEDY = "a working OpenGL library: install libegl1 (MUJOCO_GL=egl) or libosmesa6 (MUJOCO_GL=osmesa)"
 

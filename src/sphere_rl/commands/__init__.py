@@ -1,0 +1,1 @@
+"""Subcommands of ``sphere`` that are more than a call: diagnose, play, demo, list."""

@@ -1,0 +1,26 @@
+"""Mixtures of experts: which expert sees which sample (`routing`), layers that compute only those (`layers`), what
+turns their outputs into actions (`heads`), and the actors and critics made of them (`network`).
+"""
+
+from sphere_rl.experts.layers import ExpertMLP, ExpertOutput, GroupedLinear, RoutedFeatures
+from sphere_rl.experts.routing import (
+    Routing,
+    dense_routing,
+    gated_routing,
+    shared_top_k_routing,
+    single_routing,
+    top_k_routing,
+)
+
+__all__ = [
+    "ExpertMLP",
+    "ExpertOutput",
+    "GroupedLinear",
+    "RoutedFeatures",
+    "Routing",
+    "dense_routing",
+    "gated_routing",
+    "shared_top_k_routing",
+    "single_routing",
+    "top_k_routing",
+]

@@ -1,0 +1,133 @@
+"""The SPHERE penalty of routed features and its gradient, both from the routed rows only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sphere_rl.kernels.routing import blocks_of
+from sphere_rl.kernels.script import scripted
+
+
+class _RoutedPenalty(torch.autograd.Function):
+    """‖S − cI‖_F² + (m − N)c² with S = ΦΦᵀ/N, c = tr S/m; its gradient is 4/N (S − cI)Φ.
+
+    A sum of squares: ‖A‖² − (tr A)²/m would cancel where the spectrum is almost flat. Two samples meet in S only
+    through experts they share, so expert e adds the c_e² products of its own rows Φ_e = g F_e. The scale-free penalty L
+    is the same over (tr S)²; its gradient is 4/(N (tr S)²) (S − cI − L tr S I)Φ.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, gate: Tensor, sample: Tensor, counts: Sequence[int], n: int, free: bool
+    ) -> Tensor:
+        blocks = blocks_of(list(counts))
+        found = centred_gram(values, gate, sample, blocks, n, len(counts), free)
+        ctx.save_for_backward(found.features, gate, sample)
+        ctx.kept = blocks, Centred(*found)
+        return found.penalty.clone()  # what is returned gets a graph; what is kept must not
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("create_graph: use sphere_rl.sphere_penalty(features.weighted()) in its place")
+        (grad,), (features, gate, sample), (blocks, found) = grad_outputs, ctx.saved_tensors, ctx.kept
+        of_values, of_gate = gram_gradients(gate, sample, blocks, found._replace(features=features))
+        return of_values.mul_(grad), of_gate.mul_(grad), None, None, None, None
+
+
+def routed_penalty(
+    values: Tensor, gate: Tensor, sample: Tensor, counts: Sequence[int], n: int, *, free: bool = False
+) -> Tensor:
+    """The penalty of features [M, H] with gate weights [M] of n samples; it can be differentiated once.
+
+    Rows are sorted by expert, so many of each; ``sample`` is whose they are. ``free``: the scale-free penalty.
+    """
+    return _RoutedPenalty.apply(values, gate, sample, counts, n, free)
+
+
+class Centred(NamedTuple):
+    """A penalty, and its gradient for the weighted features: factor · gram Φ.
+
+    features: F over their size, which is 1 unless their products would leave the range of numbers. entries: of each
+    block the index of its entries in gram, empty where it has more than half of the samples.
+    """
+
+    penalty: Tensor
+    gram: Tensor
+    factor: Tensor
+    features: Tensor
+    size: Tensor
+    entries: list[Tensor]
+
+
+@scripted
+def _products(
+    values: Tensor, gate: Tensor, sample: Tensor, blocks: list[tuple[int, int, int]], n: int
+) -> tuple[Tensor, list[Tensor]]:
+    """ΦΦᵀ [N, N] and `Centred.entries`."""
+    gram = values.new_zeros(n, n)
+    entries: list[Tensor] = []
+    for _, start, end in blocks:
+        block, rows, weight = values[start:end], sample[start:end], gate[start:end]
+        weighted, index = torch.mm(block, block.t()).mul_(weight).mul_(weight.unsqueeze(1)), rows[:0]
+        if end - start == n:
+            gram.add_(weighted)
+        elif 2 * (end - start) > n:
+            gram.index_add_(1, rows, gram.new_zeros(n, end - start).index_copy_(0, rows, weighted))
+        else:
+            index = rows.mul(n).unsqueeze(1).add(rows).view(-1)
+            gram.view(-1).scatter_add_(0, index, weighted.view(-1))
+        entries.append(index)
+    return gram, entries
+
+
+@scripted
+def centred_gram(
+    values: Tensor,
+    gate: Tensor,
+    sample: Tensor,
+    blocks: list[tuple[int, int, int]],
+    n: int,
+    experts: int,
+    free: bool,
+) -> Centred:
+    """The penalty of N samples; ``free``: the scale-free one. ``values`` are F, features before they are weighted."""
+    gram, entries = _products(values, gate, sample, blocks, n)
+    trace, m, size = gram.trace(), experts * values.size(1), gate.new_ones([])
+    if free and not 1e-10 < float(trace) < 1e15:  # its square, and those of products, must stay numbers
+        largest = values.abs().amax()
+        size = largest + (largest == 0).to(largest.dtype)
+        values = values / size
+        gram, entries = _products(values, gate, sample, blocks, n)
+        trace = gram.trace()
+    mean = trace / m
+    gram.diagonal().sub_(mean)
+    squares = torch.dot(gram.view(-1), gram.view(-1)) + (m - n) * mean.square()
+    if not free:
+        return Centred(squares / n**2, gram, gate.new_full([], 4 / n**2), values, size, entries)
+    square = trace.square() + (trace == 0).to(trace.dtype)
+    penalty = squares / square
+    gram.diagonal().sub_(penalty * trace)
+    return Centred(penalty, gram, 4 / square, values, size, entries)
+
+
+@scripted
+def gram_gradients(
+    gate: Tensor, sample: Tensor, blocks: list[tuple[int, int, int]], found: Centred
+) -> tuple[Tensor, Tensor]:
+    """The penalty's gradients for ``values`` [M, H] and ``gate`` [M], from what `centred_gram` found."""
+    of_values, n = torch.empty_like(found.features), found.gram.size(0)
+    for i in range(len(blocks)):
+        _, start, end = blocks[i]
+        rows, own = sample[start:end], found.gram
+        if found.entries[i].numel() > 0:
+            own = own.view(-1).index_select(0, found.entries[i]).view(end - start, end - start)
+        elif end - start < n:
+            own = own.index_select(0, rows).index_select(1, rows)
+        torch.mm(own * gate[start:end], found.features[start:end], out=of_values[start:end])
+    of_gate = (of_values * found.features).sum(1).mul_(found.factor)
+    return of_values.mul_((gate * (found.factor / found.size)).unsqueeze(1)), of_gate

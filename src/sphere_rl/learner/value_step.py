@@ -1,0 +1,100 @@
+"""A critic's step without autograd: a network that is a plain chain of layers learns to predict its targets."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from sphere_rl.experts.network import MoENetwork
+from sphere_rl.kernels.adam import clip_scale, count_step
+from sphere_rl.kernels.backward import Given, inner_products
+from sphere_rl.kernels.mlp import chain_outputs
+from sphere_rl.kernels.script import scriptable, scripted
+from sphere_rl.kernels.threads import begin
+from sphere_rl.learner.fused import Learner, at_rate, down, learner_of, up
+from sphere_rl.learner.optimizer import ExpertAdam
+
+
+class Regression(NamedTuple):
+    """A network's step on coefficient · mean (output − target)², before it is taken."""
+
+    learner: Learner
+    observation: Tensor
+    target: Tensor
+    coefficient: float
+    max_norm: float
+
+
+class Predicted(NamedTuple):
+    """A regression after its forward pass: the mean square of its errors, and what both sweeps read."""
+
+    mean_square: Tensor
+    given: list[Given]
+
+
+def regression(
+    network: MoENetwork,
+    optimizer: ExpertAdam,
+    observation: Float[Tensor, "N D"],
+    target: Float[Tensor, "N"],
+    coefficient: float,
+    max_norm: float,
+    keep: bool,
+) -> Regression:
+    """A step of a plain network of a single expert; ``keep``: let parameters carry their gradients."""
+    learner = learner_of(network, optimizer, keep)
+    return Regression(learner, observation, target, coefficient, max_norm)
+
+
+@scriptable
+def part_of(every: Regression, observation: Tensor, index: Tensor, rate: float) -> Regression:
+    """The step on these rows, of which these are the observations, at another learning rate."""
+    learner, target = at_rate(every.learner, rate), every.target.index_select(0, index)
+    return Regression(learner, observation, target, every.coefficient, every.max_norm)
+
+
+@torch.inference_mode()
+def begin_regression(step: Regression) -> Callable[[], list[Tensor]]:
+    """Begin a step; call what this returns for the mean square and the gradient's norm."""
+    return begin(regress, _start_regression, step)
+
+
+@scripted
+def predict(step: Regression) -> Predicted:
+    """The first half of a step."""
+    target, layers, n = step.target, step.learner.mlps[0].layers, step.target.size(0)
+    outputs = chain_outputs(step.observation, layers.weights, layers.biases, [(0, 0, n)], 1)
+    error = outputs[-1].squeeze(1) - target
+    of_error = (error * (2 * step.coefficient / n)).unsqueeze(1)
+    none = [target.new_empty(0)] * (len(outputs) - 1)
+    return Predicted(error.square().mean(), [Given(outputs[:-1], of_error, none, target.new_empty(0))])
+
+
+@scripted
+def _settle(step: Regression, before: Predicted, num_lanes: int) -> list[Tensor]:
+    """The second half: mean square of the errors and norm of the gradient before it was clipped."""
+    learner, blocks = step.learner, [(0, 0, 0, step.target.size(0))]
+    count_step(learner.counters)
+    found = down(learner, before.given, blocks, 1, num_lanes)
+    norm = inner_products(found)[0, 0].clamp(min=0.0).sqrt()
+    up(learner, before.given, blocks, found, [1 / clip_scale(norm, step.max_norm)], num_lanes)
+    return [before.mean_square, norm]
+
+
+@scripted
+def regress(step: Regression) -> list[Tensor]:
+    """Mean square and norm."""
+    return _settle(step, predict(step), 1)
+
+
+@scripted
+def settle(step: Regression, before: torch.jit.Future[Predicted]) -> list[Tensor]:
+    """The second half of a step whose first was begun on another thread."""
+    return _settle(step, torch.jit.wait(before), 2)
+
+
+@scripted
+def _start_regression(step: Regression) -> torch.jit.Future[list[Tensor]]:
+    return torch.jit.fork(regress, step)  # type: ignore[reportReturnType]

@@ -1,0 +1,395 @@
+"""Figures of the paper from tables of runs: one function a figure, each returns a matplotlib `Figure`.
+
+A colour is a method, the same in every figure that is given the same ``order`` of labels; the protocol is fill and line
+style. Colours are Okabe & Ito's, told apart in grey by line styles, markers and hatches. A figure's caption (seeds,
+steps, what is drawn) is its label and the description inside the files, not a part of the picture. What the runs do not
+hold is drawn as missing.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float
+from numpy import ndarray
+
+from sphere_rl.report.appearance import LINES, MARKERS, STYLE, color, fill, index, lighter, shade, styled
+from sphere_rl.statistics import Estimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from sphere_rl.report.geometry import Snapshot
+
+FORMATS = ("png", "svg", "pdf")
+MISSING = "missing"
+"""Group id of the figures that hold no data."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a figure: mean over seeds with the range of the seeds; ``None`` where the line breaks."""
+
+    label: str
+    x: Sequence[int | float | None]
+    mean: Sequence[int | float | None]
+    low: Sequence[int | float | None]
+    high: Sequence[int | float | None]
+    seeds: int
+
+
+def save(figure: Figure, path: Path | str) -> list[Path]:
+    """Write ``path`` as PNG (200 dpi), SVG and PDF with the caption as description; equal figures give equal bytes."""
+    import matplotlib
+
+    stem, caption = Path(path), str(figure.get_label())
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    metadata: dict[str, dict[str, Any]] = {
+        "png": {"Description": caption},
+        "svg": {"Date": None, "Description": caption},
+        "pdf": {"CreationDate": None, "Subject": caption},
+    }
+    with matplotlib.rc_context(STYLE):
+        figure.draw_without_rendering()  # lays out once for all formats
+        figure.set_layout_engine("none")
+        box = figure.get_tightbbox().padded(0.1)
+        for kind in FORMATS:
+            figure.savefig(stem.with_suffix(f".{kind}"), dpi=200, bbox_inches=box, metadata=metadata[kind])
+    return [stem.with_suffix(f".{kind}") for kind in FORMATS]
+
+
+def curves(table: pl.DataFrame, x: str, y: str, by: Sequence[str], part: str | None = None) -> list[Curve]:
+    """Mean and range over seeds of ``y`` at each ``x``, one curve for each value of ``by``; nulls are left out.
+
+    A curve breaks (``None``) wherever ``part`` changes, such as the place of a task in the sequence.
+    """
+    found = []
+    keys = [x] if part is None else [part, x]
+    names = (x, "mean", "low", "high")
+    for key, group in table.filter(pl.col(y).is_not_null()).group_by(by, maintain_order=True):
+        line = group.group_by(keys).agg(
+            pl.col(y).mean().alias("mean"), pl.col(y).min().alias("low"), pl.col(y).max().alias("high")
+        )
+        columns: dict[str, list[Any]] = {name: [] for name in names}
+        parts = [line] if part is None else line.sort(part).partition_by(part, maintain_order=True)
+        for i, piece in enumerate(parts):
+            for name in names:
+                columns[name] += [None, *piece.sort(x)[name]] if i else piece.sort(x)[name].to_list()
+        found.append(Curve(" · ".join(map(str, key)), *columns.values(), seeds=group["seed"].n_unique()))
+    return found
+
+
+@styled
+def geometry(snapshots: Mapping[str, Sequence[Snapshot]], caption: str, order: Sequence[str] = ()) -> Figure:
+    """Draw Figure 1: the unit sphere of output gradients (grey) and its image under K, task by task, a row a method.
+
+    Semi-axes are `Snapshot.semi_axes`: λ₁, λ₂, λ₃ of the eNTK on the probe batch, scaled to the sum 3 that the sphere's
+    have. All panels have one scale.
+    """
+    from matplotlib.colors import LightSource
+
+    width = max((len(row) for row in snapshots.values()), default=0)
+    if not width:
+        return missing("No policies at the ends of tasks yet", caption)
+    figure = _figure((2.2 * width, 2.5 * len(snapshots)))
+    reach = max(1.0, *(float(snapshot.semi_axes[0]) for row in snapshots.values() for snapshot in row))
+    for i, (method, row) in enumerate(snapshots.items()):
+        for snapshot in row:
+            place = i * width + snapshot.task_index + 1
+            axes: Any = figure.add_subplot(len(snapshots), width, place, projection="3d")
+            axes.plot_wireframe(*ellipsoid(np.ones(3)), color="#999999", linewidth=0.3, alpha=0.5, rcount=12, ccount=16)
+            axes.plot_surface(
+                *ellipsoid(snapshot.semi_axes), color=color(method, i, order), linewidth=0, antialiased=False,
+                lightsource=LightSource(azdeg=225, altdeg=50),
+            )  # fmt: skip
+            axes.set(xlim=(-reach, reach), ylim=(-reach, reach), zlim=(-reach, reach))
+            axes.set_box_aspect((1, 1, 1), zoom=1.35)
+            axes.set_axis_off()
+            ranks = f"$r_e$ of the three = {snapshot.drawn_rank:.2f}, of all = {snapshot.kernel_rank:.1f}"
+            axes.set_title(f"{method}\n{snapshot.task}\n{ranks}", fontsize=7)
+    return _captioned(figure, caption)
+
+
+def ellipsoid(semi_axes: Float[ndarray, "3"], points: int = 21) -> tuple[ndarray, ndarray, ndarray]:
+    """Surface of an ellipsoid, longest axis first: x, y and z on a grid."""
+    # from the south pole up: so the faces' normals point outwards, towards the light
+    azimuth, height = np.meshgrid(np.linspace(0, 2 * np.pi, points), np.linspace(np.pi, 0, points))
+    sphere = np.cos(azimuth) * np.sin(height), np.sin(azimuth) * np.sin(height), np.cos(height)
+    return tuple(axis * side for axis, side in zip(semi_axes, sphere, strict=True))  # type: ignore[return-value]
+
+
+@styled
+def success_bars(
+    rows: Sequence[Mapping[str, Any]], label: str, caption: str, ylabel: str = "Success", order: Sequence[str] = ()
+) -> Figure:
+    """Draw Figures 2, 4 and 5: RL beside CRL for each of ``label`` ("actor" or "method"), with 95 % intervals.
+
+    ``rows``: `statistics.headline`; with their own ``label`` they have the colour that it has in ``order``.
+    """
+    from matplotlib.patches import Patch
+
+    if not any(row[protocol] for row in rows for protocol in ("rl", "crl")):
+        return missing("No method has finished its tasks with every seed yet", caption)
+    figure = _figure((max(4.0, 1.1 * len(rows) + 1.5), 3.2))
+    axes = figure.add_subplot()
+    for x, row in enumerate(rows):
+        own = color(row.get("label", ""), x, order)
+        for i, protocol in enumerate(("rl", "crl")):
+            _bar(axes, x + 0.4 * i - 0.2, row[protocol], 0.38, fill(own, protocol))
+    axes.set_xticks(range(len(rows)), [_wrap(str(row[label])) for row in rows])
+    axes.set_ylabel(ylabel)
+    _scale(axes, ylabel)
+    axes.grid(axis="x", visible=False)
+    fills = [Patch(**fill("#666666", protocol), label=protocol.upper()) for protocol in ("rl", "crl")]
+    axes.legend(handles=fills, loc="upper left", bbox_to_anchor=(1, 1))
+    return _captioned(figure, caption)
+
+
+@styled
+def line_plot(
+    lines: Sequence[Curve], boundaries: Mapping[float, str], caption: str, ylabel: str, log: bool = False,
+    order: Sequence[str] = (),
+) -> Figure:  # fmt: skip
+    """Draw Figure 3 and the learning curves: a line a method, task boundaries marked, the range of seeds shaded."""
+    if not lines:
+        return missing("Nothing measured yet", caption)
+    figure = _figure((7.0, 3.2))
+    axes = figure.add_subplot()
+    for i, curve in enumerate(lines):
+        own, place = color(curve.label, i, order), index(curve.label, i, order)
+        points, mean, low, high = (np.array(values, float) for values in (curve.x, curve.mean, curve.low, curve.high))
+        axes.plot(
+            points, mean, color=own, linestyle=LINES[place % len(LINES)], marker=MARKERS[place % len(MARKERS)],
+            markersize=3, linewidth=1.4, markevery=max(1, len(points) // 15), label=f"{curve.label} ({curve.seeds})",
+        )  # fmt: skip
+        axes.fill_between(points, low, high, color=own, alpha=0.15, linewidth=0)
+    if log:
+        axes.set_yscale("log")
+    mark_tasks(axes, boundaries)
+    axes.set(xlabel="Environment steps", ylabel=ylabel)
+    _scale(axes, ylabel)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title="method (seeds)")
+    return _captioned(figure, caption)
+
+
+def mark_tasks(axes: Axes, boundaries: Mapping[float, str]) -> None:
+    """Mark where each task begins, with its name."""
+    for step, task in boundaries.items():
+        axes.axvline(step, color="#888888", linewidth=0.6, linestyle=(0, (2, 2)))
+        axes.text(
+            step, 1.01, f" {task}", transform=axes.get_xaxis_transform(), fontsize=6, rotation=28, color="#555555",
+            va="bottom",
+        )  # fmt: skip
+
+
+@styled
+def routing(
+    loads: Mapping[str, tuple[Sequence[int | float], Float[ndarray, "T E"]]], caption: str,
+    boundaries: Mapping[float, str] | None = None,
+) -> Figure:  # fmt: skip
+    """Share of the probe states that each expert is selected for (rows) through training (columns), a panel a run.
+
+    A column reaches from the measurement before to its own.
+    """
+    if not loads:
+        return missing("No routing measured: no mixture of experts, or no spectrum lines", caption)
+    figure = _figure((7.0, 1.9 * len(loads)))
+    for i, (label, (steps, load)) in enumerate(loads.items()):
+        axes = figure.add_subplot(len(loads), 1, i + 1)
+        edges = np.append(0, steps)
+        mesh = axes.pcolormesh(
+            edges, np.arange(load.shape[1] + 1), load.T, cmap="cividis", vmin=0, vmax=1, rasterized=True
+        )
+        axes.set_title(label, loc="left", pad=22 if boundaries and not i else 6)
+        for step, task in (boundaries or {}).items():
+            axes.axvline(step, color="#FFFFFF", linewidth=0.9, linestyle=(0, (2, 2)))
+            if not i:
+                axes.text(step, 1.01, f" {task}", transform=axes.get_xaxis_transform(), fontsize=6, color="#555555")
+        axes.set(xlim=(0, edges[-1]), ylabel="Expert", yticks=np.arange(load.shape[1]) + 0.5)
+        axes.set_yticklabels(map(str, range(load.shape[1])), fontsize=6)
+        axes.grid(visible=False)
+        figure.colorbar(mesh, ax=axes, label="share of states", fraction=0.03)
+    figure.axes[-2].set_xlabel("Environment steps")
+    return _captioned(figure, caption)
+
+
+@styled
+def spectrum_decay(
+    snapshots: Mapping[str, Sequence[Snapshot]], caption: str, shown: int = 64, order: Sequence[str] = ()
+) -> Figure:
+    """Leading eigenvalues of K over their sum at the end of each task, a panel a method, later tasks darker."""
+    if not any(snapshots.values()):
+        return missing("No policies at the ends of tasks yet", caption)
+    figure = _figure((3.4 * len(snapshots), 3.0))
+    for i, (method, row) in enumerate(snapshots.items()):
+        axes = figure.add_subplot(1, len(snapshots), i + 1)
+        for snapshot, style in zip(row, cycle(LINES), strict=False):
+            values = snapshot.kernel_eigenvalues / max(snapshot.kernel_eigenvalues.sum(), 1e-300)
+            shade = 0.25 + 0.75 * (snapshot.task_index + 1) / len(row)
+            axes.semilogy(
+                np.arange(1, min(shown, len(values)) + 1), values[:shown], linestyle=style,
+                color=color(method, i, order), alpha=shade, label=snapshot.task,
+            )  # fmt: skip
+        axes.set(title=method, xlabel="Index $i$", ylabel=r"$\lambda_i / \mathrm{tr}\,K$" if not i else "")
+        axes.legend(fontsize=6)
+    return _captioned(figure, caption)
+
+
+@styled
+def tsne(
+    panels: Mapping[str, Sequence[tuple[str, Float[ndarray, "N 2"], ndarray]]], caption: str, names: Sequence[str],
+    order: Sequence[str] = (),
+) -> Figure:  # fmt: skip
+    """Draw Figure 6: embedded weighted features of the probe batch after each task, a row a method.
+
+    Each panel: task, points and the index of each state's dominant singular direction: its marker, and how light the
+    method's colour is (`shade`).
+    """
+    width = max((len(row) for row in panels.values()), default=0)
+    if not width:
+        return missing("No policies at the ends of tasks yet", caption)
+    figure = _figure((2.2 * width, 2.3 * len(panels)))
+    for i, (method, row) in enumerate(panels.items()):
+        for j, (task, points, direction) in enumerate(row):
+            axes = figure.add_subplot(len(panels), width, i * width + j + 1)
+            for one in np.unique(direction):
+                chosen = points[direction == one]
+                own = lighter(color(method, i, order), shade(int(one), len(names)))
+                axes.scatter(*chosen.T, s=5, color=own, marker=MARKERS[one], label=names[one])
+            axes.set(xticks=[], yticks=[], title=f"{method}\n{task}")
+            axes.title.set_fontsize(8)
+    handles = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="upper left", bbox_to_anchor=(1, 1), title="direction")
+    return _captioned(figure, caption)
+
+
+@styled
+def proxy_scatter(table: pl.DataFrame, caption: str, by: str = "method", order: Sequence[str] = ()) -> Figure:
+    """Draw Figure 7: r_e(A_last) against r_e(K) over measured batches, with Pearson's r and its 95 % interval.
+
+    ``by``: the column that says a point's method.
+    """
+    from scipy.stats import pearsonr
+
+    table = table.filter(pl.col("r_e_K").is_not_null() & pl.col("r_e_A").is_not_null())
+    if table.height < 3:
+        return missing("Fewer than three batches measured", caption)
+    figure = _figure((4.2, 3.6))
+    axes = figure.add_subplot()
+    for i, ((label, *_), group) in enumerate(table.group_by(by, maintain_order=True)):
+        place = index(str(label), i, order)
+        axes.scatter(
+            group["r_e_A"], group["r_e_K"], s=9, color=color(str(label), i, order),
+            marker=MARKERS[place % len(MARKERS)], alpha=0.7, label=str(label), rasterized=True,
+        )  # fmt: skip
+    axes.set(xlabel="$r_e(A)$, last expert layer", ylabel="$r_e(K)$")
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    if table["r_e_A"].n_unique() > 1 and table["r_e_K"].n_unique() > 1:
+        found: Any = pearsonr(table["r_e_A"], table["r_e_K"])
+        low, high = found.confidence_interval() if table.height > 3 else (float("nan"), float("nan"))
+        axes.set_title(f"Pearson r = {found.statistic:.3f} [{low:.3f}, {high:.3f}], {table.height} batches")
+    return _captioned(figure, caption)
+
+
+@styled
+def option_sweep(
+    points: Mapping[float, Mapping[str, Any]], option: str, caption: str, ylabel: str = "Success",
+    order: Sequence[str] = (),
+) -> Figure:  # fmt: skip
+    """Success against ρ (or another option of a method), RL and CRL, with 95 % intervals.
+
+    A point with a ``label`` has the colour that it has in ``order``; RL is dashed with open markers.
+    """
+    if not points:
+        return missing(f"No runs that differ in {option} alone", caption)
+    figure = _figure((4.6, 3.0))
+    axes = figure.add_subplot()
+    for i, protocol in enumerate(("rl", "crl")):
+        known = [(x, row, found) for x, row in sorted(points.items()) if (found := row[protocol]) is not None]
+        style: dict[str, Any] = {"linestyle": ("--", "-")[i], "marker": MARKERS[i]}
+        if known:
+            axes.plot([x for x, *_ in known], [found.value for *_, found in known], color="#666666", zorder=1,
+                      label=protocol.upper(), markerfacecolor=("white", "#666666")[i], **style)  # fmt: skip
+        for place, (x, row, found) in enumerate(known):
+            own = color(row.get("label", ""), place, order)
+            axes.errorbar(x, found.value, _errors([found]), color=own, capsize=3, marker=MARKERS[i],
+                          markerfacecolor=("white", own)[i])  # fmt: skip
+    if min(points) > 0:
+        axes.set_xscale("log")
+    axes.set(xlabel=option, ylabel=ylabel)
+    _scale(axes, ylabel)
+    axes.legend()
+    return _captioned(figure, caption)
+
+
+@styled
+def table_figure(header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> Figure:
+    """Draw a table, as the ablation's: methods and their success with intervals."""
+    if not rows:
+        return missing("No such runs yet", caption)
+    figure = _figure((1.5 * len(header) + 1, 0.3 * len(rows) + 0.8))
+    axes = figure.add_subplot()
+    axes.axis("off")
+    drawn = axes.table(
+        [list(row) for row in rows], colLabels=list(header), loc="center", cellLoc="left", edges="horizontal"
+    )
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(8)
+    drawn.auto_set_column_width(list(range(len(header))))
+    return _captioned(figure, caption)
+
+
+@styled
+def missing(reason: str, caption: str) -> Figure:
+    """Draw the figure that says what is missing."""
+    figure = _figure((5.0, 2.0))
+    figure.set_gid(MISSING)
+    figure.text(0.5, 0.6, f"missing: {reason}", ha="center", color="#777777", style="italic")
+    return _captioned(figure, caption)
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    """A figure of its own, outside pyplot: drawn without a display, freed with its last reference."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=size, layout="constrained")
+
+
+def _captioned(figure: Figure, caption: str) -> Figure:
+    figure.set_label(caption)
+    return figure
+
+
+def _bar(axes: Axes, x: float, found: Estimate | None, width: float, fill: Mapping[str, Any]) -> None:
+    if found is None:
+        axes.text(x, 0, "missing", rotation=90, ha="center", va="bottom", fontsize=6, color="#777777", style="italic")
+        return
+    axes.bar(x, found.value, width, **fill)
+    if found.low is not None:
+        axes.errorbar(x, found.value, _errors([found]), color="black", capsize=2.5, linewidth=1)
+
+
+def _scale(axes: Axes, ylabel: str) -> None:
+    """Success is a share: the same scale in every figure."""
+    if ylabel == "Success":
+        axes.set_ylim(-0.02, 1.05)
+
+
+def _errors(found: Sequence[Estimate]) -> Float[ndarray, "2 n"]:
+    """Distances from the value down and up to the interval's ends; 0 where there is none."""
+    spans = [(0.0, 0.0) if f.low is None or f.high is None else (f.value - f.low, f.high - f.value) for f in found]
+    return np.clip(np.array(spans, dtype=float).T, 0, None)
+
+
+def _wrap(text: str) -> str:
+    return "\n".join(textwrap.wrap(text.replace("+", "+ "), 14))

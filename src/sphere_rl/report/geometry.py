@@ -1,0 +1,140 @@
+"""What a run's policies at the ends of its tasks do on one probe batch: spectra of K and A, and weighted features.
+
+K maps a direction of output gradients to the change of outputs that a gradient step makes of it. In the eigenspace of
+its three largest eigenvalues it maps the unit sphere to an ellipsoid with semi-axes λ₁ ≥ λ₂ ≥ λ₃. What is drawn is its
+shape: K scaled so that λ₁ + λ₂ + λ₃ = 3, as for the identity.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy import ndarray
+
+from sphere_rl.runs import RunFolder
+from sphere_rl.runs.checkpoint import task_checkpoints
+from sphere_rl.spectrum import effective_rank, entk
+from sphere_rl.spectrum.ranks import gram_eigenvalues
+from sphere_rl.suites import make_suite
+from sphere_rl.training.policies import placed, read_policies
+from sphere_rl.training.probe import probe_batch
+from sphere_rl.training.saved import config_of
+
+ITERATIONS = 500
+"""Of t-SNE, half of them with exaggerated attraction: a few hundred states have settled by then."""
+MAX_ROWS = 1024
+"""Rows of K at most; with many outputs fewer states are used, so that its eigenvalues take a second, not a minute."""
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """The policy at the end of one task, on the probe batch.
+
+    kernel_eigenvalues: of the full eNTK, descending. feature_eigenvalues: of A = ΦᵀΦ/N, descending.
+    features: Φ, the routing-weighted last hidden features.
+    """
+
+    task_index: int
+    task: str
+    kernel_eigenvalues: Float[ndarray, "n"]
+    feature_eigenvalues: Float[ndarray, "k"]
+    features: Float[ndarray, "N m"]
+
+    @property
+    def kernel_rank(self) -> float:
+        """r_e(K)."""
+        return effective_rank(self.kernel_eigenvalues)
+
+    @property
+    def semi_axes(self) -> Float[ndarray, "3"]:
+        """3λ₁/Σ, 3λ₂/Σ, 3λ₃/Σ with Σ = λ₁ + λ₂ + λ₃ of K: (1, 1, 1) for a sphere; zeros where no gradient moves it."""
+        leading = self.kernel_eigenvalues[:3]
+        return 3 * leading / leading.sum() if leading[0] > 0 else np.zeros(3)
+
+    @property
+    def drawn_rank(self) -> float:
+        """r_e of λ₁, λ₂, λ₃ alone, 1 for a needle and 3 for a sphere: it belongs to the shape, `kernel_rank` to K."""
+        return effective_rank(self.kernel_eigenvalues[:3])
+
+    @property
+    def top_share(self) -> float:
+        """(λ₁ + λ₂ + λ₃) / tr K."""
+        total = self.kernel_eigenvalues.sum()
+        return float(self.kernel_eigenvalues[:3].sum() / total) if total > 0 else 0.0
+
+
+def snapshots(run_dir: Path | str) -> list[Snapshot]:
+    """Return the snapshot of every task that the run has finished, in order; results are kept in memory."""
+    folder = RunFolder.existing(run_dir)
+    return [_snapshot(path, path.stat().st_mtime_ns) for path in task_checkpoints(folder)]
+
+
+@cache
+def _snapshot(path: Path, _: int) -> Snapshot:
+    folder = RunFolder.existing(path.parent.parent)
+    config, place = config_of(folder), placed(folder, path)
+    index, task = place.task_index, config.task_sequence[place.task_index]
+    policy = read_policies(folder, make_suite(config.suite), [(task, place)])[place.path]
+    states = probe_batch(config, task)
+    with torch.no_grad():
+        rows = policy.actor(policy.normalize(torch.as_tensor(states[:1]))).shape[1]
+    count = min(len(states), MAX_ROWS // rows)
+    chosen = np.linspace(0, len(states) - 1, count).round().astype(int)
+    observation = policy.normalize(torch.as_tensor(states[chosen]))
+    kernel = torch.linalg.eigvalsh(entk(policy.actor, observation).double()).flip(0).clamp(min=0)
+    with torch.no_grad():
+        features = policy.actor.trace(policy.normalize(torch.as_tensor(states))).features[-1].weighted()
+    return Snapshot(
+        task_index=index,
+        task=task,
+        kernel_eigenvalues=kernel.numpy(),
+        feature_eigenvalues=gram_eigenvalues(features).flip(0).numpy(),
+        features=features.numpy(),
+    )
+
+
+def dominant_direction(features: Float[ndarray, "N m"], shown: int = 5) -> Int[ndarray, "N"]:
+    """For each state the singular direction of Φ that its features are longest along: 0, 1, … ``shown`` − 1 (and more).
+
+    φ_n = Σ_i (σ_i u_ni) v_i: the index of the largest |σ_i u_ni|, capped. All 0 where Φ has collapsed to a line.
+    """
+    return np.minimum(np.abs(coordinates(features)).argmax(axis=1), shown - 1)
+
+
+def coordinates(features: Float[ndarray, "N m"]) -> Float[ndarray, "N N"]:
+    """σ_i u_ni: features along their singular directions, the longest first, by the Gram matrix ΦΦᵀ.
+
+    Distances between states are those of Φ, in N columns instead of thousands.
+    """
+    phi = torch.as_tensor(features, dtype=torch.float64)
+    squares, u = torch.linalg.eigh(phi @ phi.T)
+    return (u * squares.clamp(min=0).sqrt()).flip(1).numpy()
+
+
+def embed(features: Float[ndarray, "N m"], seed: int = 0) -> Float[ndarray, "N 2"]:
+    """t-SNE of weighted features in two dimensions (van der Maaten & Hinton 2008), started from their principal axes.
+
+    Raises ImportError without scikit-learn. Features that are all equal stay one point.
+    """
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    if np.ptp(features, axis=0).max() == 0:
+        return np.zeros((len(features), 2))
+    states = coordinates(features - features.mean(axis=0))
+    start = 1e-4 * states[:, :2] / states[:, 0].std()
+    perplexity = min(30.0, (len(features) - 1) / 3)
+    with threadpool_limits(1):  # for a few hundred states more threads only spin
+        model = TSNE(perplexity=perplexity, init=start.astype(np.float32), random_state=seed, max_iter=ITERATIONS)
+        return model.fit_transform(states.astype(np.float32))
+
+
+@cache
+def embedding(snapshot: Snapshot) -> tuple[Float[ndarray, "N 2"], Int[ndarray, "N"]]:
+    """A snapshot's features embedded, and each state's dominant direction; kept in memory as the snapshot is."""
+    return embed(snapshot.features), dominant_direction(snapshot.features)

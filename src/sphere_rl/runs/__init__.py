@@ -1,0 +1,214 @@
+"""The run folder: what a run writes, and how others read it.
+
+``config.json`` frozen configuration and versions · ``status.json`` where the run stands · ``train.jsonl``,
+``eval.jsonl``, ``spectrum.jsonl`` one object a line · ``checkpoints/`` · ``tb/``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from sphere_rl.errors import RunFolderError
+from sphere_rl.runs.records import MAYBE_TEXT, OBJECT, STATE, TEXTS, WHOLE, content, read_object, read_row
+
+LOGS = ("train", "eval", "spectrum")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace a file so that a crash at any byte leaves the old or the new content, never a mixture."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def file_name(text: str) -> str:
+    """A name of a task or run as one of a file: every character that means something in paths becomes ``_``."""
+    return re.sub(r"[^\w.,=+-]", "_", text)
+
+
+class RunFolder:
+    """One run's folder, locked for writing while used as a context manager."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self._lock = FileLock(self.path / ".lock", timeout=0)
+
+    @classmethod
+    def existing(cls, path: Path | str) -> RunFolder:
+        """The folder of a run that was started before.
+
+        Raises:
+            RunFolderError: there is no run.
+        """
+        folder = cls(path)
+        try:
+            there = folder.config_path.exists()
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot be read ({error.strerror})") from None
+        if not there:
+            raise RunFolderError(f"{path}: not a run folder; expected one with a config.json")
+        return folder
+
+    @property
+    def config_path(self) -> Path:
+        """``config.json``."""
+        return self.path / "config.json"
+
+    def create(self, config: Mapping[str, Any], origin: Mapping[str, Any] | None = None) -> None:
+        """Write ``config.json``; the folder must not hold anything yet. ``origin``: other versions and commit.
+
+        Raises:
+            RunFolderError: the folder has a run or other files in it.
+        """
+        if self.config_path.exists():
+            raise RunFolderError(f"{self.path}: holds a run already; continue it with: sphere resume {self.path}")
+        others = {item.name for item in self.path.iterdir()} - {".lock", ".config.json.tmp"}
+        if others:
+            raise RunFolderError(f"{self.path}: not empty (holds {sorted(others)[0]}); expected a new or empty folder")
+        self.checkpoints.mkdir()
+        origin = origin or {"versions": versions(), "commit": commit()}
+        write_atomic(self.config_path, _json({"config": config, **origin}))
+
+    def __enter__(self) -> RunFolder:
+        """Lock the folder, making it if there is none.
+
+        Raises:
+            RunFolderError: another process writes to it, or it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout:
+            raise RunFolderError(f"{self.path}: another process is using this run folder") from None
+        except OSError as error:
+            raise RunFolderError(f"{self.path}: cannot be written ({error.strerror})") from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+    def record(self) -> dict[str, Any]:
+        """``config.json``: the configuration as plain data, versions and commit.
+
+        Raises:
+            RunFolderError: as all readers here, in one line with the file's name, where it is not what a run writes.
+        """
+        data = read_object(self.config_path, {"config": OBJECT, "versions": OBJECT, "commit": MAYBE_TEXT}, ("config",))
+        return {"versions": {}, "commit": None} | data
+
+    def config(self) -> dict[str, Any]:
+        """The run's configuration as plain data."""
+        return self.record()["config"]
+
+    def status(self) -> dict[str, Any]:
+        """State (running, finished, failed, interrupted), global_step, task and error; empty before the first."""
+        path = self.path / "status.json"
+        kinds = {"state": STATE, "global_step": WHOLE, "task": MAYBE_TEXT, "error": MAYBE_TEXT}
+        return read_object(path, kinds, ("state",)) if os.path.lexists(path) else {}
+
+    def set_status(self, state: str, global_step: int, task: str, error: str | None = None) -> None:
+        """Replace ``status.json``."""
+        data = {"state": state, "global_step": global_step, "task": task, "error": error}
+        write_atomic(self.path / "status.json", _json(data))
+
+    def read(self, log: str, needed: Iterable[str] = (), length: int | None = None) -> list[dict[str, Any]]:
+        """All whole lines of a log; a last line that is still being written is left out.
+
+        Args:
+            log: one of `LOGS`.
+            needed: columns that every line must have.
+            length: bytes to read; all of them by default.
+
+        Raises:
+            RunFolderError: a line is not a JSON object, or has a column of another kind than a run writes.
+        """
+        path, needed = self.path / f"{log}.jsonl", tuple(needed)
+        lines = content(path)[:length].split(b"\n")[:-1] if os.path.lexists(path) else []
+        return [read_row(f"{path}, line {i}", line, log, needed) for i, line in enumerate(lines, 1)]
+
+    def check_log(self, log: str, length: int) -> None:
+        """Raise `RunFolderError` unless the first ``length`` bytes of a log are whole lines as a run writes them."""
+        path = self.path / f"{log}.jsonl"
+        data = content(path)[:length] if os.path.lexists(path) else b""
+        if len(data) < length or (data and not data.endswith(b"\n")):
+            raise RunFolderError(f"{path}: has lost lines that it had when the newest checkpoint was written")
+        self.read(log, length=length)
+
+
+def read_sweep(root: Path) -> dict[str, Any]:
+    """``sweep.json`` of a folder of runs: its commands and the names of the runs that were planned.
+
+    Raises:
+        RunFolderError: it is there, and not what a sweep writes.
+    """
+    path, names = root / "sweep.json", ("commands", "runs")
+    return read_object(path, dict.fromkeys(names, TEXTS), names) if os.path.lexists(path) else {}
+
+
+class Logs:
+    """The append-only logs of a running run, with their lengths as part of its checkpoints."""
+
+    def __init__(self, folder: RunFolder, lengths: Mapping[str, int]) -> None:
+        """Open the logs, cut to the lengths of a checkpoint: lines after it will be written again.
+
+        Raises:
+            RunFolderError: a log has lost, or never had, what it held when the checkpoint was written.
+        """
+        for log in LOGS:  # before any of them is touched
+            folder.check_log(log, lengths.get(log, 0))
+        self._files = {}
+        for log in LOGS:
+            file = (folder.path / f"{log}.jsonl").open("ab")
+            file.truncate(lengths.get(log, 0))
+            self._files[log] = file
+
+    def append(self, log: str, row: Mapping[str, Any]) -> None:
+        """Write one line and hand it to the operating system."""
+        self._files[log].write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        self._files[log].flush()
+
+    def lengths(self) -> dict[str, int]:
+        """Bytes of each log, all of them on disk."""
+        for file in self._files.values():
+            os.fsync(file.fileno())
+        return {log: os.fstat(file.fileno()).st_size for log, file in self._files.items()}
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers of a run depend on."""
+    return {name: version(name) for name in ("sphere-rl", "torch", "numpy", "gymnasium", "envpool", "mujoco")}
+
+
+def commit() -> str | None:
+    """The source commit, where the package runs from a git checkout."""
+    source = Path(__file__).parent
+    git = subprocess.run(["git", "-C", source, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return git.stdout.strip() or None
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()

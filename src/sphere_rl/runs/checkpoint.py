@@ -1,0 +1,143 @@
+"""Checkpoints: atomic, checksummed, loaded without running code.
+
+``step-<global step>.pt`` holds a whole run; the last two are kept. ``task-<index>-<name>.pt`` holds the policy at the
+end of a task; all are kept. A file is a line with the SHA-256 of the rest, then a PyTorch archive.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sphere_rl.errors import RunFolderError
+from sphere_rl.runs import RunFolder, write_atomic
+from sphere_rl.runs.records import content as read_content
+
+KEPT = 2
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint so that it is either whole or not there."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()
+    write_atomic(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint.
+
+    Raises:
+        RunFolderError: it is not there, or not what was written.
+    """
+    if not os.path.lexists(path):
+        raise RunFolderError(f"{path}: no such checkpoint")
+    digest, _, content = read_content(path).partition(b"\n")
+    if hashlib.sha256(content).hexdigest().encode() != digest:
+        raise RunFolderError(f"{path}: broken checkpoint (its checksum does not fit)")
+    try:
+        state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    except Exception as error:  # whatever foreign bytes make the unpickler do
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunFolderError(f"{path}: broken checkpoint ({reason})") from None
+    if not isinstance(state, dict):
+        raise RunFolderError(f"{path}: broken checkpoint (it holds a {type(state).__name__}, not a run's state)")
+    return state
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Restore what `load` has read from ``path`` in here.
+
+    Raises:
+        RunFolderError: it is not the state of a run, or of one with another configuration.
+    """
+    try:
+        yield
+    except RunFolderError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = text if len(text) <= 200 else f"{text[:200]}…"
+        raise RunFolderError(f"{path}: does not fit the run's config.json ({reason})") from None
+
+
+def save_run(folder: RunFolder, global_step: int, state: dict[str, Any]) -> None:
+    """Write a run's checkpoint and remove all but the last two."""
+    save(folder.checkpoints / f"step-{global_step:012d}.pt", state)
+    for old in run_checkpoints(folder)[:-KEPT]:
+        old.unlink()
+
+
+def run_checkpoints(folder: RunFolder) -> list[Path]:
+    """Checkpoints that a run can be resumed from, oldest first."""
+    return sorted(folder.checkpoints.glob("step-*.pt"))
+
+
+def latest_run(folder: RunFolder) -> dict[str, Any] | None:
+    """The state of `newest`, or ``None`` where no checkpoint was written yet."""
+    found = newest(folder)
+    return found and found[1]
+
+
+def newest(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
+    """The newest whole checkpoint of the run and its state, or ``None`` where none was written yet.
+
+    A broken one (a disk that lost data after the write) is passed over for the one before it.
+
+    Raises:
+        RunFolderError: there are checkpoints and every one is broken.
+    """
+    paths = run_checkpoints(folder)[::-1]
+    for path in paths:
+        try:
+            return path, load(path)
+        except RunFolderError as error:
+            broken = error
+    if paths:
+        raise broken  # type: ignore[possibly-undefined]
+    return None
+
+
+def task_checkpoints(folder: RunFolder) -> list[Path]:
+    """Policies at the ends of the tasks, in order."""
+    found = {path: index for path in folder.checkpoints.glob("task-*.pt") if (index := task_index(path)) is not None}
+    return sorted(found, key=lambda path: (found[path], path))
+
+
+def task_index(path: Path) -> int | None:
+    """The place in the sequence of the task whose end a checkpoint was written at; ``None`` for any other file."""
+    found = re.match(r"task-(\d+)-", path.name)
+    return int(found[1]) if found else None
+
+
+def task_checkpoint(folder: RunFolder, index: int) -> Path | None:
+    """The policy at the end of a task, or ``None`` where it is not over."""
+    return next((path for path in task_checkpoints(folder) if task_index(path) == index), None)
+
+
+def find(folder: RunFolder, name: str) -> Path:
+    """A checkpoint by name: ``latest``, a file name with or without ``.pt``, or a path.
+
+    Raises:
+        RunFolderError: there is none.
+    """
+    if name == "latest":
+        runs, tasks = run_checkpoints(folder), task_checkpoints(folder)
+        if not runs and not tasks:
+            raise RunFolderError(f"{folder.path}: no checkpoint yet")
+        return runs[-1] if runs else tasks[-1]
+    candidates = [folder.checkpoints / name, folder.checkpoints / f"{name}.pt", Path(name)]
+    for path in candidates:
+        if os.path.isfile(path):  # unlike Path's, False for a name that no file can have
+            return path
+    known = ", ".join(p.stem for p in task_checkpoints(folder) + run_checkpoints(folder))
+    raise RunFolderError(f"checkpoint: {name!r} is not in {folder.path}; expected latest or one of {known or 'none'}")

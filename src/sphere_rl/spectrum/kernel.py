@@ -1,0 +1,208 @@
+"""The empirical neural tangent kernel K = J Jᵀ, J = ∂f/∂θ, of a policy's outputs on a batch of states.
+
+Exact and cheap by structure. A linear layer with input a_i and back-propagated signal δ_i^c = ∂f_c(x_i)/∂z_i has the
+per-sample gradient δ_i^c a_iᵀ, so its block of K is (a_i·a_j + 1)(δ_i^c·δ_j^d), the 1 for the bias. K is the sum over
+layers, and over the experts that two samples share; no per-sample Jacobian is ever formed. For modules with other
+trainable tensors K comes from Jacobian products of `torch.func`, a bounded number of columns at a time.
+
+f is what ``policy(observations)`` returns, [N, A]; rows of K are (state, output) pairs in that order. The policy's
+mode is respected and nothing of it is changed: gradients, buffers, hooks and the global random state stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sphere_rl.spectrum.jacobian import Factor, factorise
+from sphere_rl.spectrum.ranks import RankEstimate, effective_rank, estimate_effective_rank
+
+Outputs = Literal["full", "sum"]
+CHUNK_BYTES = 2**28
+"""Memory that the Jacobian columns of one chunk may take when a module has no structure to use."""
+
+
+def entk(policy: nn.Module, observations: Float[Tensor, "N D"], outputs: Outputs = "full") -> Float[Tensor, "n n"]:
+    """Return the exact eNTK of ``policy`` on ``observations``, in the policy's dtype.
+
+    outputs "full": [N·A, N·A], rows (state, output); "sum": [N, N], the sum over output coordinates of their
+    kernels (the trace kernel). Every trainable tensor that f depends on takes part, gate included. Raises ValueError
+    when f is not [N, A] or nothing is trainable. Source: Jacot et al. 2018; definition as in Luo et al. 2026.
+    """
+    _check_outputs(outputs)
+    with untouched(policy):
+        factors = factorise(policy, observations)
+        if factors is not None:
+            return factors.kernel(outputs)
+        return _kernel_by_products(policy, observations, outputs)
+
+
+def estimate_entk_rank(
+    policy: nn.Module, observations: Float[Tensor, "N D"], *, seed: int = 0, **options: Any
+) -> RankEstimate:
+    """Estimate r_e(K) of the full K without forming it: for batches whose N·A × N·A kernel does not fit.
+
+    Options (probes, deflated, steps) and source: `sphere_rl.spectrum.ranks.estimate_effective_rank`.
+    """
+    with untouched(policy):
+        factors = factorise(policy, observations)
+        if factors is not None:
+            product, size, dtype = factors.product, factors.rows, factors.dtype
+        else:
+            product, size, dtype = _jacobian_product(policy, observations)
+        generator = torch.Generator().manual_seed(seed)
+        return estimate_effective_rank(product, size, generator=generator, dtype=dtype, **options)
+
+
+@dataclass(frozen=True)
+class BlockShare:
+    """One block of K: the gate, a layer (all its experts) or an expert (all its layers).
+
+    share: tr K_b / tr K, in [0, 1]. effective_rank: r_e(K_b). Gate and layers add to 1, and so do gate and experts.
+    """
+
+    kind: Literal["gate", "layer", "expert"]
+    name: str
+    share: float
+    effective_rank: float
+
+
+def block_view(
+    policy: nn.Module, observations: Float[Tensor, "N D"], outputs: Outputs = "full"
+) -> tuple[BlockShare, ...]:
+    """Return the share of tr K and the r_e of the gate, of each expert layer and of each expert.
+
+    From the same factors as `entk`; experts that saw no state are left out. Raises ValueError for a module
+    without that structure.
+    """
+    _check_outputs(outputs)
+    with untouched(policy):
+        factors = factorise(policy, observations)
+    if factors is None:
+        raise ValueError(
+            f"policy: {type(policy).__name__} has no block structure, allowed: linear and expert layers only"
+        )
+    groups: dict[tuple[str, str], list[Factor]] = {}
+    for factor in factors.blocks:
+        if "gate" in factor.layer.split("."):
+            groups.setdefault(("gate", "gate"), []).append(factor)
+        else:
+            groups.setdefault(("layer", factor.layer), []).append(factor)
+            groups.setdefault(("expert", str(factor.expert)), []).append(factor)
+    kernels = {key: factors.kernel(outputs, members) for key, members in groups.items()}
+    total = sum(float(kernel.trace()) for (kind, _), kernel in kernels.items() if kind != "expert")
+    return tuple(
+        BlockShare(
+            kind=kind,
+            name=name,
+            share=float(kernel.trace()) / total if total else 0.0,
+            effective_rank=effective_rank(torch.linalg.eigvalsh(kernel.double())),
+        )
+        for kind in ("gate", "layer", "expert")
+        for (of, name), kernel in kernels.items()
+        if of == kind
+    )
+
+
+def entk_jax(
+    apply: Callable[[Any, Any], Any], params: Any, observations: Any, outputs: Outputs = "full", chunk: int = 64
+) -> Any:
+    """Return the exact eNTK of a JAX function ``apply(params, observations) -> [N, A]`` as a JAX array.
+
+    ``params``: any pytree of floating arrays, all of it trainable. ``chunk`` columns of K are formed at a time, each
+    with one tangent of the size of ``params``. Rows and ``outputs`` as in `entk`.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    _check_outputs(outputs)
+    out, push = jax.linearize(lambda p: apply(p, observations), params)
+    pull = jax.linear_transpose(push, params)
+    samples, actions = out.shape
+
+    def column(cotangent: Any) -> Any:
+        return push(*pull(cotangent))
+
+    units = jnp.eye(samples * actions, dtype=out.dtype).reshape(-1, samples, actions)
+    kernel = jax.lax.map(column, units, batch_size=chunk).reshape(samples, actions, samples, actions)
+    if outputs == "sum":
+        return jnp.einsum("icjc->ij", kernel)
+    return kernel.reshape(samples * actions, samples * actions)
+
+
+@contextmanager
+def untouched(policy: nn.Module) -> Iterator[None]:
+    """Put back every buffer that a forward pass changes (power iterations, running statistics), bit for bit."""
+    saved = [(buffer, buffer.detach().clone()) for buffer in policy.buffers()]
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def _kernel_by_products(
+    policy: nn.Module, observations: Float[Tensor, "N D"], outputs: Outputs
+) -> Float[Tensor, "n n"]:
+    """K column by column as J(Jᵀ e): exact for any module, batch coupling included."""
+    product, size, dtype = _jacobian_product(policy, observations)
+    samples = len(observations)
+    actions = size // samples
+    chunk = _columns_per_chunk(policy, size)
+    kernel = torch.zeros(size, size, dtype=dtype) if outputs == "full" else torch.zeros(samples, samples, dtype=dtype)
+    for start in range(0, size, chunk):
+        index = torch.arange(start, min(start + chunk, size))
+        columns = product(
+            torch.zeros(size, len(index), dtype=dtype).index_put_((index, index - start), torch.ones((), dtype=dtype))
+        )
+        if outputs == "full":
+            kernel[:, index] = columns
+        else:
+            same_output = columns.view(samples, actions, -1)[:, index % actions, index - start]
+            kernel.index_add_(1, index // actions, same_output)
+    return kernel
+
+
+def _jacobian_product(
+    policy: nn.Module, observations: Float[Tensor, "N D"]
+) -> tuple[Callable[[Float[Tensor, "n k"]], Float[Tensor, "n k"]], int, torch.dtype]:
+    """V ↦ J(Jᵀ V) by two reverse passes for every column, with n = N·A and K's dtype.
+
+    J u is the derivative of v ↦ Jᵀ v along u, so the forward pass is traced once and no forward-mode rules are needed.
+    """
+    params = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
+
+    def outputs_of(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(policy, values, (observations,))
+
+    out, pull, *_ = torch.func.vjp(outputs_of, params)
+    _, push, *_ = torch.func.vjp(lambda cotangent: pull(cotangent)[0], torch.zeros_like(out))
+
+    def product(vectors: Tensor) -> Tensor:
+        pieces = []
+        for part in vectors.split(_columns_per_chunk(policy, out.numel()), dim=1):
+            (tangents,) = torch.func.vmap(pull)(part.T.reshape(-1, *out.shape))
+            (images,) = torch.func.vmap(push)(tangents)
+            pieces.append(images.detach().flatten(1).T)
+        return torch.cat(pieces, dim=1)
+
+    return product, out.numel(), out.dtype
+
+
+def _columns_per_chunk(policy: nn.Module, size: int) -> int:
+    column = sum(p.numel() * p.element_size() for p in policy.parameters() if p.requires_grad)
+    return min(size, max(1, CHUNK_BYTES // max(1, column)))
+
+
+def _check_outputs(outputs: str) -> None:
+    if outputs not in ("full", "sum"):
+        raise ValueError(f'outputs: got {outputs!r}, allowed: "full" or "sum"')

@@ -1,0 +1,1 @@
+"""A run: the agent, PPO's update, evaluation, and what is recorded of them."""

@@ -1,0 +1,88 @@
+"""The probe batch: held-out states of a suite, the same for every method, seed and task that is measured on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy import ndarray
+
+from sphere_rl.seeding import derive_seed, global_streams
+from sphere_rl.suites import Suite, make_suite
+from sphere_rl.suites.spaces import check_numbers
+
+if TYPE_CHECKING:
+    from sphere_rl.config import TrainConfig
+
+STATES = 256
+ENVS, STEPS = 2, 100
+
+Arguments = tuple[tuple[str, Any], ...]
+
+
+def probe_batch(config: TrainConfig, task: str) -> Float[ndarray, "N D"]:
+    """Raw states that the policy a run has on ``task`` is measured on: while it trains, by reports and diagnoses.
+
+    They are drawn from the suite's own sequence, whatever tasks the run trains. Where the suite has none (``gym``),
+    from the tasks that the policy learns, those with observations of its size: all of a crl run's, this one in rl.
+    """
+    suite, arguments = make_suite(config.suite), tuple(config.environment.items())
+    if suite.tasks:
+        return _batch(config.suite, tuple(dict.fromkeys(suite.tasks)), arguments)
+    learned = dict.fromkeys(config.task_sequence if config.protocol == "crl" else (task,))
+    size = _observation_size(config.suite, task, arguments)
+    alike = tuple(one for one in learned if _observation_size(config.suite, one, arguments) == size)
+    return _batch(config.suite, alike, arguments)
+
+
+@cache
+def _batch(suite: str, tasks: tuple[str, ...], arguments: Arguments) -> Float[ndarray, "N D"]:
+    return probe_observations(make_suite(suite), tasks, arguments=dict(arguments))
+
+
+@cache
+def _observation_size(suite: str, task: str, arguments: Arguments) -> int:
+    with global_streams(0):
+        envs = make_suite(suite).make(task, 1, 0, 1, **dict(arguments))
+        envs.close()
+    shape = envs.single_observation_space.shape
+    assert shape is not None
+    return int(np.prod(shape))
+
+
+def probe_observations(
+    suite: Suite,
+    tasks: Sequence[str],
+    count: int = STATES,
+    seed: int = 0,
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+) -> Float[ndarray, "N D"]:
+    """Return ``count`` raw observations under uniformly random actions, an equal share of each task, in task order.
+
+    They depend on the arguments alone; the tasks must have observations of one size.
+    """
+    shares = np.full(len(tasks), count // len(tasks))
+    shares[: count % len(tasks)] += 1
+    batches = [
+        _visited(suite, task, int(share), seed, arguments) for task, share in zip(tasks, shares, strict=True) if share
+    ]
+    return np.concatenate(batches)
+
+
+def _visited(suite: Suite, task: str, count: int, seed: int, arguments: Mapping[str, Any]) -> Float[ndarray, "n D"]:
+    """States drawn without replacement from random episodes of a task."""
+    seed = derive_seed(seed, "probe", task)
+    with global_streams(seed):
+        envs = suite.make(task, ENVS, seed, 1, **arguments)
+        envs.action_space.seed(seed)
+        seen = [np.array(envs.reset()[0])]
+        for _ in range(max(STEPS, -(-count // ENVS))):
+            seen.append(np.array(envs.step(envs.action_space.sample())[0]))
+            check_numbers(f"task {task} under random actions: the observation", seen[-1])
+        envs.close()
+    states = np.concatenate([observation.reshape(ENVS, -1) for observation in seen]).astype(np.float32)
+    return states[np.sort(np.random.default_rng(seed).choice(len(states), count, replace=False))]
