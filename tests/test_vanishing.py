@@ -58,6 +58,13 @@ def train(runs: Path, scale: str, *words: str) -> list[dict[str, Any]]:
     return [row for row in RunFolder(runs / scale).read("spectrum") if row["batch"] == "rollout"]
 
 
+def known(runs: Path, scale: str) -> RunFolder:
+    """That run, trained here where no test before has done it."""
+    if not (runs / scale).exists():
+        train(runs, scale, "--quiet")
+    return RunFolder(runs / scale)
+
+
 def test_the_literal_penalty_can_shrink_features_to_nothing(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = train(runs, "literal", "--quiet")
     assert capsys.readouterr().err == f"{SAID}\n"
@@ -73,7 +80,8 @@ def test_the_scale_free_one_leaves_their_size_alone(runs: Path, capsys: pytest.C
 
 
 def test_what_was_said_before_an_interruption_is_not_said_again(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = RunFolder(runs / "literal")
+    folder = known(runs, "literal")
+    capsys.readouterr()
     rows = folder.read("spectrum")
     monitors = make_monitors(from_dict(folder.config()), folder, 512, quiet=True)
     for row in (*rows, rows[-1] | {"global_step": 640, "feature_rank": 3}):
@@ -85,13 +93,12 @@ def test_what_was_said_before_an_interruption_is_not_said_again(runs: Path, caps
 
 
 def test_the_page_warns_of_that_run_and_reads_logs_without_the_new_columns(runs: Path) -> None:
-    old = RunFolder(runs / "free")
+    old, _ = known(runs, "free"), known(runs, "literal")
     path = old.path / "spectrum.jsonl"
     rows = [{name: value for name, value in row.items() if name not in NEW} for row in old.read("spectrum")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     results = load_results(runs)
-    known = results.spectra.drop_nulls(NEW)["run"].unique().to_list()
-    assert known == ["literal"]
+    assert results.spectra.drop_nulls(NEW)["run"].unique().to_list() == ["literal"]
     suite = SuiteContent("gym", results)
     page = render([suite], results, None, runs / "figures")
     assert f'<p class="warning"><b>literal</b>: {SAID}.</p>' in page

@@ -31,7 +31,8 @@ def methods() -> dict[str, type[Method]]:
     for name in (module.name for module in iter_modules(__path__) if not module.name.startswith("_")):
         module = import_module(f"{__name__}.{name}")
         for member in vars(module).values():
-            if isinstance(member, type) and issubclass(member, Method) and member.__module__ == module.__name__:
+            own = isinstance(member, type) and member.__module__ == module.__name__
+            if own and issubclass(member, Method) and member is not Method:
                 member.name = name
                 found[name] = member
     return found
