@@ -26,7 +26,7 @@ from sphere_rl.learner.minibatch import flatten
 from sphere_rl.learner.rollout import Collector, Rollout
 from sphere_rl.runtime import threads, tune_process
 from sphere_rl.suites import make_suite
-from sphere_rl.training import ppo
+from sphere_rl.training import ppo, step
 from sphere_rl.training.agent import Agent
 
 
@@ -112,7 +112,7 @@ def operations(agent: Agent, rollout: Rollout, config: TrainConfig, count: int =
     """PyTorch's operations in as many minibatches, each without those inside it."""
     batch, order = flatten(rollout, rollout.reward), [torch.arange(config.minibatch_size)] * count
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        ppo.minibatch_steps(agent, batch, order, config)
+        step.minibatch_steps(agent, batch, order, config)
     found = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in found)
     rows = [

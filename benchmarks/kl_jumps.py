@@ -27,7 +27,7 @@ from sphere_rl.learner.minibatch import Minibatch, flatten
 from sphere_rl.learner.rollout import Collector, gae
 from sphere_rl.suites import make_suite
 from sphere_rl.training.agent import Agent
-from sphere_rl.training.ppo import STATISTICS, minibatch_steps
+from sphere_rl.training.step import STATISTICS, minibatch_steps
 
 SHOWN = 6
 

@@ -28,7 +28,7 @@ from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.runtime import tune_process
 from sphere_rl.training.agent import Agent
-from sphere_rl.training.ppo import minibatch_steps
+from sphere_rl.training.step import minibatch_steps
 
 OBSERVATION_DIM, ACTION_DIM, WIDTH, EXPERTS, TOP_K = 51, 19, 256, 10, 2
 INNER = 8

@@ -20,8 +20,8 @@ from sphere_rl.config import TrainConfig, override
 from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.methods import methods
 from sphere_rl.runtime import tune_process
-from sphere_rl.training import ppo
 from sphere_rl.training.agent import Agent
+from sphere_rl.training.step import minibatch_steps
 
 OBSERVATION_DIM, ACTION_DIM = 39, 4
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
@@ -47,7 +47,7 @@ def minibatch_step(actor: str, size: int, method: str, changes: dict[str, object
         each.on_task_start(agent, 0)
 
     def step() -> None:
-        ppo.minibatch_steps(agent, batch, order, config)
+        minibatch_steps(agent, batch, order, config)
         for each in agent.methods:
             each.after_minibatch(agent, batch)
 

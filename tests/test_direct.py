@@ -17,10 +17,10 @@ from sphere_rl.experts.heads import GaussianHead
 from sphere_rl.experts.network import KINDS, MoENetwork, NetworkOptions, Trace, make_actor
 from sphere_rl.kernels import backward as sweeps
 from sphere_rl.kernels.adam import REST
-from sphere_rl.kernels.losses import Samples, gaussian_loss
 from sphere_rl.kernels.script import SCRIPTED
 from sphere_rl.kernels.threads import two_lanes
 from sphere_rl.learner.actor_critic import Spaces
+from sphere_rl.learner.losses import Samples, gaussian_loss
 from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.learner.optimizer import ExpertAdam
 from sphere_rl.learner.policy_step import is_plain
@@ -28,7 +28,7 @@ from sphere_rl.learner.value_step import begin_regression, regression
 from sphere_rl.methods.sphere import Sphere
 from sphere_rl.penalty import sphere_penalty
 from sphere_rl.training.agent import Agent
-from sphere_rl.training.ppo import actor_loss, actor_step, begin_critic_step, critic_step, direct_actor_step
+from sphere_rl.training.step import actor_loss, actor_step, begin_critic_step, critic_step, direct_actor_step
 
 pytestmark = pytest.mark.skipif(not SCRIPTED, reason="everything goes through autograd where TorchScript is gone")
 N, D, A = 40, 5, 3

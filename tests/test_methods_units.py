@@ -10,7 +10,7 @@ from sphere_rl.experts.layers import RoutedFeatures
 from sphere_rl.experts.network import MoENetwork
 from sphere_rl.experts.routing import single_routing, top_k_routing
 from sphere_rl.methods._layers import mean_by_expert, recycle, stacks, unit_features, unit_layers
-from sphere_rl.methods.cbp import CbpConfig, UnitStatistics, choose, correction, fold, observe
+from sphere_rl.methods.cbp import CbpConfig, UnitStatistics, accumulate, choose, correction, fold
 from sphere_rl.methods.redo import dormant_units
 from sphere_rl.training.agent import Agent
 
@@ -179,17 +179,17 @@ def test_cbp_by_hand():
     with torch.no_grad():
         layer.outgoing.weight.copy_(torch.tensor([[[1.0, -2.0, 0.5]]]))
     statistics = UnitStatistics.of(layer)
-    observe(statistics, layer, features_of((1.0, 0.0, 2.0), (3.0, 1.0, 0.0)), config)
+    accumulate(statistics, layer, features_of((1.0, 0.0, 2.0), (3.0, 1.0, 0.0)), config)
     # mean h (2, 0.5, 1); utilities 0.1·(1·2, 2·0.5, 0.5·1)
     torch.testing.assert_close(statistics.utility, torch.tensor([[0.2, 0.1, 0.05]]))
     torch.testing.assert_close(statistics.activation, torch.tensor([[0.2, 0.05, 0.1]]))
     assert not choose(statistics, config).any()  # ages 1: nobody is mature
-    observe(statistics, layer, features_of((0.0, 0.0, 4.0)), config)
+    accumulate(statistics, layer, features_of((0.0, 0.0, 4.0)), config)
     # 0.9·0.2, 0.9·0.1, 0.9·0.05 + 0.1·0.5·4; three mature units earn 0.9
     torch.testing.assert_close(statistics.utility, torch.tensor([[0.18, 0.09, 0.245]]))
     assert not choose(statistics, config).any()
     torch.testing.assert_close(statistics.credit, torch.tensor([0.9], dtype=torch.float64))
-    observe(statistics, layer, features_of((0.0, 0.0, 0.0)), config)  # 1.8: one is due, the least useful
+    accumulate(statistics, layer, features_of((0.0, 0.0, 0.0)), config)  # 1.8: one is due, the least useful
     chosen = choose(statistics, config)
     assert chosen.tolist() == [[False, True, False]]
     torch.testing.assert_close(statistics.credit, torch.tensor([0.8], dtype=torch.float64))
@@ -199,7 +199,7 @@ def test_cbp_by_hand():
     torch.testing.assert_close(layer.outgoing.bias - bias, torch.tensor([[-2 * 0.05 * 0.81 / 0.271]]))
     assert statistics.age.tolist() == [[3, 0, 3]]
     assert statistics.utility[0, 1] == statistics.activation[0, 1] == 0
-    observe(statistics, layer, features_of((0.0, 0.0, 0.0)), config)  # two mature: 0.8 + 0.6
+    accumulate(statistics, layer, features_of((0.0, 0.0, 0.0)), config)  # two mature: 0.8 + 0.6
     assert choose(statistics, config).tolist() == [[True, False, False]]  # 0.18·0.81 < 0.245·0.81
 
 
@@ -216,7 +216,7 @@ def test_cbp_counts_only_experts_that_see_samples():
     agent = make_agent(make_config("cbp", network={"width": 2, "depth": 1, "num_experts": 3}))
     layer = unit_layers(agent.actor)[0]
     statistics = UnitStatistics.of(layer)
-    observe(statistics, layer, features, CbpConfig(maturity=0, rate=0.25))
+    accumulate(statistics, layer, features, CbpConfig(maturity=0, rate=0.25))
     assert statistics.age.tolist() == [[1, 1], [0, 0], [0, 0]]
     assert statistics.credit.tolist() == [0.5, 0.0, 0.0]
 

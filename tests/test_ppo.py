@@ -9,14 +9,14 @@ import torch
 
 from sphere_rl.config import TrainConfig, override
 from sphere_rl.errors import TrainingError
-from sphere_rl.kernels.losses import adapt_learning_rate, normalize
 from sphere_rl.learner.actor_critic import Spaces
-from sphere_rl.learner.losses import policy_loss, value_loss
+from sphere_rl.learner.losses import adapt_learning_rate, normalize, policy_loss, value_loss
 from sphere_rl.learner.minibatch import Minibatch, flatten
 from sphere_rl.learner.rollout import Collector, Rollout
 from sphere_rl.suites import make_suite
 from sphere_rl.training.agent import Agent
-from sphere_rl.training.ppo import actor_step, apply_gradients, critic_step, direct_actor_step, train_epochs, update
+from sphere_rl.training.ppo import train_epochs, update
+from sphere_rl.training.step import actor_step, apply_gradients, critic_step, direct_actor_step
 
 
 def test_policy_loss_by_hand() -> None:

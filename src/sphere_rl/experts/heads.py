@@ -6,8 +6,15 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-LOG_SQRT_2PI = 0.9189385332046727
-"""log √(2π)."""
+from sphere_rl.kernels.distributions import (
+    categorical_entropy,
+    categorical_kl,
+    categorical_log_prob,
+    gaussian_entropy,
+    gaussian_kl,
+    gaussian_log_prob,
+    standardize,
+)
 
 
 class GaussianHead(nn.Module):
@@ -28,12 +35,11 @@ class GaussianHead(nn.Module):
 
     def log_prob(self, mean: Float[Tensor, "N A"], action: Float[Tensor, "N A"]) -> Float[Tensor, "N"]:
         """log N(action; mean, σ²), summed over action dimensions."""
-        z = (action - mean) * (-self.log_std).exp()
-        return -0.5 * z.square().sum(-1) - (self.log_std + LOG_SQRT_2PI).sum()
+        return gaussian_log_prob(standardize(action, mean, self.log_std), self.log_std)
 
     def entropy(self, mean: Float[Tensor, "N A"]) -> Float[Tensor, "N"]:
         """Differential entropy in nats, the same for every state."""
-        return (self.log_std + LOG_SQRT_2PI + 0.5).sum().expand(len(mean))
+        return gaussian_entropy(self.log_std).expand(len(mean))
 
     def parameters_of(self, mean: Float[Tensor, "N A"]) -> Float[Tensor, "N P"]:
         """Mean and log σ side by side: what a rollout stores to compare policies by."""
@@ -41,10 +47,7 @@ class GaussianHead(nn.Module):
 
     def kl(self, old: Float[Tensor, "N P"], mean: Float[Tensor, "N A"]) -> Float[Tensor, "N"]:
         """KL(old ‖ new) of the policies with parameters ``old`` and the present ones, in nats."""
-        old_mean, old_log_std = old.chunk(2, dim=-1)
-        variance = (2 * self.log_std).exp()
-        squared = (2 * old_log_std).exp() + (old_mean - mean).square()
-        return (self.log_std - old_log_std + 0.5 * (squared / variance - 1)).sum(-1)
+        return gaussian_kl(old, mean, self.log_std)
 
 
 class CategoricalHead(nn.Module):
@@ -60,12 +63,11 @@ class CategoricalHead(nn.Module):
 
     def log_prob(self, logits: Float[Tensor, "N A"], action: Shaped[Tensor, "N"]) -> Float[Tensor, "N"]:
         """log π(action)."""
-        return logits.log_softmax(-1).gather(-1, action[:, None].long()).squeeze(-1)
+        return categorical_log_prob(logits.log_softmax(-1), action)
 
     def entropy(self, logits: Float[Tensor, "N A"]) -> Float[Tensor, "N"]:
         """−Σ π log π in nats."""
-        log_probability = logits.log_softmax(-1)
-        return -(log_probability.exp() * log_probability).sum(-1)
+        return categorical_entropy(logits.log_softmax(-1))
 
     def parameters_of(self, logits: Float[Tensor, "N A"]) -> Float[Tensor, "N P"]:
         """Log-probabilities: what a rollout stores to compare policies by."""
@@ -73,4 +75,4 @@ class CategoricalHead(nn.Module):
 
     def kl(self, old: Float[Tensor, "N P"], logits: Float[Tensor, "N A"]) -> Float[Tensor, "N"]:
         """KL(old ‖ new) in nats."""
-        return (old.exp() * (old - logits.log_softmax(-1))).sum(-1)
+        return categorical_kl(old, logits.log_softmax(-1))

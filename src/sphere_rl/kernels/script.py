@@ -1,5 +1,6 @@
 """TorchScript, where PyTorch still promises it."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,8 +11,9 @@ import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-SCRIPTED = sys.version_info < (3, 14)
-"""Later PyTorch does not promise TorchScript; the same loops then run as plain Python, on one thread."""
+SCRIPTED = sys.version_info < (3, 14) and os.environ.get("PYTORCH_JIT") != "0"
+"""On later Pythons PyTorch does not promise TorchScript, and PYTORCH_JIT=0 is its own switch against it: then the same
+loops run as plain Python, on one thread, and every step goes through autograd."""
 
 
 def scripted(function: Function) -> Function:

@@ -18,12 +18,12 @@ from sphere_rl.experts.network import Actor, MoENetwork
 from sphere_rl.kernels.adam import REST, clip_scale, count_step, idle_experts
 from sphere_rl.kernels.backward import Block, Given, inner_products
 from sphere_rl.kernels.gram import centred_gram, gram_gradients
-from sphere_rl.kernels.losses import Samples, adapt_learning_rate, categorical_loss, gaussian_loss, samples_of
 from sphere_rl.kernels.mixture import Passed, mixed, mixture_pass
 from sphere_rl.kernels.routing import Assigned, Gating, blocks_of
 from sphere_rl.kernels.script import SCRIPTED, scripted
 from sphere_rl.kernels.threads import begin, lanes
 from sphere_rl.learner.fused import Learner, at_rate, down, drift, learner_of, up
+from sphere_rl.learner.losses import Samples, adapt_learning_rate, categorical_loss, gaussian_loss, samples_of
 from sphere_rl.learner.optimizer import ExpertAdam
 from sphere_rl.learner.value_step import Predicted, Regression, part_of, predict, regress, settle
 

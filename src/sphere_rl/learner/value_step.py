@@ -14,6 +14,7 @@ from sphere_rl.kernels.mlp import chain_outputs
 from sphere_rl.kernels.script import scriptable, scripted
 from sphere_rl.kernels.threads import begin
 from sphere_rl.learner.fused import Learner, at_rate, down, learner_of, up
+from sphere_rl.learner.losses import value_loss
 from sphere_rl.learner.optimizer import ExpertAdam
 
 
@@ -66,10 +67,10 @@ def predict(step: Regression) -> Predicted:
     """The first half of a step."""
     target, layers, n = step.target, step.learner.mlps[0].layers, step.target.size(0)
     outputs = chain_outputs(step.observation, layers.weights, layers.biases, [(0, 0, n)], 1)
-    error = outputs[-1].squeeze(1) - target
-    of_error = (error * (2 * step.coefficient / n)).unsqueeze(1)
+    value = outputs[-1].squeeze(1)
+    of_value = ((value - target) * (2 * step.coefficient / n)).unsqueeze(1)
     none = [target.new_empty(0)] * (len(outputs) - 1)
-    return Predicted(error.square().mean(), [Given(outputs[:-1], of_error, none, target.new_empty(0))])
+    return Predicted(value_loss(value, target), [Given(outputs[:-1], of_value, none, target.new_empty(0))])
 
 
 @scripted

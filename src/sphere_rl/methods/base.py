@@ -84,6 +84,12 @@ class Method:
     def on_task_start(self, agent: ActorCritic, task_index: int) -> None:
         """A task of the sequence begins (0 for the first)."""
 
+    def observe(self, network: str, trace: Trace) -> None:
+        """Look at a minibatch's forward pass of the ``actor`` or the ``critic``, its graph included.
+
+        The critic's may be shown on another thread.
+        """
+
     def actor_penalty(self, step: ActorStep) -> Tensor | None:
         """Compute a scalar to add to the actor's loss."""
         return None
@@ -136,7 +142,18 @@ class Method:
     @property
     def is_direct(self) -> bool:
         """Whether the actor's step can go without autograd: its hooks do nothing, or what `feature_penalty` says."""
-        return type(self).actor_penalty is Method.actor_penalty and not self.uses_actor_gradients
+        own = type(self).actor_penalty is not Method.actor_penalty or self.uses_actor_gradients
+        return not (own or self.observes)
+
+    @property
+    def describes_penalty(self) -> bool:
+        """Whether `feature_penalty` is overridden; where two methods do, both go through autograd."""
+        return type(self).feature_penalty is not Method.feature_penalty
+
+    @property
+    def observes(self) -> bool:
+        """Whether `observe` is overridden: both networks go through autograd to be seen."""
+        return type(self).observe is not Method.observe
 
     @property
     def uses_critic_penalty(self) -> bool:

@@ -18,7 +18,7 @@ from sphere_rl.experts.layers import RoutedFeatures
 from sphere_rl.experts.network import Trace
 from sphere_rl.learner.actor_critic import ActorCritic
 from sphere_rl.learner.minibatch import Minibatch
-from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
+from sphere_rl.methods import Method, MethodConfig, check_range
 from sphere_rl.methods._layers import (
     UnitLayer,
     mean_by_expert,
@@ -90,13 +90,9 @@ class Cbp(Method):
             for name, network in networks(agent).items()
         }
 
-    def actor_penalty(self, step: ActorStep) -> None:
-        """No penalty: keep the features of the forward pass."""
-        self._features["actor"] = unit_features(step.trace)
-
-    def critic_penalty(self, agent: ActorCritic, batch: Minibatch, trace: Trace) -> None:
-        """No penalty: keep the features of the forward pass."""
-        self._features["critic"] = unit_features(trace)
+    def observe(self, network: str, trace: Trace) -> None:
+        """Keep the features of the forward pass."""
+        self._features[network] = unit_features(trace)
 
     @torch.no_grad()
     def after_minibatch(self, agent: ActorCritic, batch: Minibatch) -> None:
@@ -104,7 +100,7 @@ class Cbp(Method):
         for name, network in networks(agent).items():
             layers, chosen = unit_layers(network), []
             for layer, features, statistics in zip(layers, self._features[name], self._statistics[name], strict=True):
-                observe(statistics, layer, features, self.config)
+                accumulate(statistics, layer, features, self.config)
                 chosen.append(choose(statistics, self.config))
             if number := int(torch.stack([mask.sum() for mask in chosen]).sum()):
                 for layer, mask, statistics in zip(layers, chosen, self._statistics[name], strict=True):
@@ -132,7 +128,7 @@ class Cbp(Method):
 
 
 @torch.no_grad()
-def observe(statistics: UnitStatistics, layer: UnitLayer, features: RoutedFeatures, config: CbpConfig) -> None:
+def accumulate(statistics: UnitStatistics, layer: UnitLayer, features: RoutedFeatures, config: CbpConfig) -> None:
     """Move the running means of experts that saw samples, age their units and earn replacements."""
     seen = seen_by_expert(features) > 0
     share = (1 - config.decay) * seen.to(features.values)[:, None]
