@@ -1,14 +1,18 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+QUICK := architecture config experts methods_units networks older_runs optimizer penalty ppo ranks rollout runs statistics
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test quick lint bench docs clean
 
 demo: $(VENV)/.installed  ## train with and without SPHERE on two MetaWorld tasks, about five minutes
 	$(BIN)/sphere demo
 
 test: $(VENV)/.installed-test  ## every test
 	$(BIN)/pytest -n auto --dist worksteal
+
+quick: lint  ## what matters to an edit: style, types, and the tests of formulas, steps, configuration and folders
+	$(BIN)/pytest -q -n auto $(addprefix tests/test_,$(addsuffix .py,$(QUICK)))
 
 lint: $(VENV)/.installed-test  ## style and types
 	$(BIN)/ruff check

@@ -2,59 +2,18 @@
 
 from __future__ import annotations
 
-import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
+from scripts import architecture
+from scripts.architecture import LAYERS, MODULES, SOURCE, of_parts, part
 
 import sphere_rl
 
-SOURCE = Path(sphere_rl.__file__).parent
-MODULES = sorted(p.relative_to(SOURCE).with_suffix("").as_posix() for p in SOURCE.rglob("*.py"))
-
-LAYERS = [
-    ["errors", "kernels", "penalty", "seeding", "statistics"],
-    ["experts", "runs", "runtime", "suites"],
-    ["learner", "spectrum"],
-    ["integrations", "methods"],
-    ["config"],
-    ["training"],
-    ["protocol", "results"],
-    ["terminal"],
-    ["report", "sweep"],
-    ["commands"],
-    ["cli"],
-]
-"""From the ground up; a part of the package imports those below and those beside it, never in a circle."""
-
-
-def module_of(name: str) -> str:
-    """The module that a dotted name lies in."""
-    while name and name not in MODULES:
-        name = name.rpartition("/")[0] if not name.endswith("/__init__") else ""
-        name = f"{name}/__init__" if f"{name}/__init__" in MODULES else name
-    return name
-
-
-def imports_of(module: str) -> set[str]:
-    """Modules of the package that a module imports, anywhere, those for type checkers included."""
-    found = set()
-    for node in ast.walk(ast.parse((SOURCE / f"{module}.py").read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "sphere_rl":
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names if alias.name.startswith("sphere_rl.")}
-    return {module_of("/".join(name.split(".")[1:])) for name in found} - {"", module}
-
-
-IMPORTS = {module: imports_of(module) for module in MODULES if module != "__init__"}
-
-
-def part(module: str) -> str:
-    return module.split("/")[0]
+IMPORTS = architecture.imports()
 
 
 def test_every_part_has_its_layer() -> None:
@@ -69,10 +28,7 @@ def test_imports_point_down(module: str) -> None:
 
 
 def test_neither_modules_nor_parts_import_in_a_circle() -> None:
-    parts: dict[str, set[str]] = {}
-    for module, found in IMPORTS.items():
-        parts.setdefault(part(module), set()).update({part(name) for name in found} - {part(module)})
-    for graph in (IMPORTS, parts):
+    for graph in (IMPORTS, of_parts(IMPORTS)):
         TopologicalSorter(graph).prepare()  # raises CycleError with the circle
 
 
@@ -94,3 +50,20 @@ def test_importing_the_package_loads_no_library() -> None:
     code += "assert all(callable(getattr(sphere_rl, name)) for name in sphere_rl.__all__)"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert len(sphere_rl.__all__) <= 20
+
+
+def test_the_map_is_drawn_from_these_imports() -> None:
+    assert architecture.PAGE.read_text() == architecture.page(architecture.PAGE.read_text()), (
+        "python scripts/architecture.py draws it anew"
+    )
+
+
+def test_sphere_is_in_its_own_files_alone() -> None:
+    """Steps and kernels know penalties on features; whose they are is in ``methods/sphere.py`` and ``penalty.py``."""
+    named = [
+        path.relative_to(SOURCE).as_posix()
+        for part in ("kernels", "learner")
+        for path in (SOURCE / part).rglob("*.py")
+        if "sphere" in re.sub(r"sphere_rl[\w.]*", "", path.read_text().lower())
+    ]
+    assert named == []

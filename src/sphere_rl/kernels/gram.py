@@ -1,4 +1,7 @@
-"""The SPHERE penalty of routed features and its gradient, both from the routed rows only."""
+"""The Gram matrix of routed features, how far it is from isotropic, and the gradient of that: from routed rows only.
+
+The value is `sphere_rl.penalty`'s; tests hold one to the other.
+"""
 
 from __future__ import annotations
 

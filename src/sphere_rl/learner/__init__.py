@@ -1,1 +1,4 @@
-"""What learns: rollouts, the networks with their optimisers, and the gradient step on a minibatch."""
+"""What learns: networks with their optimisers (`actor_critic`), what they learn from (`rollout`, `minibatch`) and by
+(`losses`), and a gradient step without autograd: `fused` prepares a network for it, `policy_step` and `value_step` take
+it.
+"""

@@ -29,7 +29,7 @@ from sphere_rl.learner.value_step import Predicted, Regression, part_of, predict
 
 
 class FeaturePenalty(NamedTuple):
-    """SPHERE's joint penalties of some hidden layers, summed, and what they are multiplied by.
+    """How far the Grams of some hidden layers are from isotropic, summed, and how that joins the loss.
 
     mode ``fixed``: share; ``loss``: share · |loss| / penalty; ``grad``: the penalty's gradient is added to g, times
     share · ‖g‖ / ‖g_penalty‖, with ``pcgrad`` without what opposes g. ``free``: scale-free penalties.
