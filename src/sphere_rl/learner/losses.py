@@ -28,24 +28,33 @@ def normalize(advantage: Tensor) -> Tensor:
 
 
 @scriptable
-def policy_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """−mean min(r Â, clip(r, 1 − ε, 1 + ε) Â) with r = exp(log π − log π_old); all of them [N]."""
-    ratio = torch.exp(log_prob - old_log_prob)
-    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+def surrogates(ratio: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """R Â and clip(r, 1 − ε, 1 + ε) Â [N] of ratios r and advantages Â."""
+    return ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
 
 
 @scriptable
-def policy_loss_gradient(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """∂`policy_loss`/∂log π [N]: −r Â/N where the first of the two terms is the smaller one, else 0."""
-    ratio = torch.exp(log_prob - old_log_prob)
-    free, bound = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
+def pessimistic_loss(free: Tensor, bound: Tensor) -> Tensor:
+    """−mean min of both surrogates."""
+    return -torch.minimum(free, bound).mean()
+
+
+@scriptable
+def pessimistic_gradient(free: Tensor, bound: Tensor) -> Tensor:
+    """∂`pessimistic_loss`/∂log π [N], r being exp(log π − log π_old): −r Â/N where that is the smaller one, else 0."""
     return (free * (free <= bound)).div_(-len(free))
 
 
 @scriptable
-def clip_fraction(log_prob: Tensor, old_log_prob: Tensor, clip: float) -> Tensor:
+def clip_fraction(ratio: Tensor, clip: float) -> Tensor:
     """Share of samples whose ratio is outside the clip."""
-    return (torch.exp(log_prob - old_log_prob) - 1).abs().gt(clip).to(log_prob.dtype).mean()
+    return (ratio - 1).abs().gt(clip).to(ratio.dtype).mean()
+
+
+def policy_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """−mean min(r Â, clip(r, 1 − ε, 1 + ε) Â) with r = exp(log π − log π_old); all of them [N]."""
+    free, bound = surrogates((log_prob - old_log_prob).exp(), advantage, clip)
+    return pessimistic_loss(free, bound)
 
 
 @scriptable
@@ -90,19 +99,23 @@ def samples_of(every: Samples, index: Tensor) -> Samples:
 def gaussian_loss(
     mean: Tensor, log_std: Tensor, samples: Samples, clip: float, entropy_coefficient: float
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """`policy_loss` less the weighted entropy, of a Gaussian policy with mean [N, A] and log σ [A].
+    """`pessimistic_loss` less the weighted entropy, of a Gaussian policy with mean [N, A] and log σ [A].
 
     Returns the loss; policy loss, KL, clip fraction and entropy; and the loss's gradients for mean and log σ:
     ∂log π/∂μ = z/σ, ∂log π/∂log σ = z² − 1.
     """
     z = standardize(samples.action, mean, log_std)
-    log_prob, advantage = gaussian_log_prob(z, log_std), normalize(samples.advantage)
-    loss, entropy = policy_loss(log_prob, samples.log_prob, advantage, clip), gaussian_entropy(log_std)
-    statistics = [loss, gaussian_kl(samples.policy, mean, log_std).mean()]
-    statistics.extend([clip_fraction(log_prob, samples.log_prob, clip), entropy])
-    of_log_prob = policy_loss_gradient(log_prob, samples.log_prob, advantage, clip).unsqueeze(1)
+    ratio = torch.exp(gaussian_log_prob(z, log_std) - samples.log_prob)
+    free, bound = surrogates(ratio, normalize(samples.advantage), clip)
+    loss, kl, entropy = (
+        pessimistic_loss(free, bound),
+        gaussian_kl(samples.policy, mean, log_std),
+        gaussian_entropy(log_std),
+    )
+    of_log_prob = pessimistic_gradient(free, bound).unsqueeze(1)
     of_log_std = (of_log_prob * (z.square() - 1)).sum(0) - entropy_coefficient
-    return loss - entropy_coefficient * entropy, statistics, [of_log_prob * z * torch.exp(-log_std), of_log_std]
+    gradients = [of_log_prob * z * torch.exp(-log_std), of_log_std]
+    return loss - entropy_coefficient * entropy, [loss, kl.mean(), clip_fraction(ratio, clip), entropy], gradients
 
 
 @scripted
@@ -111,12 +124,11 @@ def categorical_loss(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """The same of a categorical policy's logits [N, A]: ∂log π(a)/∂logits = 1_a − p, ∂H/∂logits = −p (log p + H)."""
     log_p = logits.log_softmax(1)
-    p, advantage = log_p.exp(), normalize(samples.advantage)
-    log_prob, entropy = categorical_log_prob(log_p, samples.action), categorical_entropy(log_p)
-    loss, mean_entropy = policy_loss(log_prob, samples.log_prob, advantage, clip), entropy.mean()
-    statistics = [loss, categorical_kl(samples.policy, log_p).mean()]
-    statistics.extend([clip_fraction(log_prob, samples.log_prob, clip), mean_entropy])
-    of_log_prob = policy_loss_gradient(log_prob, samples.log_prob, advantage, clip).unsqueeze(1)
+    p, entropy, kl = log_p.exp(), categorical_entropy(log_p), categorical_kl(samples.policy, log_p).mean()
+    ratio = torch.exp(categorical_log_prob(log_p, samples.action) - samples.log_prob)
+    free, bound = surrogates(ratio, normalize(samples.advantage), clip)
+    loss, mean = pessimistic_loss(free, bound), entropy.mean()
     chosen = torch.zeros_like(log_p).scatter_(1, samples.action.to(torch.int64).unsqueeze(1), 1.0)
     of_entropy = p * (log_p + entropy.unsqueeze(1)) * (entropy_coefficient / len(p))
-    return loss - entropy_coefficient * mean_entropy, statistics, [of_log_prob * (chosen - p) + of_entropy]
+    gradients = [pessimistic_gradient(free, bound).unsqueeze(1) * (chosen - p) + of_entropy]
+    return loss - entropy_coefficient * mean, [loss, kl, clip_fraction(ratio, clip), mean], gradients

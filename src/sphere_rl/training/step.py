@@ -113,7 +113,7 @@ def actor_loss(
     loss = policy_loss(log_prob, batch.log_prob, normalize(batch.advantage), config.clip)
     with torch.no_grad():
         kl = head.kl(batch.policy, output).mean()
-        clipped = clip_fraction(log_prob, batch.log_prob, config.clip)
+        clipped = clip_fraction((log_prob - batch.log_prob).exp(), config.clip)
     return loss - config.entropy_coefficient * entropy, [loss.detach(), kl, clipped, entropy.detach()]
 
 
