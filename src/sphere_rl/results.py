@@ -17,6 +17,7 @@ from sphere_rl.config import updated
 from sphere_rl.errors import RunFolderError
 from sphere_rl.methods import methods
 from sphere_rl.runs import LOGS, RunFolder
+from sphere_rl.runs.published import PublishedRun, published_runs
 from sphere_rl.runs.records import LOG_COLUMNS
 from sphere_rl.suites import suites
 from sphere_rl.training.saved import config_of
@@ -63,7 +64,7 @@ class Results:
 
     def folder(self, run: str) -> RunFolder:
         """A run's folder by its name in the tables."""
-        return RunFolder.existing(self.root / run)
+        return run_at(self.root / run)
 
     def trained(self, run: str) -> dict[str, Any]:
         """A run's settings that tell what was trained, by name, as recorded; those it did not know are the defaults."""
@@ -110,8 +111,16 @@ def run_folders(root: Path | str) -> list[Path]:
     return sorted(path.parent for path in Path(root).rglob("config.json") if (path.parent / "checkpoints").is_dir())
 
 
+def run_at(path: Path) -> RunFolder:
+    """The run of a folder, or of published files with this stem."""
+    published = PublishedRun(path)
+    return published if published.config_path.exists() else RunFolder.existing(path)
+
+
 def load_results(root: Path | str) -> Results:
-    """Read every run folder at or below ``root``; runs that are still going are read as far as they are.
+    """Read every run folder at or below ``root``, and every run that is published there as three files.
+
+    Runs that are still going are read as far as they are.
 
     One that cannot be read is left out of the tables, and listed in `Results.broken`.
 
@@ -119,13 +128,13 @@ def load_results(root: Path | str) -> Results:
         RunFolderError: there is no run folder, or none that can be read.
     """
     root = Path(root)
-    folders = run_folders(root)
+    folders = [*run_folders(root), *published_runs(root)]
     if not folders:
         raise RunFolderError(f"{root}: holds no run folder")
     found, broken = list[_Read](), list[dict[str, str]]()
     for path in folders:
         try:
-            found.append(_read(RunFolder(path), str(path.relative_to(root))))
+            found.append(_read(run_at(path), str(path.relative_to(root))))
         except RunFolderError as error:
             broken.append({"run": str(path.relative_to(root)), "reason": str(error)})
     if not found:
@@ -260,7 +269,7 @@ def _run_row(one: _Read, tasks: Sequence[str]) -> dict[str, Any]:
         "num_tasks": len(tasks),
         "tasks_done": len(finals),
         "steps_per_task": config["steps_per_task"] // batch * batch,
-        "global_step": train[-1]["global_step"] if train else 0,
+        "global_step": train[-1]["global_step"] if train else status.get("global_step", 0),
         "speed": speeds[len(speeds) // 2] if speeds else None,
         "commit": one.commit,
     }

@@ -192,9 +192,12 @@ class SuiteContent:
         crl = self.runs.filter(pl.col("protocol") == "crl").sort("seed", maintain_order=True)
         for row in crl.iter_rows(named=True):
             label = self._label(row["actor"], row["method"])
-            if isinstance(found[label], str):
+            folder = self.results.folder(row["run"])
+            if isinstance(found[label], str) and not folder.checkpoints.is_dir():
+                found[label] = "its policies are not published"
+            elif isinstance(found[label], str):
                 try:
-                    found[label] = geometry.snapshots(self.results.folder(row["run"]).path) or found[label]
+                    found[label] = geometry.snapshots(folder.path) or found[label]
                 except ConfigError as error:  # a task that is not known here
                     found[label] = str(error)
                 except RunFolderError as error:  # a broken checkpoint

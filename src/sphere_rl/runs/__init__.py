@@ -112,8 +112,7 @@ class RunFolder:
         Raises:
             RunFolderError: as all readers here, in one line with the file's name, where it is not what a run writes.
         """
-        data = read_object(self.config_path, {"config": OBJECT, "versions": OBJECT, "commit": MAYBE_TEXT}, ("config",))
-        return {"versions": {}, "commit": None} | data
+        return {"versions": {}, "commit": None} | self._record()
 
     def config(self) -> dict[str, Any]:
         """The run's configuration as plain data."""
@@ -141,17 +140,26 @@ class RunFolder:
         Raises:
             RunFolderError: a line is not a JSON object, or has a column of another kind than a run writes.
         """
-        path, needed = self.path / f"{log}.jsonl", tuple(needed)
-        lines = content(path)[:length].split(b"\n")[:-1] if os.path.lexists(path) else []
+        path, needed = self._log_path(log), tuple(needed)
+        lines = self._log_content(log)[:length].split(b"\n")[:-1] if os.path.lexists(path) else []
         return [read_row(f"{path}, line {i}", line, log, needed) for i, line in enumerate(lines, 1)]
 
     def check_log(self, log: str, length: int) -> None:
         """Raise `RunFolderError` unless the first ``length`` bytes of a log are whole lines as a run writes them."""
-        path = self.path / f"{log}.jsonl"
+        path = self._log_path(log)
         data = content(path)[:length] if os.path.lexists(path) else b""
         if len(data) < length or (data and not data.endswith(b"\n")):
             raise RunFolderError(f"{path}: has lost lines that it had when the newest checkpoint was written")
         self.read(log, length=length)
+
+    def _record(self) -> dict[str, Any]:
+        return read_object(self.config_path, {"config": OBJECT, "versions": OBJECT, "commit": MAYBE_TEXT}, ("config",))
+
+    def _log_path(self, log: str) -> Path:
+        return self.path / f"{log}.jsonl"
+
+    def _log_content(self, log: str) -> bytes:
+        return content(self._log_path(log))
 
 
 def read_sweep(root: Path) -> dict[str, Any]:
