@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from sphere_rl.cli import main
 from sphere_rl.config import TrainConfig, from_dict, load_toml, override, preset, to_dict
 from sphere_rl.errors import CommandLineError, ConfigError
 from sphere_rl.suites import make_suite
@@ -64,6 +65,30 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) ->
     assert (config.options.sphere.rho, config.options.sphere.mode) == (0.5, "loss")
     assert out == Path("runs/gym-crl-topk_moe-none-seed7")
     assert quiet
+
+
+def test_an_option_of_a_method_that_is_not_in_use_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "sphere: sphere.rho, sphere.mode: no effect without method sphere (method: none)\n"
+    assert override(TrainConfig(), {"sphere": {"rho": 0.3}, "sphere.mode": "loss"}).options.sphere.rho == 0.3
+    assert capsys.readouterr().err == line
+    (tmp_path / "run.toml").write_text("[sphere]\nrho = 0.5\n")
+    refused = ["--config", str(tmp_path / "run.toml"), "--sphere.mode=loss", "--out", str(tmp_path), "--device", "moon"]
+    assert main(["train", *refused]) == 2
+    assert capsys.readouterr().err.startswith(line + "sphere: device")
+    assert main(["train", *refused, "--method", "redo", "sphere"]) == 2
+    assert capsys.readouterr().err.startswith("sphere: device")
+
+
+@pytest.mark.parametrize("suite", ["h1", "gym"])
+def test_presets_and_saved_runs_say_nothing(suite: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = preset(make_suite(suite))
+    assert from_dict(to_dict(config)) == config
+    assert capsys.readouterr().err == ""
+
+
+def test_gym_preset_is_small() -> None:
+    c = preset(make_suite("gym"))
+    assert (c.network.width, c.network.depth, c.network.num_experts, c.minibatch_size) == (64, 2, 10, 64)
 
 
 def test_every_field_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,11 +71,13 @@ def interrupt(*_: object) -> NoReturn:
 def train(words: list[str]) -> None:
     """Train an agent on a sequence of tasks."""
     from sphere_rl import protocol
+    from sphere_rl.config import idle_options, tell_idle
     from sphere_rl.runs import RunFolder
-    from sphere_rl.terminal.arguments import parse_train
+    from sphere_rl.terminal.arguments import named_options, parse_train
     from sphere_rl.training.monitors import make_monitors
 
     config, out, quiet = parse_train(words)
+    tell_idle(idle_options(named_options(words), config.method), config.method)
     protocol.check(config)
     with RunFolder(out) as folder:
         with resumable(folder):

@@ -16,7 +16,7 @@ SINGULAR = {"--protocol", "--actor", "--method", "--seed", "--suites"}
 
 def command(words: list[str], report: Callable[[list[str]], object] | None = None) -> int | None:
     """Train a grid of runs on this machine or a Ray cluster; ``report`` is called with words of ``sphere report``."""
-    from sphere_rl.sweep.plan import Grid, load_grid, plan, record, state
+    from sphere_rl.sweep.plan import Grid, load_grid, plan, record, state, tell_idle_in
 
     given, rest = parse(words)
     grid = load_grid(given.config) if given.config else {}
@@ -29,7 +29,9 @@ def command(words: list[str], report: Callable[[list[str]], object] | None = Non
         raise CommandLineError(f"--grid {empty[0]}: expected at least one value after the option's name")
     grid["options"] = grid.get("options", ()) + extra
     grid["train"] = (*grid.get("train", ()), *rest)
-    runs = plan(Grid(**grid), given.out)
+    whole = Grid(**grid)
+    runs = plan(whole, given.out)
+    tell_idle_in(whole, runs)
     if given.dry_run:
         return dry_run(runs, given.jobs)
     engine = make_engine(given.engine, given.address, given.jobs, runs)

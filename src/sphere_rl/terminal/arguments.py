@@ -7,6 +7,7 @@ import contextlib
 import io
 import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from sphere_rl.config import TrainConfig, load_toml, override, preset
+from sphere_rl.config import TrainConfig, load_toml, names_of, override, preset, read_toml
 from sphere_rl.errors import CommandLineError
 from sphere_rl.suites import make_suite
 from sphere_rl.suites.env_args import EnvArgs, argument_of, taken_from, word_of
@@ -86,6 +87,15 @@ def parse_train(words: list[str]) -> tuple[TrainConfig, Path, bool]:
     settings = override(parsed.settings, {"env_args": arguments})
     check_log(settings.log)
     return settings, parsed.out or Path("runs") / default_name(settings), parsed.quiet
+
+
+def named_options(words: Sequence[str]) -> list[str]:
+    """The options that words of ``sphere train`` set, and the file among them: ``sphere.rho`` for ``--sphere.rho``."""
+    flags = [word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")]
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    file = first.parse_known_args(words)[0].config
+    return [*(names_of(read_toml(file)) if file else ()), *(flag.replace("-", "_") for flag in flags)]
 
 
 def default_name(config: TrainConfig) -> str:
