@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from sphere_rl.errors import CommandLineError, ConfigError, RunFolderError, TrainingError
 from sphere_rl.terminal.parsers import ArgumentParser, integer, positive, size
+from sphere_rl.terminal.waiting import waiting
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,15 +71,17 @@ def interrupt(*_: object) -> NoReturn:
 
 def train(words: list[str]) -> None:
     """Train an agent on a sequence of tasks."""
-    from sphere_rl import protocol
-    from sphere_rl.config import idle_options, tell_idle
-    from sphere_rl.runs import RunFolder
-    from sphere_rl.terminal.arguments import named_options, parse_train
-    from sphere_rl.training.monitors import make_monitors
+    with waiting("loading PyTorch", quiet="--quiet" in words):
+        from sphere_rl import protocol
+        from sphere_rl.config import idle_options, tell_idle
+        from sphere_rl.runs import RunFolder
+        from sphere_rl.terminal.arguments import named_options, parse_train
+        from sphere_rl.training.monitors import make_monitors
 
-    config, out, quiet = parse_train(words)
+        config, out, quiet = parse_train(words)
     tell_idle(idle_options(named_options(words), config.method), config.method)
-    protocol.check(config)
+    with waiting(f"opening the tasks of suite {config.suite}", quiet):
+        protocol.check(config)
     with RunFolder(out) as folder:
         with resumable(folder):
             protocol.start(config, folder, lambda step: make_monitors(config, folder, step, quiet))
@@ -87,10 +90,11 @@ def train(words: list[str]) -> None:
 
 def resume(words: list[str]) -> None:
     """Continue an interrupted run exactly, from its newest checkpoint."""
-    from sphere_rl import protocol
-    from sphere_rl.runs import RunFolder
-    from sphere_rl.training.monitors import make_monitors
-    from sphere_rl.training.saved import config_of
+    with waiting("loading PyTorch", quiet="--quiet" in words):
+        from sphere_rl import protocol
+        from sphere_rl.runs import RunFolder
+        from sphere_rl.training.monitors import make_monitors
+        from sphere_rl.training.saved import config_of
 
     options = run_parser("resume", resume.__doc__)
     options.add_argument("--quiet", action="store_true", help="no progress display")
