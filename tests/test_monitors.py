@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -134,8 +133,7 @@ def test_the_display_says_what_is_trained_and_how_its_spectrum_is(run: RunFolder
 def test_missing_wandb_is_one_line_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    present = {"sphere_rl.training.monitors.find_spec": lambda name: None if name == "wandb" else find_spec(name)}
-    monkeypatch.setattr(*present.popitem())
+    monkeypatch.setitem(sys.modules, "wandb", None)
     line = "sphere: log: wandb is not installed; pip install 'sphere-rl[wandb]'\n"
     for words in (WORDS, ["sweep", *WORDS[1:-1]]):
         assert cli.main([*words, "--log", "wandb", "--out", str(tmp_path / "out")]) == 2

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():  # signals reach no other
         signal.signal(signal.SIGTERM, interrupt)
     try:
-        return COMMANDS[words[0]](words[1:]) or 0
+        return run(words[0], words[1:])
     except (CommandLineError, ConfigError, RunFolderError) as error:
         return fail(str(error))
     except TrainingError as error:
@@ -49,6 +49,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return 3
+
+
+def run(command: str, words: list[str]) -> int:
+    """Run a command for which everything is installed that it needs.
+
+    Raises:
+        MissingExtraError: something is not.
+    """
+    from sphere_rl.extras import explained, require
+
+    asker = f"sphere {command}"
+    require(NEEDS[command], asker)
+    try:
+        return COMMANDS[command](words) or 0
+    except ModuleNotFoundError as error:
+        if (said := explained(error, asker)) is None:
+            raise
+        raise said from error
 
 
 def overview() -> str:
@@ -272,6 +290,9 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "play": play,
     "list": list_all,
 }
+
+NEEDS = dict.fromkeys(COMMANDS, "train") | dict.fromkeys(("demo", "diagnose", "report"), "report") | {"play": "play"}
+"""The extra that a command needs."""
 
 if __name__ == "__main__":
     sys.exit(main())

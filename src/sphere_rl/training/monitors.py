@@ -7,13 +7,13 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from rich.console import Console
 
 from sphere_rl.config import TrainConfig, to_dict
 from sphere_rl.errors import CommandLineError
+from sphere_rl.extras import require
 from sphere_rl.runs import RunFolder
 from sphere_rl.spectrum.vanishing import FeatureWatch
 from sphere_rl.training.display import Bars, Lines
@@ -46,9 +46,9 @@ class Host(Protocol):
 
 
 def check_log(log: str) -> None:
-    """Raise `CommandLineError` where a log's package is not installed."""
-    if log == "wandb" and find_spec("wandb") is None:
-        raise CommandLineError("log: wandb is not installed; pip install 'sphere-rl[wandb]'")
+    """Raise `MissingExtraError` where a log's package is not installed."""
+    if log == "wandb":
+        require("wandb", "log")
 
 
 def make_monitors(config: TrainConfig, folder: RunFolder, global_step: int, quiet: bool) -> list[Monitor]:
