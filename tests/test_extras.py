@@ -56,7 +56,7 @@ def test_the_table_of_extras_is_that_of_the_package() -> None:
     [
         (["report", "runs"], "plotly", "sphere report: plotly is not installed; pip install 'sphere-rl[report]'"),
         (["diagnose", "runs"], "polars", "sphere diagnose: polars is not installed; pip install 'sphere-rl[report]'"),
-        (["train", "--help"], "tyro", "sphere train: tyro is not installed; pip install 'sphere-rl[train]'"),
+        (["train", "--help"], "filelock", "sphere train: filelock is not installed; pip install 'sphere-rl[train]'"),
         (["list"], "gymnasium", "sphere list: gymnasium is not installed; pip install 'sphere-rl[train]'"),
         (["play", "runs"], "PIL", "sphere play: pillow is not installed; pip install 'sphere-rl[play]'"),
         (["train", "--out", "x"], "envpool", "sphere train: envpool is not installed; pip install 'sphere-rl[suites]'"),
@@ -81,7 +81,7 @@ def test_what_is_missing_is_named_in_one_line(
 
 @pytest.mark.parametrize(
     ("name", "extra", "module"),
-    [("load_results", "report", "polars"), ("make_suite", "suites", "gymnasium"), ("load_policy", "train", "tyro")],
+    [("load_results", "report", "polars"), ("make_suite", "suites", "gymnasium"), ("load_policy", "train", "filelock")],
 )
 def test_a_name_says_which_extra_it_needs(name: str, extra: str, module: str) -> None:
     result = without(f"import sphere_rl\ntry:\n    sphere_rl.{name}\nexcept ImportError as e:\n    print(e)", [module])

@@ -89,7 +89,7 @@ def interrupt(*_: object) -> NoReturn:
 
 def train(words: list[str]) -> None:
     """Train an agent on a sequence of tasks."""
-    with waiting("loading PyTorch", quiet="--quiet" in words):
+    with waiting("loading PyTorch", quiet=bool({"--quiet", "--help", "-h"} & {*words})):
         from sphere_rl import protocol
         from sphere_rl.config import idle_options, tell_idle
         from sphere_rl.runs import RunFolder

@@ -13,9 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
-
-from tyro.conf import arg
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts.network import KINDS, NetworkOptions
@@ -101,7 +99,7 @@ class TrainConfig:
     """Bound on normalised observations."""
     normalize_rewards: bool = False
     """Divide the learner's rewards by the running deviation of the discounted return, and clip them at ±10."""
-    network: Annotated[NetworkOptions, arg(name="")] = field(default_factory=NetworkOptions)
+    network: NetworkOptions = field(default_factory=NetworkOptions)
     """Sizes and layers of actor and critic."""
 
     eval_every: int = 100_000
@@ -124,7 +122,7 @@ class TrainConfig:
     """Who is told every number of the logs: TensorBoard files; wandb: Weights & Biases as well (extra `wandb`)."""
     device: str = "cpu"
     """PyTorch device of networks and rollouts."""
-    options: Annotated[MethodOptions, arg(name="")] = field(default_factory=MethodOptions)  # type: ignore[misc]
+    options: MethodOptions = field(default_factory=MethodOptions)  # type: ignore[misc]
     """Options of the methods."""
 
     def __post_init__(self) -> None:
@@ -207,7 +205,7 @@ POSITIVE = (
 
 def preset(suite: Suite) -> TrainConfig:
     """The defaults of a suite."""
-    return _overridden(TrainConfig(suite=suite.name), suite.preset)
+    return overridden(TrainConfig(suite=suite.name), suite.preset)
 
 
 def load_toml(path: Path, config: TrainConfig) -> TrainConfig:
@@ -216,7 +214,7 @@ def load_toml(path: Path, config: TrainConfig) -> TrainConfig:
     Raises:
         ConfigError: the file is missing, is not TOML, or names a field or value that does not exist.
     """
-    return _overridden(config, read_toml(path))
+    return overridden(config, read_toml(path))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -236,7 +234,7 @@ def override(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
 
     Options of a method that is not in use are set and change nothing: a line on standard error says so.
     """
-    changed = _overridden(config, changes)
+    changed = overridden(config, changes)
     tell_idle(idle_options(names_of(changes), changed.method), changed.method)
     return changed
 
@@ -263,7 +261,8 @@ def tell_idle(names: Iterable[str], chosen: Iterable[str]) -> None:
               file=sys.stderr)  # fmt: skip
 
 
-def _overridden(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+def overridden(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    """`override` without a word."""
     own: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
@@ -296,7 +295,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 def from_dict(data: Mapping[str, Any]) -> TrainConfig:
     """Rebuild what `to_dict` gave, of this version or an earlier one."""
-    return _overridden(TrainConfig(), updated(data))
+    return overridden(TrainConfig(), updated(data))
 
 
 def updated(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ INCLUDED = {"train": ("suites",), "report": ("train",), "play": ("train",)}
 """Extras that an extra brings with it."""
 MODULES = {
     "suites": ("gymnasium", "envpool", "mujoco"),
-    "train": ("filelock", "rich", "scipy", "tensorboard", "tyro"),
+    "train": ("filelock", "rich", "scipy", "tensorboard"),
     "report": ("jinja2", "matplotlib", "plotly", "polars"),
     "play": ("imageio_ffmpeg", "PIL"),
     "jax": ("jax",),

@@ -9,6 +9,7 @@ from typing import Any
 
 from sphere_rl.errors import CommandLineError
 from sphere_rl.terminal.parsers import ArgumentParser, integer, positive
+from sphere_rl.terminal.waiting import waiting
 
 SINGULAR = {"--protocol", "--actor", "--method", "--seed", "--suites"}
 """Flags of ``sphere train`` that a sweep has as axes."""
@@ -157,7 +158,8 @@ def dry_run(runs: Sequence[Any], jobs: int | None) -> int:
         source = f", the first task of {shared[run.name].name}" if run.name in shared and not steps[run.name] else ""
         print(f"{run.name:<60} {state(run):<12} {steps[run.name]:>14,} steps{source}")
     left = [run for run in runs if steps[run.name]]
-    speed = speeds(left)
+    with waiting("measuring how fast these runs train here"):
+        speed = speeds(left)
     hours = [steps[run.name] / speed[run.name] / 3600 for run in left]
     rates = sorted({round(value) for value in speed.values()})
     at = f" at {rates[0]} to {rates[-1]} steps/s a run" if rates else ""
