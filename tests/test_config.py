@@ -180,7 +180,7 @@ def test_whole_numbers_may_be_written_with_an_exponent(tmp_path: Path) -> None:
 def test_every_kind_of_option_is_read() -> None:
     words = "--method --no-normalize_observations --crelu --sphere.pcgrad --sphere.no-pcgrad --load_balance.z -1e-3"
     with pytest.raises(ConfigError, match=r"load_balance.z: -0.001 is not allowed"):
-        parse_train(words.split())
+        parse_train([*words.split()])
     words = "--suite h1 --no-normalize_observations --crelu --sphere.pcgrad --sphere.no-pcgrad --load_balance.z=2 "
     words += "--torch-threads 2 --env-threads auto --sphere.strength 3 --learning-rate-bounds 1e-4 1e-3 "
     words += "--spectrum-every -1e6"

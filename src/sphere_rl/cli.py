@@ -157,11 +157,11 @@ def evaluate(words: list[str]) -> None:
         "each task's own in rl",
     )
     options.add_argument("--tasks", nargs="+", help="tasks of the run's suite; by default all tasks of the run")
-    options.add_argument("--episodes", type=positive, default=50)
-    limit = "end an episode after so many steps; by default as the run does"
+    options.add_argument("--episodes", type=positive, default=50, help="deterministic episodes of each task (50)")
+    limit = "end an episode after so many steps; by default as the run does (10000, unless it was set)"
     options.add_argument("--eval-max-steps", "--max-steps", type=positive, help=limit)
-    options.add_argument("--seed", type=integer, default=0)
-    options.add_argument("--json", action="store_true", help="one JSON object a task instead of the table")
+    options.add_argument("--seed", type=integer, default=0, help="of the episodes' first states (0)")
+    options.add_argument("--json", action="store_true", help="one JSON object a task instead of the table (off)")
     add_device(options)
     given = options.parse_args(words)
     folder = RunFolder.existing(given.run)
@@ -196,13 +196,13 @@ def play(words: list[str]) -> None:
         "--checkpoint",
         help="latest, or a file of the run's checkpoints folder; by default the latest, in rl that of --task",
     )
-    options.add_argument("--seed", type=integer, default=0)
-    options.add_argument("--steps", "--max-steps", type=positive, default=1000, help="stop after so many steps")
+    options.add_argument("--seed", type=integer, default=0, help="of the episode's first state (0)")
+    options.add_argument("--steps", "--max-steps", type=positive, default=1000, help="stop after so many steps (1000)")
     options.add_argument(
-        "--fps", type=positive, default=25, help="pictures a second, about: in real time, every k-th step drawn"
+        "--fps", type=positive, default=25, help="pictures a second, about: in real time, every k-th step drawn (25)"
     )
-    options.add_argument("--size", type=size, help="WIDTHxHEIGHT of a frame, 480x360 where the suite can choose it")
-    options.add_argument("--fine", action="store_true", help="shadows and smooth edges, about ten times as slow")
+    options.add_argument("--size", type=size, help="WIDTHxHEIGHT of a frame (480x360 where the suite can choose it)")
+    options.add_argument("--fine", action="store_true", help="shadows and smooth edges, about ten times as slow (off)")
     add_device(options)
     given = options.parse_args(words)
     picture = Picture(*given.size or (), fine=given.fine) if given.size or given.fine else None
@@ -224,16 +224,30 @@ def demo(words: list[str]) -> int | None:
 
 def list_all(words: list[str]) -> None:
     """List suites, tasks, actors, methods or metrics."""
+    import json
+
     from sphere_rl.commands import catalogue
     from sphere_rl.terminal.tables import print_table
 
     options = ArgumentParser(prog="sphere list", description=list_all.__doc__)
+    allowed = ", ".join(catalogue.TOPICS)
+    options.add_argument("topics", nargs="*", metavar="TOPIC", help=f"{allowed}; by default all of them")
+    options.add_argument("--json", action="store_true", help="one JSON object a row instead of tables")
     for topic in catalogue.TOPICS:
-        options.add_argument(f"--{topic}", action="store_true", help=f"only the {topic}")
+        options.add_argument(
+            f"--{topic}", dest="flags", action="append_const", const=topic, help=f"the same as {topic}"
+        )
     given = options.parse_args(words)
-    chosen = [topic for topic in catalogue.TOPICS if getattr(given, topic)]
-    for topic in chosen or catalogue.TOPICS:
-        print_table(topic, catalogue.TOPICS[topic]())
+    chosen = dict.fromkeys([*given.topics, *(given.flags or ())] or catalogue.TOPICS)
+    for topic in chosen:
+        if topic not in catalogue.TOPICS:
+            raise ConfigError("topic", topic, f"one of {allowed}")
+    for topic in chosen:
+        rows = catalogue.TOPICS[topic]()
+        if given.json:
+            print("\n".join(json.dumps({"topic": topic} | row) for row in rows))
+        else:
+            print_table(topic, rows, piped=LIST_WIDTH)
 
 
 def diagnose(words: list[str]) -> None:
@@ -291,6 +305,8 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "list": list_all,
 }
 
+LIST_WIDTH = 100
+"""Columns of the tables of ``sphere list`` in a pipe."""
 NEEDS = dict.fromkeys(COMMANDS, "train") | dict.fromkeys(("demo", "diagnose", "report"), "report") | {"play": "play"}
 """The extra that a command needs."""
 

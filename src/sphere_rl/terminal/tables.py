@@ -12,11 +12,11 @@ from rich.table import Table
 from sphere_rl.numbers import number
 
 
-def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Rows with equal keys as a table; wide cells fold on a terminal and stay whole in a pipe."""
+def print_table(title: str, rows: list[dict[str, Any]], piped: int = 400) -> None:
+    """Rows with equal keys as a table; wide cells fold on a terminal, and in a pipe at the width ``piped``."""
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=400)
+        console = Console(highlight=False, width=piped)
     table = Table(box=box.SIMPLE_HEAD)
     for name in rows[0] if rows else ():
         table.add_column(name)
