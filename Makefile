@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 QUICK := architecture config experts methods_units networks older_runs optimizer penalty ppo ranks rollout runs statistics
+TORCH ?= torch==2.13.*
 
 .PHONY: demo test quick lint bench docs clean
 
@@ -27,7 +28,8 @@ docs: $(VENV)/.installed-docs  ## this documentation as a site in site/
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable .
+	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet --editable '.[all]'
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed

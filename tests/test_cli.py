@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 from sphere_rl.cli import main
+from sphere_rl.commands import catalogue
+from sphere_rl.experts.network import KINDS
+from sphere_rl.methods import methods
+from sphere_rl.spectrum import SPECTRAL_METRICS
 
 TINY = """train --suite gym --tasks Pendulum-v1 --num-envs 2 --num-steps 64 --minibatch-size 32 --num-epochs 1
     --width 16 --depth 1 --num-experts 3 --steps-per-task 256 --eval-every 128 --eval-episodes 1
@@ -16,7 +20,7 @@ TINY = """train --suite gym --tasks Pendulum-v1 --num-envs 2 --num-steps 64 --mi
 
 def test_help_answers_without_loading_the_heavy_libraries() -> None:
     code = """import sys; from sphere_rl.cli import main; main(["--help"])
-for name in ("torch", "numpy", "gymnasium", "tyro", "mujoco", "envpool", "matplotlib"):
+for name in ("torch", "numpy", "gymnasium", "mujoco", "envpool", "matplotlib"):
     assert name not in sys.modules, name"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.startswith("usage: sphere COMMAND ...")
@@ -87,18 +91,60 @@ def test_bad_words_exit_with_2_and_one_line_and_write_nothing(
 
 def test_list_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
-    text = capsys.readouterr().out
-    for word in (
-        "cw10",
-        "peg-unplug-side",
-        "stand",
-        "topk_moe",
-        "shared_moe",
-        "sphere",
-        "Luo et al. 2026",
-        "rho 0.1",
-        "r_e_K",
-    ):
-        assert word in text
-    assert main(["list", "--actors"]) == 0
-    assert "cw10" not in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert [line for line in lines if line and line[0] != " "] == ["suites", "tasks", "actors", "methods", "metrics"]
+    for word in ("cw10", "peg-unplug-side", "stand", "topk_moe", "shared_moe", "sphere", "Luo et al.", "r_e_K"):
+        assert any(word in line for line in lines)
+    for words in ("list --actors", "list actors"):
+        assert main(words.split()) == 0
+        text = capsys.readouterr().out
+        assert "dense_moe" in text
+        assert "cw10" not in text
+    assert main(["list", "method"]) == 2
+    message = "sphere: topic: 'method' is not allowed; expected one of suites, tasks, actors, methods, metrics\n"
+    assert capsys.readouterr().err == message
+
+
+def test_list_as_json_without_pytorch_says_what_the_classes_say() -> None:
+    code = """import sys; from sphere_rl.cli import main; main(["list", "--json"])
+assert not {"torch", "envpool", "mujoco"} & set(sys.modules)"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found: dict[str, list[dict[str, object]]] = {}
+    for line in result.stdout.splitlines():
+        row = json.loads(line)
+        found.setdefault(row.pop("topic"), []).append(row)
+    assert found["methods"] == catalogue.loaded_methods()
+    assert {row["method"] for row in found["methods"]} == set(methods())
+    assert {row["actor"]: row["what it is"] for row in found["actors"]} == KINDS
+    assert {row["metric"]: row["what it is"] for row in found["metrics"]} == SPECTRAL_METRICS
+    h1 = next(row for row in found["suites"] if row["suite"] == "h1")
+    assert "sphere.mode grad, sphere.rho 0.001" in str(h1["preset"])
+
+
+def test_a_method_that_is_not_written_plainly_is_loaded(tmp_path: Path) -> None:
+    plain = "class A(Method):\n    summary = 'a'\n    citation = 'b'\n"
+    texts = {
+        "plain": plain,
+        "computed": plain.replace("'a'", "'a'.upper()"),
+        "inherited": plain + "    Config = Other\n",
+    }
+    found = {}
+    for name, text in texts.items():
+        path = tmp_path / f"{name}.py"
+        path.write_text(text)
+        found[name] = catalogue.written_method(path)
+    row = {"method": "plain", "what it does": "a", "defaults": "", "source": "b"}
+    assert found == {"plain": row, "computed": None, "inherited": None}
+
+
+@pytest.mark.parametrize("command", ["evaluate", "play"])
+def test_help_says_of_every_option_what_it_is_and_its_default(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out.partition("options:")[2]
+    options = [" ".join(part.split()) for part in text.split("\n  -") if part.strip()]
+    assert len(options) >= 7
+    for option in options:
+        required = option.startswith(("-out", "h, --help"))
+        assert required or "(" in option or "default" in option, option

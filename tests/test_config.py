@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sphere_rl.cli import main
 from sphere_rl.config import TrainConfig, from_dict, load_toml, override, preset, to_dict
 from sphere_rl.errors import CommandLineError, ConfigError
 from sphere_rl.suites import make_suite
 from sphere_rl.terminal.arguments import parse_train
+from sphere_rl.terminal.options import GROUPS
 
 
 def test_defaults_are_the_cw10_preset() -> None:
@@ -66,6 +69,30 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) ->
     assert quiet
 
 
+def test_an_option_of_a_method_that_is_not_in_use_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "sphere: sphere.rho, sphere.mode: no effect without method sphere (method: none)\n"
+    assert override(TrainConfig(), {"sphere": {"rho": 0.3}, "sphere.mode": "loss"}).options.sphere.rho == 0.3
+    assert capsys.readouterr().err == line
+    (tmp_path / "run.toml").write_text("[sphere]\nrho = 0.5\n")
+    refused = ["--config", str(tmp_path / "run.toml"), "--sphere.mode=loss", "--out", str(tmp_path), "--device", "moon"]
+    assert main(["train", *refused]) == 2
+    assert capsys.readouterr().err.startswith(line + "sphere: device")
+    assert main(["train", *refused, "--method", "redo", "sphere"]) == 2
+    assert capsys.readouterr().err.startswith("sphere: device")
+
+
+@pytest.mark.parametrize("suite", ["h1", "gym"])
+def test_presets_and_saved_runs_say_nothing(suite: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = preset(make_suite(suite))
+    assert from_dict(to_dict(config)) == config
+    assert capsys.readouterr().err == ""
+
+
+def test_gym_preset_is_small() -> None:
+    c = preset(make_suite("gym"))
+    assert (c.network.width, c.network.depth, c.network.num_experts, c.minibatch_size) == (64, 2, 10, 64)
+
+
 def test_every_field_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_train(["--help"])
@@ -74,8 +101,10 @@ def test_every_field_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> 
         if name not in ("network", "options"):
             assert f"--{name.replace('_', '-')}" in text
     assert "--sphere.rho" in text
-    assert "Passes over each rollout." in text
-    assert "Units of a hidden layer." in text
+    assert "Passes over each rollout (10)" in text
+    assert "Units of a hidden layer (256)" in text
+    assert "--spectrum-every N Environment steps between spectral measurements; 0: twenty" in text
+    assert "Negative: never (0)" in text
 
 
 @pytest.mark.parametrize(
@@ -87,21 +116,21 @@ def test_every_field_is_a_flag_with_help(capsys: pytest.CaptureFixture[str]) -> 
         ("--tasks fly", "tasks: 'fly' is not allowed; expected tasks of cw10: "),
         ("--suite cw9", "suite: 'cw9' is not allowed; expected one of "),
         ("--gamma 1.5", "gamma: 1.5 is not allowed; expected 0 to 1"),
-        ("--gamma abc", "Error parsing --gamma: could not convert string to float: 'abc'"),
+        ("--gamma abc", "argument --gamma: 'abc' is not allowed; expected a number"),
         ("--learning-rate nan", "learning_rate: nan is not allowed; expected a finite number above 0"),
         ("--num-envs 0", "num_envs: 0 is not allowed; expected a finite number above 0"),
         ("--minibatch-size 1", "minibatch_size: 1 is not allowed; expected 2 or more: the advantages"),
-        ("--steps-per-task 1.5", r"Error parsing --steps-per-task: '1.5' is not a whole number"),
-        ("--steps-per-task inf", r"Error parsing --steps-per-task: 'inf' is not a whole number"),
+        ("--steps-per-task 1.5", "argument --steps-per-task: '1.5' is not allowed; expected a whole number"),
+        ("--steps-per-task inf", "argument --steps-per-task: 'inf' is not allowed; expected a whole number"),
         ("--num-experts 2 --top-k 3", r"top_k: 3 is not allowed; expected 1 to num_experts \(2\)"),
         ("--critic shared_moe --num-experts 2 --num-shared 1", "num_shared: 1 is not allowed; expected 0 to 0"),
         ("--learning-rate-bounds 1e-5 inf", "learning_rate_bounds: .* is not allowed; expected two rates"),
         ("--minibatch-size 100", r"minibatch_size: 100 is not allowed; expected a divisor of .* \(16384\)"),
         ("--steps-per-task 100", r"steps_per_task: 100 is not allowed; expected at least one rollout \(16384 steps\)"),
         ("--sphere.rho -1", r"sphere.rho: -1.0 is not allowed; expected a finite number, 0 or more"),
-        ("--sphere.mode hard", "invalid choice 'hard' for argument '--sphere.mode'"),
+        ("--sphere.mode hard", "argument --sphere.mode: invalid choice: 'hard'"),
         ("--top-k 11", r"top_k: 11 is not allowed; expected 1 to num_experts \(10\)"),
-        ("--gama 1", "Unrecognized options: --gama"),
+        ("--gama 1", "unrecognized arguments: --gama 1"),
         ("--config nowhere.toml", "config: 'nowhere.toml' is not allowed; expected a readable TOML file"),
     ],
 )
@@ -146,6 +175,32 @@ def test_whole_numbers_may_be_written_with_an_exponent(tmp_path: Path) -> None:
     config, _, _ = parse_train(["--num-experts", "3", "--top-k", "3"])
     assert config.network.top_k == 3
     assert parse_train(["--actor", "dense", "--num-experts", "1"])[0].network.num_experts == 1
+
+
+def test_every_kind_of_option_is_read() -> None:
+    words = "--method --no-normalize_observations --crelu --sphere.pcgrad --sphere.no-pcgrad --load_balance.z -1e-3"
+    with pytest.raises(ConfigError, match=r"load_balance.z: -0.001 is not allowed"):
+        parse_train([*words.split()])
+    words = "--suite h1 --no-normalize_observations --crelu --sphere.pcgrad --sphere.no-pcgrad --load_balance.z=2 "
+    words += "--torch-threads 2 --env-threads auto --sphere.strength 3 --learning-rate-bounds 1e-4 1e-3 "
+    words += "--spectrum-every -1e6"
+    config, _, quiet = parse_train([*words.split(), "--label", "a b", "--tasks", "walk", "run"])
+    assert (config.normalize_observations, config.network.crelu, config.options.sphere.pcgrad) == (False, True, False)
+    assert (config.options.load_balance.z, config.options.sphere.strength) == (2.0, 3.0)
+    assert (config.torch_threads, config.env_threads, config.spectrum_every) == (2, "auto", -1_000_000)
+    assert (config.learning_rate_bounds, config.label, config.tasks) == ((1e-4, 1e-3), "a b", ("walk", "run"))
+    assert parse_train(["--sphere.strength", "None"])[0].options.sphere.strength is None
+    assert not quiet
+
+
+def test_help_has_the_groups_of_the_documentation() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    table = dict(re.findall(r"^\| ([\w ]+) \| `(--[^`]*)` \|$", page, re.MULTILINE))
+    extra = {"process": " --out --quiet"}  # of the command, not of the run
+    assert table == {
+        title: " ".join(f"--{name.replace('_', '-')}" for name in names.split()) + extra.get(title, "")
+        for title, names in GROUPS.items()
+    }
 
 
 @pytest.mark.parametrize("changes", [{"protocol": "x"}, {"tasks": 3}, {"gamma": True}])

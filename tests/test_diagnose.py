@@ -80,11 +80,11 @@ def test_tables_hold_every_metric_and_block_and_the_figure_is_written(
     (run / "spectrum.png").unlink(missing_ok=True)
     assert main(["diagnose", str(run), "--checkpoint", "task-00-Pendulum-v1", "latest"]) == 0
     out, err = capfd.readouterr()
-    cells = {words[0]: words for line in out.splitlines() if (words := line.split())}
+    cells = {words[0]: words for line in out.splitlines() if (words := [word for word in line.split(" ") if word])}
     scalars = set(SPECTRAL_METRICS) - UPDATE_ONLY - {"expert_load"}
     assert scalars <= set(cells)
     assert cells["metric"] == ["metric", "task-00-Pendulum-v1", "step-000000001024"]
-    assert cells["global_step"] == ["global_step", "512", "1024"]
+    assert cells["global_step"] == ["global_step", "512", "1\N{NO-BREAK SPACE}024"]
     for name in ("gate", "experts.hidden.0", "experts.hidden.1", "experts.head"):
         assert len(cells[name]) == 5  # name and, twice, share and rank
     assert all(f"expert {i} " in out for i in range(3))

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from sphere_rl import cli
+from sphere_rl.learner.actor_critic import Spaces
+from sphere_rl.numbers import number
 from sphere_rl.runs import RunFolder
 from sphere_rl.training import monitors
+from sphere_rl.training.agent import Agent
+from sphere_rl.training.display import Bars, Lines, sharing, spectrum
+from sphere_rl.training.saved import config_of
 
 WORDS = (
     "train --suite gym --tasks Pendulum-v1 Pendulum-v1 --num-envs 2 --num-steps 64 --minibatch-size 32 --num-epochs 1 "
@@ -47,16 +53,87 @@ def test_tensorboard_has_every_number_of_the_logs(run: RunFolder) -> None:
     for row in kept:
         place = f"eval_retention/{row['task_index']:02d}_Pendulum-v1/mean_return"
         expected[place, row["global_step"]] = row["mean_return"]
+    for row in run.read("spectrum"):
+        for i, load in enumerate(row["expert_load"]):
+            expected[f"spectrum_{row['batch']}/expert_load/{i:02d}", row["global_step"]] = load
     assert len(expected) > 80
     for place, value in expected.items():
         assert told[place] == pytest.approx(value, rel=1e-6), place
 
 
+def test_tensorboard_has_the_hyperparameters_beside_the_curves(run: RunFolder) -> None:
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_file_loader")
+    from tensorboard.plugins.hparams.metadata import parse_session_start_info_plugin_data
+
+    (path,) = (run.path / "tb").iterdir()
+    found = {
+        value.tag: value.metadata.plugin_data.content
+        for event in loader.EventFileLoader(str(path)).Load()
+        for value in event.summary.value
+    }
+    told = parse_session_start_info_plugin_data(found["_hparams_/session_start_info"]).hparams
+    assert (told["method"].string_value, told["network.width"].number_value) == ("none", 16)
+    assert told["tasks"].string_value == "Pendulum-v1 Pendulum-v1"
+    assert "sphere.rho" not in told
+    assert set(monitors.OUTCOMES) - set(found) == {"eval_final/success_final"}  # Pendulum knows no success
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(-1248.4, "−1 248"), (999.6, "1 000"), (-999.4, "−999"), (12.345, "12.3"), (0.5, "0.5"), (500.0, "500"),
+     (81_920, "81 920"), (7, "7"), (0.0, "0"), (2.04e-5, "2.04e−5"), (1_234_567.8, "1 234 568"), (-0.25, "−0.25")],
+)  # fmt: skip
+def test_numbers_as_people_write_them(value: float, text: str) -> None:
+    assert number(value) == text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def test_the_share_of_experts_is_that_of_an_even_load() -> None:
+    assert sharing([0.5] * 4) == pytest.approx(4)
+    assert sharing([0, 1, 0, 0]) == pytest.approx(1)
+    assert sharing([0.5, 0.25, 0.25]) == pytest.approx(2**1.5)  # 1.5 bits
+    assert spectrum({"batch": "rollout", "r_e_K": 3.0}) == ""
+    assert spectrum({"batch": "probe", "r_e_K": 3.0, "r_e_A": 1.5, "expert_load": [1.0]}) == "r_e(K) 3 · r_e(A) 1.5"
+
+
+def screen_of(run: RunFolder, display: type[Bars | Lines]) -> list[str]:
+    """What a display shows of a run that is told to it line by line; the last picture of the bars."""
+    config, screen = config_of(run), io.StringIO()
+    console = Console(file=screen, force_terminal=display is Bars, width=120, color_system=None)
+    shown = display(config, console, "runs/x", 0)
+    shown.begin(Agent(config, Spaces(3, 1, False), seed=0))
+    rows = [(log, row) for log in ("train", "spectrum", "eval") for row in run.read(log)]
+    for log, row in sorted(rows, key=lambda item: item[1]["global_step"]):
+        if row.get("phase") != "retention":
+            shown.row(log, row)
+    shown.close()
+    return screen.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("display", [Bars, Lines])
+def test_the_display_says_what_is_trained_and_how_its_spectrum_is(run: RunFolder, display: type[Bars | Lines]) -> None:
+    screen = screen_of(run, display)
+    text = "\n".join(screen)
+    header = "method none · actor topk_moe (359 parameters) · critic dense (81) · 2 tasks of gym, crl, 256 steps each"
+    assert f"{header} · cpu · runs/x" in text
+    measured = [spectrum(row) for row in run.read("spectrum") if row["batch"] == "probe"]
+    load = run.read("spectrum")[-2]["expert_load"]
+    assert measured[-1].endswith(f" · load on {sharing(load):.1f} of 3 experts")
+    last = [line for line in screen if "r_e(K)" in line][-1]
+    assert last == f"  {measured[-1]}" if display is Bars else f"{measured[-2]} · " in last
+    final = [row for row in run.read("eval") if row["phase"] == "final"][-1]["mean_return"]
+    assert f"return {number(final)}" in text
+    assert "e+0" not in text
+    if display is Bars:
+        assert any(line.startswith("Pendulum-v1 ") for line in screen)
+        assert "all 2 tasks" in text
+        assert "making 2 environments" in text
+        assert not any(line.startswith("task ") for line in screen)
+
+
 def test_missing_wandb_is_one_line_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    present = {"sphere_rl.training.monitors.find_spec": lambda name: None if name == "wandb" else find_spec(name)}
-    monkeypatch.setattr(*present.popitem())
+    monkeypatch.setitem(sys.modules, "wandb", None)
     line = "sphere: log: wandb is not installed; pip install 'sphere-rl[wandb]'\n"
     for words in (WORDS, ["sweep", *WORDS[1:-1]]):
         assert cli.main([*words, "--log", "wandb", "--out", str(tmp_path / "out")]) == 2

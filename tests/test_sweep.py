@@ -24,7 +24,7 @@ from sphere_rl.runs import RunFolder
 from sphere_rl.sweep import command, default_jobs, parse
 from sphere_rl.sweep.cost import _kind, reason, speeds, steps_left
 from sphere_rl.sweep.display import LiveTable, last_row
-from sphere_rl.sweep.plan import Grid, load_grid, plan, state
+from sphere_rl.sweep.plan import Grid, load_grid, plan, state, tell_idle_in
 from sphere_rl.sweep.shared import share, sources
 from sphere_rl.training.policies import load_policy
 
@@ -72,6 +72,30 @@ def test_method_options_concern_their_method_only() -> None:
         "gym-crl-topk_moe-sphere-rho0.1-learning-rate0.001-seed0",
     ]
     assert [run.config.options.sphere.rho for run in plan(found, Path("out"))[1:]] == [0.01, 0.1]
+
+
+def test_options_of_methods_that_no_run_uses_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*GYM, "--out", str(tmp_path), "--dry-run", "--grid", "redo.every", "1", "2", "--sphere.rho", "0.2"]
+    assert tell(words, ["none", "redo"]) == ["sphere: sphere.rho: no effect without method sphere (method: none, redo)"]
+    assert tell(words, ["none", "sphere"]) == [
+        "sphere: redo.every: no effect without method redo (method: none, sphere)"
+    ]
+    arms = '[arms.a]\nmethod = "redo"\nsphere.rho = 0.1\n[arms.b]\nmethod = "sphere"\nsphere.rho = 0.2\n'
+    (tmp_path / "arms.toml").write_text(arms)
+    found = Grid(**load_grid(tmp_path / "arms.toml") | {"train": tuple(TRAIN), "suites": ("gym",), "tasks": ("P",)})
+    tell_idle_in(found, plan(found, tmp_path))
+    assert capsys.readouterr().err == "sphere: sphere.rho: no effect without method sphere (method: redo)\n"
+
+
+def tell(words: list[str], methods: list[str]) -> list[str]:
+    """The lines of a sweep's grid, that is planned and not carried out."""
+    given, rest = parse([*words, "--methods", *methods])
+    options = tuple((axis[0], tuple(axis[1:])) for axis in given.grid)
+    found = Grid(suites=("gym",), tasks=("P",), methods=tuple(methods), options=options, train=tuple(rest))
+    screen = io.StringIO()
+    with contextlib.redirect_stderr(screen):
+        tell_idle_in(found, plan(found, given.out))
+    return screen.getvalue().splitlines()
 
 
 def test_grid_file(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from sphere_rl.integrations.hooks import track
     from sphere_rl.integrations.regularizer import regularize
     from sphere_rl.penalty import gate_penalty, layers_penalty, per_expert_penalty, sphere_penalty, weighted_features
+    from sphere_rl.results import load_results
     from sphere_rl.spectrum import effective_rank, entk, gram_effective_rank
     from sphere_rl.suites import make_suite
     from sphere_rl.training.policies import load_policy
@@ -24,6 +25,7 @@ _HOMES = {
     "gram_effective_rank": "spectrum",
     "layers_penalty": "penalty",
     "load_policy": "training.policies",
+    "load_results": "results",
     "make_actor": "experts.network",
     "make_suite": "suites",
     "per_expert_penalty": "penalty",
@@ -33,6 +35,9 @@ _HOMES = {
     "weighted_features": "penalty",
 }
 
+_EXTRAS = {"load_policy": "train", "load_results": "report", "make_suite": "suites"}
+"""Extras that a name needs; the others need none."""
+
 __all__ = [
     "effective_rank",
     "entk",
@@ -40,6 +45,7 @@ __all__ = [
     "gram_effective_rank",
     "layers_penalty",
     "load_policy",
+    "load_results",
     "make_actor",
     "make_suite",
     "per_expert_penalty",
@@ -53,4 +59,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _EXTRAS:
+        from sphere_rl.extras import require
+
+        require(_EXTRAS[name], f"sphere_rl.{name}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from sphere_rl.errors import CommandLineError, ConfigError, RunFolderError, TrainingError
 from sphere_rl.terminal.parsers import ArgumentParser, integer, positive, size
+from sphere_rl.terminal.waiting import waiting
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if threading.current_thread() is threading.main_thread():  # signals reach no other
         signal.signal(signal.SIGTERM, interrupt)
     try:
-        return COMMANDS[words[0]](words[1:]) or 0
+        return run(words[0], words[1:])
     except (CommandLineError, ConfigError, RunFolderError) as error:
         return fail(str(error))
     except TrainingError as error:
@@ -48,6 +49,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return 3
+
+
+def run(command: str, words: list[str]) -> int:
+    """Run a command for which everything is installed that it needs.
+
+    Raises:
+        MissingExtraError: something is not.
+    """
+    from sphere_rl.extras import explained, require
+
+    asker = f"sphere {command}"
+    require(NEEDS[command], asker)
+    try:
+        return COMMANDS[command](words) or 0
+    except ModuleNotFoundError as error:
+        if (said := explained(error, asker)) is None:
+            raise
+        raise said from error
 
 
 def overview() -> str:
@@ -70,13 +89,17 @@ def interrupt(*_: object) -> NoReturn:
 
 def train(words: list[str]) -> None:
     """Train an agent on a sequence of tasks."""
-    from sphere_rl import protocol
-    from sphere_rl.runs import RunFolder
-    from sphere_rl.terminal.arguments import parse_train
-    from sphere_rl.training.monitors import make_monitors
+    with waiting("loading PyTorch", quiet=bool({"--quiet", "--help", "-h"} & {*words})):
+        from sphere_rl import protocol
+        from sphere_rl.config import idle_options, tell_idle
+        from sphere_rl.runs import RunFolder
+        from sphere_rl.terminal.arguments import named_options, parse_train
+        from sphere_rl.training.monitors import make_monitors
 
-    config, out, quiet = parse_train(words)
-    protocol.check(config)
+        config, out, quiet = parse_train(words)
+    tell_idle(idle_options(named_options(words), config.method), config.method)
+    with waiting(f"opening the tasks of suite {config.suite}", quiet):
+        protocol.check(config)
     with RunFolder(out) as folder:
         with resumable(folder):
             protocol.start(config, folder, lambda step: make_monitors(config, folder, step, quiet))
@@ -85,10 +108,11 @@ def train(words: list[str]) -> None:
 
 def resume(words: list[str]) -> None:
     """Continue an interrupted run exactly, from its newest checkpoint."""
-    from sphere_rl import protocol
-    from sphere_rl.runs import RunFolder
-    from sphere_rl.training.monitors import make_monitors
-    from sphere_rl.training.saved import config_of
+    with waiting("loading PyTorch", quiet="--quiet" in words):
+        from sphere_rl import protocol
+        from sphere_rl.runs import RunFolder
+        from sphere_rl.training.monitors import make_monitors
+        from sphere_rl.training.saved import config_of
 
     options = run_parser("resume", resume.__doc__)
     options.add_argument("--quiet", action="store_true", help="no progress display")
@@ -133,11 +157,11 @@ def evaluate(words: list[str]) -> None:
         "each task's own in rl",
     )
     options.add_argument("--tasks", nargs="+", help="tasks of the run's suite; by default all tasks of the run")
-    options.add_argument("--episodes", type=positive, default=50)
-    limit = "end an episode after so many steps; by default as the run does"
+    options.add_argument("--episodes", type=positive, default=50, help="deterministic episodes of each task (50)")
+    limit = "end an episode after so many steps; by default as the run does (10000, unless it was set)"
     options.add_argument("--eval-max-steps", "--max-steps", type=positive, help=limit)
-    options.add_argument("--seed", type=integer, default=0)
-    options.add_argument("--json", action="store_true", help="one JSON object a task instead of the table")
+    options.add_argument("--seed", type=integer, default=0, help="of the episodes' first states (0)")
+    options.add_argument("--json", action="store_true", help="one JSON object a task instead of the table (off)")
     add_device(options)
     given = options.parse_args(words)
     folder = RunFolder.existing(given.run)
@@ -172,13 +196,13 @@ def play(words: list[str]) -> None:
         "--checkpoint",
         help="latest, or a file of the run's checkpoints folder; by default the latest, in rl that of --task",
     )
-    options.add_argument("--seed", type=integer, default=0)
-    options.add_argument("--steps", "--max-steps", type=positive, default=1000, help="stop after so many steps")
+    options.add_argument("--seed", type=integer, default=0, help="of the episode's first state (0)")
+    options.add_argument("--steps", "--max-steps", type=positive, default=1000, help="stop after so many steps (1000)")
     options.add_argument(
-        "--fps", type=positive, default=25, help="pictures a second, about: in real time, every k-th step drawn"
+        "--fps", type=positive, default=25, help="pictures a second, about: in real time, every k-th step drawn (25)"
     )
-    options.add_argument("--size", type=size, help="WIDTHxHEIGHT of a frame, 480x360 where the suite can choose it")
-    options.add_argument("--fine", action="store_true", help="shadows and smooth edges, about ten times as slow")
+    options.add_argument("--size", type=size, help="WIDTHxHEIGHT of a frame (480x360 where the suite can choose it)")
+    options.add_argument("--fine", action="store_true", help="shadows and smooth edges, about ten times as slow (off)")
     add_device(options)
     given = options.parse_args(words)
     picture = Picture(*given.size or (), fine=given.fine) if given.size or given.fine else None
@@ -200,16 +224,30 @@ def demo(words: list[str]) -> int | None:
 
 def list_all(words: list[str]) -> None:
     """List suites, tasks, actors, methods or metrics."""
+    import json
+
     from sphere_rl.commands import catalogue
     from sphere_rl.terminal.tables import print_table
 
     options = ArgumentParser(prog="sphere list", description=list_all.__doc__)
+    allowed = ", ".join(catalogue.TOPICS)
+    options.add_argument("topics", nargs="*", metavar="TOPIC", help=f"{allowed}; by default all of them")
+    options.add_argument("--json", action="store_true", help="one JSON object a row instead of tables")
     for topic in catalogue.TOPICS:
-        options.add_argument(f"--{topic}", action="store_true", help=f"only the {topic}")
+        options.add_argument(
+            f"--{topic}", dest="flags", action="append_const", const=topic, help=f"the same as {topic}"
+        )
     given = options.parse_args(words)
-    chosen = [topic for topic in catalogue.TOPICS if getattr(given, topic)]
-    for topic in chosen or catalogue.TOPICS:
-        print_table(topic, catalogue.TOPICS[topic]())
+    chosen = dict.fromkeys([*given.topics, *(given.flags or ())] or catalogue.TOPICS)
+    for topic in chosen:
+        if topic not in catalogue.TOPICS:
+            raise ConfigError("topic", topic, f"one of {allowed}")
+    for topic in chosen:
+        rows = catalogue.TOPICS[topic]()
+        if given.json:
+            print("\n".join(json.dumps({"topic": topic} | row) for row in rows))
+        else:
+            print_table(topic, rows, piped=LIST_WIDTH)
 
 
 def diagnose(words: list[str]) -> None:
@@ -266,6 +304,11 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "play": play,
     "list": list_all,
 }
+
+LIST_WIDTH = 100
+"""Columns of the tables of ``sphere list`` in a pipe."""
+NEEDS = dict.fromkeys(COMMANDS, "train") | dict.fromkeys(("demo", "diagnose", "report"), "report") | {"play": "play"}
+"""The extra that a command needs."""
 
 if __name__ == "__main__":
     sys.exit(main())

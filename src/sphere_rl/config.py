@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
-
-from tyro.conf import arg
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts.network import KINDS, NetworkOptions
@@ -100,7 +99,7 @@ class TrainConfig:
     """Bound on normalised observations."""
     normalize_rewards: bool = False
     """Divide the learner's rewards by the running deviation of the discounted return, and clip them at ±10."""
-    network: Annotated[NetworkOptions, arg(name="")] = field(default_factory=NetworkOptions)
+    network: NetworkOptions = field(default_factory=NetworkOptions)
     """Sizes and layers of actor and critic."""
 
     eval_every: int = 100_000
@@ -123,7 +122,7 @@ class TrainConfig:
     """Who is told every number of the logs: TensorBoard files; wandb: Weights & Biases as well (extra `wandb`)."""
     device: str = "cpu"
     """PyTorch device of networks and rollouts."""
-    options: Annotated[MethodOptions, arg(name="")] = field(default_factory=MethodOptions)  # type: ignore[misc]
+    options: MethodOptions = field(default_factory=MethodOptions)  # type: ignore[misc]
     """Options of the methods."""
 
     def __post_init__(self) -> None:
@@ -206,7 +205,7 @@ POSITIVE = (
 
 def preset(suite: Suite) -> TrainConfig:
     """The defaults of a suite."""
-    return override(TrainConfig(suite=suite.name), suite.preset)
+    return overridden(TrainConfig(suite=suite.name), suite.preset)
 
 
 def load_toml(path: Path, config: TrainConfig) -> TrainConfig:
@@ -215,14 +214,55 @@ def load_toml(path: Path, config: TrainConfig) -> TrainConfig:
     Raises:
         ConfigError: the file is missing, is not TOML, or names a field or value that does not exist.
     """
+    return overridden(config, read_toml(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        ConfigError: the file is missing or is not TOML.
+    """
     try:
-        return override(config, tomllib.loads(path.read_text()))
+        return tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError("config", str(path), f"a readable TOML file ({error})") from None
 
 
 def override(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
-    """Replace fields by name; ``"sphere.rho"`` and ``{"sphere": {"rho": ...}}`` both reach a method's option."""
+    """Replace fields by name; ``"sphere.rho"`` and ``{"sphere": {"rho": ...}}`` both reach a method's option.
+
+    Options of a method that is not in use are set and change nothing: a line on standard error says so.
+    """
+    changed = overridden(config, changes)
+    tell_idle(idle_options(names_of(changes), changed.method), changed.method)
+    return changed
+
+
+def names_of(changes: Mapping[str, Any]) -> Iterator[str]:
+    """Names of the options in a table, those of nested tables with a dot, as in ``sphere.rho``."""
+    for name, value in changes.items():
+        yield from (f"{name}.{inner}" for inner in value) if isinstance(value, Mapping) else (name,)
+
+
+def idle_options(names: Iterable[str], chosen: Iterable[str]) -> list[str]:
+    """Those of the names that are options of a method, and of none that is ``chosen``."""
+    others = methods().keys() - {*chosen}
+    return [name for name in dict.fromkeys(names) if "." in name and name.partition(".")[0] in others]
+
+
+def tell_idle(names: Iterable[str], chosen: Iterable[str]) -> None:
+    """Say on standard error, in a line for each method, that its options change nothing."""
+    by_method: dict[str, list[str]] = {}
+    for name in names:
+        by_method.setdefault(name.partition(".")[0], []).append(name)
+    for method, idle in by_method.items():
+        print(f"sphere: {', '.join(idle)}: no effect without method {method} (method: {', '.join(chosen)})",
+              file=sys.stderr)  # fmt: skip
+
+
+def overridden(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    """`override` without a word."""
     own: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
@@ -255,7 +295,7 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
 
 def from_dict(data: Mapping[str, Any]) -> TrainConfig:
     """Rebuild what `to_dict` gave, of this version or an earlier one."""
-    return override(TrainConfig(), updated(data))
+    return overridden(TrainConfig(), updated(data))
 
 
 def updated(data: Mapping[str, Any]) -> dict[str, Any]:

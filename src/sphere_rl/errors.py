@@ -14,6 +14,10 @@ class CommandLineError(ValueError):
     """What a parser of arguments says, already one line; the command line exits with 2."""
 
 
+class MissingExtraError(CommandLineError, ImportError):
+    """One of the package's extras is not installed: one line that says which; the command line exits with 2."""
+
+
 class RunFolderError(ValueError):
     """A run folder that cannot be used as asked (missing, occupied, broken); the command line exits with 2."""
 

@@ -31,7 +31,7 @@ from sphere_rl.suites import make_suite
 from sphere_rl.suites.spaces import check_spaces
 from sphere_rl.training.agent import Agent, Policy
 from sphere_rl.training.evaluation import evaluate, summarize
-from sphere_rl.training.monitors import Monitor
+from sphere_rl.training.monitors import Host, Monitor
 from sphere_rl.training.policies import load_policy
 from sphere_rl.training.ppo import update
 from sphere_rl.training.saved import config_of
@@ -129,6 +129,7 @@ class Run:
                 self.agent, lengths = self._restore(found[1])
         self.logs = Logs(folder, lengths)  # the first that changes anything in the folder
         self.monitors = monitors(self.progress.global_step)
+        self.hosts = [monitor for monitor in self.monitors if isinstance(monitor, Host)]
         self.tracker = Tracker(config)
         self.lanes = LaneChoice(config.torch_threads)
         self.collector: Collector | None = None
@@ -179,6 +180,7 @@ class Run:
         else:
             envs = collector.envs
         agent = self.agent = self.agent or Agent(self.config, Spaces.of(envs), self._seed("agent"))
+        self._announce(agent)
         if self.progress.iteration == 0:
             self._begin_task(agent)
         if collector is None:
@@ -186,6 +188,12 @@ class Run:
             if state is not None and state["collector"] is not None:
                 collector.load_state_dict(state["collector"])
         return agent, collector
+
+    def _announce(self, agent: Agent) -> None:
+        """Tell those who want to know, once, who is trained."""
+        hosts, self.hosts = self.hosts, []
+        for host in hosts:
+            host.begin(agent)
 
     def _begin_task(self, agent: Agent) -> None:
         self.lanes.renew()

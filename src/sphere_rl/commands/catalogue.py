@@ -1,15 +1,21 @@
-"""What there is to choose from, as tables for ``sphere list``."""
+"""What there is to choose from, as tables for ``sphere list``.
+
+Names, summaries and defaults stand in the source as plain values: they are read there, as loading PyTorch for them
+would take seconds. A module that says them in another way is loaded after all.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ast
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from sphere_rl.experts.network import KINDS
-from sphere_rl.methods import methods
-from sphere_rl.spectrum import SPECTRAL_METRICS
 from sphere_rl.suites import suites
+
+SOURCE = Path(__file__).parents[1]
 
 
 def list_suites() -> list[dict[str, Any]]:
@@ -19,7 +25,7 @@ def list_suites() -> list[dict[str, Any]]:
             "suite": suite.name,
             "what it is": suite.summary,
             "tasks": len(suite.tasks) or "any",
-            "preset": ", ".join(f"{key} {value}" for key, value in suite.preset.items()) or "the defaults",
+            "preset": settings(suite.preset) or "the defaults",
         }
         for suite in suites().values()
     ]
@@ -36,25 +42,85 @@ def list_tasks() -> list[dict[str, Any]]:
 
 def list_actors() -> list[dict[str, Any]]:
     """Architectures of actors and critics."""
-    return [{"actor": kind, "what it is": summary} for kind, summary in KINDS.items()]
+    return [{"actor": kind, "what it is": summary} for kind, summary in table_of("experts.network", "KINDS").items()]
 
 
 def list_methods() -> list[dict[str, Any]]:
     """Mitigation methods with their defaults and sources."""
-    return [
-        {
-            "method": name,
-            "what it does": method.summary,
-            "defaults": ", ".join(f"{f.name} {getattr(method.Config(), f.name)}" for f in fields(method.Config)),
-            "source": method.citation,
-        }
-        for name, method in methods().items()
-    ]
+    files = sorted(SOURCE.joinpath("methods").glob("[!_]*.py"))
+    rows = [written_method(file) for file in files if file.stem != "base"]
+    return rows if all(rows) else loaded_methods()  # type: ignore[return-value]
 
 
 def list_metrics() -> list[dict[str, Any]]:
     """Columns of ``spectrum.jsonl`` with their definitions."""
-    return [{"metric": name, "what it is": definition} for name, definition in SPECTRAL_METRICS.items()]
+    found = table_of("spectrum", "SPECTRAL_METRICS")
+    return [{"metric": name, "what it is": definition} for name, definition in found.items()]
+
+
+def loaded_methods() -> list[dict[str, Any]]:
+    """`list_methods` from the classes themselves."""
+    from sphere_rl.methods import methods
+
+    return [
+        method_row(name, method.summary, {f.name: getattr(method.Config(), f.name) for f in fields(method.Config)},
+                   method.citation)
+        for name, method in methods().items()
+    ]  # fmt: skip
+
+
+def method_row(name: str, summary: str, defaults: dict[str, Any], citation: str) -> dict[str, Any]:
+    """A method's row of the table."""
+    return {"method": name, "what it does": summary, "defaults": settings(defaults), "source": citation}
+
+
+def written_method(file: Path) -> dict[str, Any] | None:
+    """A method's row as its file says it in plain values; ``None`` where it does not."""
+    classes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
+    try:
+        (method,) = (one for one in classes if "citation" in assigned(one))
+        said = assigned(method)
+        config = next((one for one in classes if one.name == getattr(said.get("Config"), "id", None)), None)
+        if "Config" in said and (config is None or [ast.unparse(base) for base in config.bases] != ["MethodConfig"]):
+            return None
+        defaults = {} if config is None else {name: ast.literal_eval(value) for name, value in assigned(config).items()}
+        return method_row(file.stem, ast.literal_eval(said["summary"]), defaults, ast.literal_eval(said["citation"]))
+    except (KeyError, ValueError):
+        return None
+
+
+def assigned(owner: ast.ClassDef) -> dict[str, ast.expr]:
+    """What a class sets in its body, by name."""
+    found: dict[str, ast.expr] = {}
+    for node in owner.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found[node.targets[0].id] = node.value
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            found[node.target.id] = node.value
+    return found
+
+
+def table_of(module: str, name: str) -> dict[str, str]:
+    """A table of texts that a module of the package holds."""
+    path = SOURCE / module.replace(".", "/")
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name and node.value is not None:
+            try:
+                return ast.literal_eval(node.value)
+            except ValueError:
+                break
+    return getattr(import_module(f"sphere_rl.{module}"), name)
+
+
+def settings(values: Mapping[str, Any]) -> str:
+    """Names and values in one text, those of tables with a dot."""
+    flat = {
+        f"{name}.{inner}" if inner else name: item
+        for name, value in values.items()
+        for inner, item in (value.items() if isinstance(value, Mapping) else (("", value),))
+    }
+    return ", ".join(f"{name} {value}" for name, value in flat.items())
 
 
 TOPICS: dict[str, Callable[[], list[dict[str, Any]]]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sphere_rl.numbers import number
 from sphere_rl.terminal.parsers import ArgumentParser
 
 TASKS = ("handle-press-side", "drawer-close")
@@ -19,9 +20,9 @@ def command(words: list[str]) -> int | None:
     given = options.parse_args(words)
     print(
         f"Two agents, a Top-2 mixture of ten experts with and without SPHERE, learn {' and then '.join(TASKS)}:\n"
-        f"{STEPS_PER_TASK:,} environment steps each, one seed. It shows that everything works and proves nothing\n"
-        "about the paper, whose tasks get 1,000,000 steps and five seeds each. Ctrl-C stops it, the same command\n"
-        "goes on.\n",
+        f"{number(STEPS_PER_TASK)} environment steps each, one seed. It shows that everything works and proves\n"
+        "nothing about the paper, whose tasks get 1 000 000 steps and five seeds each. Ctrl-C stops it, the same\n"
+        "command goes on.\n",
         flush=True,
     )
     from sphere_rl import report, sweep
@@ -71,4 +72,4 @@ def print_tables(runs: Path) -> None:
                     }
                 )
     rows.sort(key=lambda row: TASKS.index(row["task"]))
-    print_table(f"After {STEPS_PER_TASK:,} steps a task, one seed, 20 deterministic episodes", rows)
+    print_table(f"After {number(STEPS_PER_TASK)} steps a task, one seed, 20 deterministic episodes", rows)

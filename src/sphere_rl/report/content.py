@@ -13,6 +13,7 @@ import polars as pl
 
 from sphere_rl import statistics
 from sphere_rl.errors import ConfigError, RunFolderError
+from sphere_rl.extras import missing
 from sphere_rl.report import figures, geometry, panels, tables
 from sphere_rl.report.geometry import Snapshot
 from sphere_rl.report.panels import Panel
@@ -38,7 +39,7 @@ BARS = {"barmode": "group", "xaxis": {"showgrid": False}}
 PLAIN, SPHERE = ("none",), ("sphere",)
 """Recorded methods of plain PPO, and of SPHERE without others."""
 NUMBERS = ("rl", "crl", "crl_iqm", "gap", "retention", "forgetting", "forward_transfer")
-INSTALL = "scikit-learn is not installed: pip install 'sphere-rl[sklearn]', then make the report again"
+INSTALL = str(missing("sklearn", "sklearn", "t-SNE")) + ", then make the report again"
 
 
 def arms(results: Results) -> tuple[tuple[str, str], ...]:

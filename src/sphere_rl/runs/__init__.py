@@ -11,7 +11,8 @@ import os
 import re
 import subprocess
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -208,7 +209,11 @@ class Logs:
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers of a run depend on."""
-    return {name: version(name) for name in ("sphere-rl", "torch", "numpy", "gymnasium", "envpool", "mujoco")}
+    found = {}
+    for name in ("sphere-rl", "torch", "numpy", "gymnasium", "envpool", "mujoco"):
+        with suppress(PackageNotFoundError):  # of a suite that is not in use
+            found[name] = version(name)
+    return found
 
 
 def commit() -> str | None:

@@ -57,6 +57,9 @@ class Gymnasium:
     preset: Mapping[str, Any] = {
         "steps_per_task": 100_000,
         "num_steps": 256,
+        "minibatch_size": 64,
+        "network.width": 64,  # of environments with a handful of numbers
+        "network.depth": 2,
         "checkpoint_every": 50_000,
         "eval_every": 20_000,
     }

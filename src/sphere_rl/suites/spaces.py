@@ -7,14 +7,16 @@ Every place that steps an environment sends it what `action_sender` makes and lo
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Discrete
-from torch import Tensor
 
 from sphere_rl.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # `sphere list` does not load it
 
 LARGEST = float(np.finfo(np.float32).max)
 """Networks compute in float32: a larger number is infinite there."""

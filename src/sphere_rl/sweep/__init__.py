@@ -9,6 +9,7 @@ from typing import Any
 
 from sphere_rl.errors import CommandLineError
 from sphere_rl.terminal.parsers import ArgumentParser, integer, positive
+from sphere_rl.terminal.waiting import waiting
 
 SINGULAR = {"--protocol", "--actor", "--method", "--seed", "--suites"}
 """Flags of ``sphere train`` that a sweep has as axes."""
@@ -16,7 +17,7 @@ SINGULAR = {"--protocol", "--actor", "--method", "--seed", "--suites"}
 
 def command(words: list[str], report: Callable[[list[str]], object] | None = None) -> int | None:
     """Train a grid of runs on this machine or a Ray cluster; ``report`` is called with words of ``sphere report``."""
-    from sphere_rl.sweep.plan import Grid, load_grid, plan, record, state
+    from sphere_rl.sweep.plan import Grid, load_grid, plan, record, state, tell_idle_in
 
     given, rest = parse(words)
     grid = load_grid(given.config) if given.config else {}
@@ -29,7 +30,9 @@ def command(words: list[str], report: Callable[[list[str]], object] | None = Non
         raise CommandLineError(f"--grid {empty[0]}: expected at least one value after the option's name")
     grid["options"] = grid.get("options", ()) + extra
     grid["train"] = (*grid.get("train", ()), *rest)
-    runs = plan(Grid(**grid), given.out)
+    whole = Grid(**grid)
+    runs = plan(whole, given.out)
+    tell_idle_in(whole, runs)
     if given.dry_run:
         return dry_run(runs, given.jobs)
     engine = make_engine(given.engine, given.address, given.jobs, runs)
@@ -155,7 +158,8 @@ def dry_run(runs: Sequence[Any], jobs: int | None) -> int:
         source = f", the first task of {shared[run.name].name}" if run.name in shared and not steps[run.name] else ""
         print(f"{run.name:<60} {state(run):<12} {steps[run.name]:>14,} steps{source}")
     left = [run for run in runs if steps[run.name]]
-    speed = speeds(left)
+    with waiting("measuring how fast these runs train here"):
+        speed = speeds(left)
     hours = [steps[run.name] / speed[run.name] / 3600 for run in left]
     rates = sorted({round(value) for value in speed.values()})
     at = f" at {rates[0]} to {rates[-1]} steps/s a run" if rates else ""

@@ -16,7 +16,7 @@ from sphere_rl.sweep.display import standing
 from sphere_rl.sweep.engines import start
 from sphere_rl.sweep.plan import PlannedRun
 
-CALIBRATION_STEPS = 2048
+CALIBRATION_STEPS = 1024
 """Environment steps of one iteration of a calibration, at least."""
 
 
@@ -49,6 +49,7 @@ def calibrate(run: PlannedRun) -> float:
     steps = unit * math.ceil(CALIBRATION_STEPS / (unit * config.num_envs))
     words = [*run.words, "--tasks", config.task_sequence[0], "--num-steps", str(steps), "--final-eval-episodes", "1"]
     words += ["--steps-per-task", str(2 * steps * config.num_envs), "--eval-every", str(2**62)]
+    words += ["--spectrum-every", "-1"]  # what is timed is training alone
     with tempfile.TemporaryDirectory() as temporary:
         folder, log = Path(temporary) / "run", Path(temporary) / "log"
         process = start(str(folder), words, str(log), run.threads)

@@ -19,7 +19,7 @@ from sphere_rl.errors import RunFolderError
 from sphere_rl.runs import RunFolder
 from sphere_rl.runs.records import read_row
 from sphere_rl.sweep.plan import PlannedRun, state
-from sphere_rl.training.monitors import duration
+from sphere_rl.training.display import duration
 
 TAIL_BYTES = 8192
 SHOWN = 24

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from sphere_rl.errors import CommandLineError
+from sphere_rl.extras import require
 from sphere_rl.runtime import cores
 from sphere_rl.sweep.plan import PlannedRun
 
@@ -70,13 +70,11 @@ def ray(address: str | None, jobs: int | None) -> Engine:
     """A task of Ray for each run; ``address`` of a cluster, or a Ray of this machine with room for ``jobs`` runs.
 
     Raises:
-        CommandLineError: Ray is not installed.
+        MissingExtraError: Ray is not installed.
     """
-    try:
-        import ray
-        from ray.exceptions import RayError
-    except ImportError:
-        raise CommandLineError("engine: ray is not installed; pip install 'sphere-rl[ray]'") from None
+    require("ray", "engine")
+    import ray
+    from ray.exceptions import RayError
 
     def run_all(runs: Sequence[PlannedRun], watcher: Watcher) -> dict[str, int]:
         cores = None if address or not jobs else jobs * max(run.threads for run in runs)

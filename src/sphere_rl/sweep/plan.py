@@ -18,12 +18,12 @@ from itertools import product, repeat
 from pathlib import Path
 from typing import Any, Literal
 
-from sphere_rl.config import TrainConfig, convert, to_dict
+from sphere_rl.config import TrainConfig, convert, idle_options, tell_idle, to_dict
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods import methods
 from sphere_rl.runs import RunFolder, file_name, read_sweep, write_atomic
 from sphere_rl.suites.env_args import FLAG, word_of
-from sphere_rl.terminal.arguments import parse_train
+from sphere_rl.terminal.arguments import named_options, parse_train
 from sphere_rl.training.saved import config_of
 
 
@@ -108,8 +108,7 @@ def _plan_stage(grid: Grid, out: Path) -> Iterator[PlannedRun]:
     axes, arms = (grid.seeds, grid.suites, grid.protocols, grid.actors, grid.methods), dict(grid.arms)
     for seed, suite, protocol, actor, method in product(*axes):
         own = arms.get(method, ("--method", *method.split("+")))
-        names = own[1 : next((i for i, word in enumerate(own) if i and word.startswith("--")), None)]
-        for options in product(*_axes(grid, names)):
+        for options in product(*_axes(grid, methods_named_by(own))):
             words = ["--suite", suite, "--protocol", protocol, "--actor", actor, *own]
             words += ["--seed", str(seed), *grid.train]
             words += [word for name, value in options for word in _flag(name, value)]
@@ -121,6 +120,20 @@ def _plan_stage(grid: Grid, out: Path) -> Iterator[PlannedRun]:
                 name = file_name("-".join([suite, protocol, *([] if task is None else [task]), tail]))
                 full = (*words, *_tasks(tasks))
                 yield PlannedRun(out / name, full, parse_train(list(full))[0])
+
+
+def tell_idle_in(grid: Grid, runs: Sequence[PlannedRun]) -> None:
+    """Say which options of the grid are of methods that no run uses, and which of an arm are not of its own methods."""
+    used = dict.fromkeys(method for run in runs for method in run.config.method)
+    tell_idle(idle_options([*(name for name, _ in grid.options), *named_options(grid.train)], used), used)
+    for _, words in grid.arms:
+        own = methods_named_by(words)
+        tell_idle(idle_options(named_options(words), own), own)
+
+
+def methods_named_by(words: Sequence[str]) -> Sequence[str]:
+    """The methods that words beginning with ``--method`` name."""
+    return words[1 : next((i for i, word in enumerate(words) if i and word.startswith("--")), None)]
 
 
 def check_folder(run: PlannedRun) -> None:

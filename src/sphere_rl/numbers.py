@@ -1,0 +1,15 @@
+"""Numbers as people write them."""
+
+from __future__ import annotations
+
+MINUS, SPACE = "−", "\N{NO-BREAK SPACE}"
+
+
+def number(value: float | int) -> str:
+    """Three figures, or all those before the point, in groups: −1 250, 12.3, 0.0331, 2e−5."""
+    if isinstance(value, int) or abs(value) >= 999.5:
+        text = f"{round(value):,}".replace(",", SPACE)
+    else:
+        digits, e, exponent = f"{value:.3g}".partition("e")
+        text = f"{digits}e{int(exponent)}" if e else digits
+    return text.replace("-", MINUS)
