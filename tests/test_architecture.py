@@ -38,6 +38,7 @@ def test_penalty_imports_nothing_of_the_package() -> None:
 
 
 OPTIONAL = {
+    "integrations/rsl_rl": "rsl_rl",
     "integrations/sb3": "stable_baselines3",
     "integrations/sb3_callback": "stable_baselines3",
 }

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sphere_rl.experts.network import MoENetwork
+from sphere_rl.errors import ConfigError
+from sphere_rl.experts.network import MoENetwork, is_being_exported
 from sphere_rl.integrations.hooks import track
 from sphere_rl.integrations.regularizer import regularize
 from sphere_rl.integrations.share import Amount, amount
@@ -32,13 +33,24 @@ def added_by(options: Mapping[str, Any]) -> Amount:
         raise ValueError(f"sphere_{error}") from None
 
 
+def uniform(field: str, layers: Sequence[int]) -> tuple[int, int]:
+    """Width and depth of an expert's hidden layers.
+
+    Raises:
+        ConfigError: there is none, or they differ in width.
+    """
+    if not layers or len(set(layers)) > 1:
+        raise ConfigError(field, layers, "hidden layers of one width for the experts, as in [64, 64]")
+    return layers[0], len(layers)
+
+
 def regularized_output(network: MoENetwork, observation: Float[Tensor, "N D"], added: Amount) -> Float[Tensor, "N A"]:
     """``network(observation)``, with `sphere_rl.regularize` of its last hidden features and routing weights.
 
     So whatever loss is made of the output, the backward pass adds the penalty's gradient as ``added`` says; a network
     without a gate is regularised at its features. Without gradients, or where nothing is added, it is the plain output.
     """
-    if not torch.is_grad_enabled() or 0 in (added.rho, added.strength):
+    if not torch.is_grad_enabled() or 0 in (added.rho, added.strength) or is_being_exported():
         return network(observation)
     trace, options = network.trace(observation), added._asdict()
     features, gates = trace.features[-1].dense(), trace.gates

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts.network import MoENetwork, NetworkOptions
 from sphere_rl.integrations.extras import require
-from sphere_rl.integrations.mixture import added_by, regularized_output
+from sphere_rl.integrations.mixture import added_by, regularized_output, uniform
 
 require("stable_baselines3", "sb3")
 from stable_baselines3.common.policies import ActorCriticPolicy  # noqa: E402
@@ -106,7 +106,7 @@ class MixtureExtractor(MlpExtractor):
     def __init__(self, policy: MoEPolicy) -> None:
         mixture, layers = policy.mixture, layers_of(policy.net_arch)
         super().__init__(policy.features_dim, {"pi": [], "vf": layers["vf"]}, policy.activation_fn, policy.device)
-        width, depth = layers["pi"][0], len(layers["pi"])
+        width, depth = uniform("net_arch", layers["pi"])
         options = NetworkOptions(width, depth, mixture["num_experts"], mixture["top_k"])
         self.added, self.latent_dim_pi = added_by(mixture), flatdim(policy.action_space)
         seed = int(torch.randint(2**62, ()))  # SB3's own seed has set this stream
@@ -127,14 +127,7 @@ class MixtureExtractor(MlpExtractor):
                     nn.init.orthogonal_(weight, gain=last if layer is mlp.head else 2**0.5)
 
 
-def layers_of(net_arch: Any) -> Mapping[str, list[int]]:
-    """Hidden layers of actor (``pi``) and critic (``vf``).
-
-    Raises:
-        ConfigError: the actor's are not of one width.
-    """
-    layers = dict(net_arch) if isinstance(net_arch, Mapping) else {"pi": net_arch, "vf": net_arch}
-    widths = list(layers.get("pi", []))
-    if not widths or len(set(widths)) > 1:
-        raise ConfigError("net_arch", net_arch, "hidden layers of one width for the experts, as in dict(pi=[64, 64])")
-    return {"pi": widths, "vf": list(layers.get("vf", []))}
+def layers_of(net_arch: Any) -> dict[str, list[int]]:
+    """Hidden layers of actor (``pi``) and critic (``vf``)."""
+    layers = net_arch if isinstance(net_arch, Mapping) else {"pi": net_arch, "vf": net_arch}
+    return {name: list(layers.get(name, [])) for name in ("pi", "vf")}
