@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,7 @@ def test_cleanrl_style(capsys):
 def test_stable_baselines3(capsys):
     pytest.importorskip("stable_baselines3", reason="Stable-Baselines3 is not installed")
     without, with_penalty = example("sb3_ppo").main(["--steps", "3072", "--rho", "1"]).values()
-    assert len(without) == len(with_penalty) == 3
-    assert without[0] == with_penalty[0]  # before the first update
+    assert len(without) == len(with_penalty) == 2
     assert with_penalty[-1] > without[-1]
     assert len(capsys.readouterr().out.splitlines()) == 2
 
@@ -80,7 +79,9 @@ def test_the_blocks_of_the_page_on_own_code_run():
     ]
     assert blocks
     for text in blocks:
-        exec(compile(text, "docs/own-code.md", "exec"), {})
+        libraries = re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)
+        if all(map(find_spec, libraries)):
+            exec(compile(text, "docs/own-code.md", "exec"), {})
 
 
 def files_of_page(page: str) -> dict[str, str]:

@@ -135,7 +135,7 @@ class MoENetwork(nn.Module):
 
     def forward(self, observation: Float[Tensor, "N D"]) -> Float[Tensor, "N A"]:
         """The output alone."""
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[reportPrivateImportUsage]
+        if is_being_exported():
             return self._unrouted(observation)
         if not (self.is_plain and is_unrecorded()):
             return self.trace(observation).output
@@ -190,6 +190,11 @@ class MoENetwork(nn.Module):
         options, shared = self.options, self.options.num_shared if self.kind == "shared_moe" else 0
         every = self.kind == "dense_moe" or (self.kind == "ds_moe" and self.training)
         return Gating(options.num_experts if every else options.top_k, shared, options.temperature)
+
+
+def is_being_exported() -> bool:
+    """Whether this forward pass is recorded as a graph, which no sample may change."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[reportPrivateImportUsage]
 
 
 KINDS: dict[str, str] = {

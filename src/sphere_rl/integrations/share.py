@@ -23,7 +23,7 @@ class Amount(NamedTuple):
     scale: Scale
 
 
-def amount(rho: float | None, strength: float | None, scale: Scale) -> Amount:
+def amount(rho: float | int | None, strength: float | int | None, scale: Scale) -> Amount:
     """``rho`` is 0.1 unless ``strength`` is given. Raises ValueError for both, a bad number or another scale."""
     if rho is not None and strength is not None:
         raise ValueError(f"strength: got {strength!r} beside rho {rho!r}, allowed: one of the two")

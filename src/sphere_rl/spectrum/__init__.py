@@ -145,15 +145,17 @@ def weight_metrics(
 
     ``gradients`` and ``previous`` (the parameters before the update) go by the names of ``actor.named_parameters()``.
     """
-    layers = {name: m for name, m in actor.named_modules() if isinstance(m, GroupedLinear)}
-    ranks = torch.cat([stable_rank(layer.weight) for layer in layers.values()])
+    layers = {name: m for name, m in actor.named_modules() if isinstance(m, GroupedLinear | nn.Linear)}
+    ranks = torch.cat([stable_rank(layer.weight).reshape(-1) for layer in layers.values()])
     metrics = {
         "stable_rank_W": float(ranks.mean()),
         "weight_norm": root_mean_square(actor.parameters()),
     }
     if gradients is not None:
         hidden = [
-            gradients[f"{name}.weight"] for name in layers if f"{name}.weight" in gradients and ".hidden." in name
+            gradients[f"{name}.weight"].reshape(-1, *layers[name].weight.shape[-2:])
+            for name in layers
+            if f"{name}.weight" in gradients and "hidden" in name.split(".")
         ]
         metrics["grama_ratio"] = grama_ratio(hidden)
         metrics["grad_norm"] = root_mean_square(gradients.values())
