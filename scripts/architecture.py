@@ -15,7 +15,7 @@ SOURCE, PAGE = ROOT / "src" / "sphere_rl", ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- map: written by scripts/architecture.py -->", "<!-- end of the map -->"
 MODULES = sorted(path.relative_to(SOURCE).with_suffix("").as_posix() for path in SOURCE.rglob("*.py"))
 LAYERS = [
-    ["errors", "extras", "kernels", "numbers", "penalty", "seeding", "statistics"],
+    ["errors", "extras", "kernels", "numbers", "penalty", "plugins", "seeding", "statistics"],
     ["experts", "runs", "runtime", "suites"],
     ["learner", "spectrum"],
     ["integrations", "methods"],

@@ -116,7 +116,9 @@ assert not {"torch", "envpool", "mujoco"} & set(sys.modules)"""
         found.setdefault(row.pop("topic"), []).append(row)
     assert found["methods"] == catalogue.loaded_methods()
     assert {row["method"] for row in found["methods"]} == set(methods())
-    assert {row["actor"]: row["what it is"] for row in found["actors"]} == KINDS
+    assert {row["actor"]: row["what it is"] for row in found["actors"]} == {
+        name: kind.summary for name, kind in KINDS.items()
+    }
     assert {row["metric"]: row["what it is"] for row in found["metrics"]} == SPECTRAL_METRICS
     h1 = next(row for row in found["suites"] if row["suite"] == "h1")
     assert "sphere.mode grad, sphere.rho 0.001" in str(h1["preset"])

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from sphere_rl.config import TrainConfig
 from sphere_rl.experts.heads import GaussianHead
-from sphere_rl.experts.network import KINDS, MoENetwork, NetworkOptions, Trace, make_actor
+from sphere_rl.experts.network import KINDS, MoENetwork, Trace, make_actor
+from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.kernels import backward as sweeps
 from sphere_rl.kernels.adam import REST
 from sphere_rl.kernels.script import SCRIPTED

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -14,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-import sphere_rl
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,30 +81,58 @@ def test_the_blocks_of_the_page_on_own_code_run():
 
 
 def files_of_page(page: str) -> dict[str, str]:
-    """Python blocks that are introduced by their path."""
-    blocks = re.findall(r"^`(src/sphere_rl/\S+\.py)`:\n\n```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    return {path.removeprefix("src/"): text for path, text in blocks}
+    """Python blocks that are introduced by their file's name."""
+    blocks = re.findall(r"^`(\w+\.py)`:\n\n```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    return dict(blocks)
 
 
-def test_the_documented_method_and_suite_train(tmp_path):
-    """A copy of the package with the two files of docs/extending.md: the method trains on the suite."""
-    shutil.copytree(
-        Path(sphere_rl.__file__).parent, tmp_path / "sphere_rl", ignore=shutil.ignore_patterns("__pycache__")
-    )
+def test_the_documented_method_suite_and_actor_train_and_resume(tmp_path):
+    """The files of docs/extending.md beside a run, as plugins: the package does not have them."""
     files = files_of_page((ROOT / "docs" / "extending.md").read_text())
-    assert sorted(files) == ["sphere_rl/methods/feature_norm.py", "sphere_rl/suites/pendula.py"]
+    assert sorted(files) == ["feature_norm.py", "pendula.py", "sigmoid_moe.py"]
     for path, text in files.items():
         (tmp_path / path).write_text(text)
-    words = """train --suite pendula --tasks moon jupiter --method feature_norm --feature-norm.strength 0.01
-        --steps-per-task 128 --num-envs 2 --num-steps 64 --minibatch-size 64 --num-epochs 1 --width 8 --depth 1
-        --num-experts 3 --final-eval-episodes 1 --spectrum-every -1 --quiet --out run""".split()
-    result = subprocess.run(
-        [sys.executable, "-m", "sphere_rl.cli", *words],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+
+    def run(*words: str) -> str:
+        command = [sys.executable, "-m", "sphere_rl.cli", *words]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    plugins = ["--plugin", "feature_norm", "pendula", "sigmoid_moe"]
+    words = """--suite pendula --tasks moon jupiter --method feature_norm --actor sigmoid_moe --steps-per-task 128
+        --feature-norm.strength 0.01 --num-envs 2 --num-steps 64 --minibatch-size 64 --num-epochs 1 --width 8 --depth 1
+        --num-experts 3 --final-eval-episodes 1 --spectrum-every 128 --quiet --out run""".split()
+    run("train", *plugins, *words)
     rows = [json.loads(line) for line in (tmp_path / "run" / "train.jsonl").read_text().splitlines()]
     assert [row["task"] for row in rows] == ["moon", "jupiter"]
     assert all(row["feature_norm_size"] > 0 for row in rows)
-    (state,) = re.findall(r'"state": "(\w+)"', (tmp_path / "run" / "status.json").read_text())
-    assert state == "finished"
+    spectra = [json.loads(line) for line in (tmp_path / "run" / "spectrum.jsonl").read_text().splitlines()]
+    assert all(row["r_e_K"] > 1 for row in spectra)
+    record = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert record["plugin"] == plugins[1:]
+    assert "moon" in run("evaluate", "run", "--episodes", "1")
+    listed = run("list", *plugins, "--json")
+    for name in ("feature_norm", "pendula", "sigmoid_moe"):
+        assert f'"{name}"' in listed
+    (tmp_path / "grid.toml").write_text("""
+suites = ["pendula"]
+actors = ["sigmoid_moe"]
+methods = ["feature_norm"]
+tasks = ["moon"]
+[train]
+plugin = ["feature_norm", "pendula", "sigmoid_moe"]
+steps_per_task = 128
+num_envs = 2
+num_steps = 64
+minibatch_size = 64
+num_epochs = 1
+width = 8
+depth = 1
+num_experts = 3
+final_eval_episodes = 1
+spectrum_every = -1
+""")
+    run("sweep", "--config", "grid.toml", "--out", "runs")
+    assert len(list((tmp_path / "runs").glob("*/config.json"))) == 1
+    run("report", "runs", "--out", "page")

@@ -123,8 +123,8 @@ def test_a_new_file_is_a_new_method(tmp_path):
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout
 
-    listed = run("sphere_rl.cli", "list", "--methods")
-    (line,) = (line for line in listed.splitlines() if "toy" in line)
+    listed = run("sphere_rl.cli", "list", "methods", "--json")
+    (line,) = (line for line in listed.splitlines() if '"toy"' in line)
     for text in ("pull the bias to a constant", "strength 0.125", "Nobody 2026, A Toy"):
         assert text in line
     conformance = str(Path(__file__).parent / "conformance" / "test_methods.py")

@@ -9,7 +9,8 @@ import torch
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sphere_rl.config import TrainConfig, override
-from sphere_rl.experts.network import MoENetwork, NetworkOptions, make_actor
+from sphere_rl.experts.network import MoENetwork, make_actor
+from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.learner.normalizer import RewardNormalizer
 from sphere_rl.learner.rollout import Collector

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sphere_rl.errors import TrainingError
-from sphere_rl.experts.network import Actor, MoENetwork, NetworkOptions, make_actor
+from sphere_rl.experts.network import Actor, MoENetwork, make_actor
+from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.learner.normalizer import ObservationNormalizer
 from sphere_rl.learner.rollout import Collector, EpisodeRecorder, gae
 from sphere_rl.suites import make_suite

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import sphere_rl as sp
 from sphere_rl.config import TrainConfig, override
-from sphere_rl.experts.network import NetworkOptions
+from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.training.agent import Agent

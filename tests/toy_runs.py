@@ -9,7 +9,8 @@ import torch
 
 from sphere_rl import protocol
 from sphere_rl.config import TrainConfig, override
-from sphere_rl.experts.network import MoENetwork, NetworkOptions, make_actor
+from sphere_rl.experts.network import MoENetwork, make_actor
+from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.runs import RunFolder
 from sphere_rl.suites import make_suite
 

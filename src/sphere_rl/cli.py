@@ -226,6 +226,7 @@ def list_all(words: list[str]) -> None:
     """List suites, tasks, actors, methods or metrics."""
     import json
 
+    from sphere_rl import plugins
     from sphere_rl.commands import catalogue
     from sphere_rl.terminal.tables import print_table
 
@@ -237,7 +238,11 @@ def list_all(words: list[str]) -> None:
         options.add_argument(
             f"--{topic}", dest="flags", action="append_const", const=topic, help=f"the same as {topic}"
         )
+    options.add_argument(
+        "--plugin", nargs="+", default=[], metavar="MODULE", help="modules whose contents to list, too"
+    )
     given = options.parse_args(words)
+    plugins.load(given.plugin)
     chosen = dict.fromkeys([*given.topics, *(given.flags or ())] or catalogue.TOPICS)
     for topic in chosen:
         if topic not in catalogue.TOPICS:

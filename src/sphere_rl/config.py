@@ -10,26 +10,50 @@ import math
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from sphere_rl import plugins
 from sphere_rl.errors import ConfigError
-from sphere_rl.experts.network import KINDS, NetworkOptions
-from sphere_rl.methods import check_methods, methods
+from sphere_rl.experts.network import kinds
+from sphere_rl.experts.options import NetworkOptions
+from sphere_rl.methods import MethodConfig, check_methods, methods
 from sphere_rl.suites import Suite, check_arguments, check_task, make_suite
 from sphere_rl.suites.env_args import EnvArgs, Value
 
-if TYPE_CHECKING:
-    MethodOptions = Any
-else:
-    MethodOptions = make_dataclass(
-        "MethodOptions",
-        [(name, method.Config, field(default_factory=method.Config)) for name, method in methods().items()],
-        frozen=True,
-    )
-    MethodOptions.__doc__ = "Options of every method, by method name."
+
+class MethodOptions:
+    """Options of every method, by method name (``options.sphere.rho``): those that were given, and defaults."""
+
+    _given: dict[str, MethodConfig]
+
+    def __init__(self, **given: MethodConfig) -> None:
+        vars(self)["_given"] = {
+            name: config for name, config in sorted(given.items()) if config != methods()[name].Config()
+        }
+
+    def __getattr__(self, method: str) -> Any:
+        if method.startswith("_") or method not in methods():  # looked up by pickle, copy and the like, too
+            raise AttributeError(method)
+        return self._given.get(method) or methods()[method].Config()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"{name}: options are immutable; use override")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, MethodOptions) and self._given == other._given
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._given.items()))
+
+    def __repr__(self) -> str:
+        return f"MethodOptions({', '.join(f'{name}={config}' for name, config in self._given.items())})"
+
+    def replaced(self, method: str, config: MethodConfig) -> MethodOptions:
+        """With other options of one method."""
+        return MethodOptions(**{**self._given, method: config})
 
 
 @dataclass(frozen=True)
@@ -52,6 +76,8 @@ class TrainConfig:
     """Critic architecture, of the same kinds as the actor's."""
     method: tuple[str, ...] = ("none",)
     """Mitigation methods, composed in this order; `sphere list --methods` names them."""
+    plugin: tuple[str, ...] = ()
+    """Modules with methods, suites or actors of your own, imported before anything else; see Extending."""
     label: str = ""
     """What tables and figures call the method of this run; by default its name, with settings that tell it apart."""
     seed: int = 0
@@ -122,7 +148,7 @@ class TrainConfig:
     """Who is told every number of the logs: TensorBoard files; wandb: Weights & Biases as well (extra `wandb`)."""
     device: str = "cpu"
     """PyTorch device of networks and rollouts."""
-    options: MethodOptions = field(default_factory=MethodOptions)  # type: ignore[misc]
+    options: MethodOptions = field(default_factory=MethodOptions)
     """Options of the methods."""
 
     def __post_init__(self) -> None:
@@ -131,9 +157,9 @@ class TrainConfig:
             check_task(suite, task)
         check_arguments(suite, self.environment)
         for name in ("actor", "critic"):
-            if getattr(self, name) not in KINDS:
-                raise ConfigError(name, getattr(self, name), f"one of {', '.join(KINDS)}")
-            self.network.check_kind(getattr(self, name))
+            if getattr(self, name) not in kinds():
+                raise ConfigError(name, getattr(self, name), f"one of {', '.join(kinds())}")
+            kinds()[getattr(self, name)].check(self.network)
         check_methods(self.method)
         self._check_numbers()
         batch = self.num_envs * self.num_steps
@@ -263,6 +289,7 @@ def tell_idle(names: Iterable[str], chosen: Iterable[str]) -> None:
 
 def overridden(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
     """`override` without a word."""
+    use_plugins(changes)
     own: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
@@ -279,22 +306,28 @@ def overridden(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
         elif table == "env_args":
             own["env_args"] = EnvArgs({**config.env_args, **values})
         elif table in methods():
-            options = own.get("options", config.options)
-            changed = _replace(getattr(options, table), values, f"{table}.")
-            own["options"] = dataclasses.replace(options, **{table: changed})
+            options: MethodOptions = own.get("options", config.options)
+            own["options"] = options.replaced(table, _replace(getattr(options, table), values, f"{table}."))
         else:
             raise ConfigError(table, dict(values), f"network, env_args or a method: {', '.join(methods())}")
     return _replace(config, own, "")
 
 
+def use_plugins(changes: Mapping[str, Any]) -> None:
+    """Load the plugins that a table names, so that their methods, suites and actors are known."""
+    plugins.load(convert("plugin", changes.get("plugin", ()), tuple[str, ...]))
+
+
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """Nested plain data, for config.json: ``override(TrainConfig(), to_dict(c)) == c``."""
-    data = dataclasses.asdict(config) | {"env_args": dict(config.env_args)}
-    return data | data.pop("options")
+    own = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "options"}
+    own |= {"network": dataclasses.asdict(config.network), "env_args": dict(config.env_args)}
+    return own | {name: dataclasses.asdict(getattr(config.options, name)) for name in methods()}
 
 
 def from_dict(data: Mapping[str, Any]) -> TrainConfig:
-    """Rebuild what `to_dict` gave, of this version or an earlier one."""
+    """Rebuild what `to_dict` gave, of this version or an earlier one; plugins that it names are loaded."""
+    use_plugins(data)
     return overridden(TrainConfig(), updated(data))
 
 

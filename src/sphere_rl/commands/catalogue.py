@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from sphere_rl import plugins
 from sphere_rl.suites import suites
 
 SOURCE = Path(__file__).parents[1]
@@ -42,11 +43,13 @@ def list_tasks() -> list[dict[str, Any]]:
 
 def list_actors() -> list[dict[str, Any]]:
     """Architectures of actors and critics."""
-    return [{"actor": kind, "what it is": summary} for kind, summary in table_of("experts.network", "KINDS").items()]
+    return [{"actor": kind, "what it is": summary} for kind, summary in summaries_of_actors().items()]
 
 
 def list_methods() -> list[dict[str, Any]]:
     """Mitigation methods with their defaults and sources."""
+    if plugins.anything():
+        return loaded_methods()
     files = sorted(SOURCE.joinpath("methods").glob("[!_]*.py"))
     rows = [written_method(file) for file in files if file.stem != "base"]
     return rows if all(rows) else loaded_methods()  # type: ignore[return-value]
@@ -54,8 +57,17 @@ def list_methods() -> list[dict[str, Any]]:
 
 def list_metrics() -> list[dict[str, Any]]:
     """Columns of ``spectrum.jsonl`` with their definitions."""
-    found = table_of("spectrum", "SPECTRAL_METRICS")
+    found = table_of("spectrum", "SPECTRAL_METRICS") or import_module("sphere_rl.spectrum").SPECTRAL_METRICS
     return [{"metric": name, "what it is": definition} for name, definition in found.items()]
+
+
+def summaries_of_actors() -> dict[str, str]:
+    """A line about each architecture."""
+    if plugins.anything() or not (written := table_of("experts.network", "KINDS")):
+        from sphere_rl.experts.network import kinds
+
+        return {name: kind.summary for name, kind in kinds().items()}
+    return written
 
 
 def loaded_methods() -> list[dict[str, Any]]:
@@ -101,16 +113,21 @@ def assigned(owner: ast.ClassDef) -> dict[str, ast.expr]:
 
 
 def table_of(module: str, name: str) -> dict[str, str]:
-    """A table of texts that a module of the package holds."""
+    """A table that a module of the package holds: its texts, or the first ones of what its entries are made of.
+
+    Empty where it is not written in plain values.
+    """
     path = SOURCE / module.replace(".", "/")
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name and node.value is not None:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name and isinstance(node.value, ast.Dict):
+            values = [value.args[0] if isinstance(value, ast.Call) else value for value in node.value.values]
             try:
-                return ast.literal_eval(node.value)
+                pairs = zip(node.value.keys, values, strict=True)
+                return {ast.literal_eval(key): ast.literal_eval(value) for key, value in pairs if key is not None}
             except ValueError:
                 break
-    return getattr(import_module(f"sphere_rl.{module}"), name)
+    return {}
 
 
 def settings(values: Mapping[str, Any]) -> str:

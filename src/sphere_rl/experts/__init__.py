@@ -2,6 +2,7 @@
 turns their outputs into actions (`heads`), and the actors and critics made of them (`network`).
 """
 
+from sphere_rl.experts.gates import Gate, Kind, TopK
 from sphere_rl.experts.layers import ExpertMLP, ExpertOutput, GroupedLinear, RoutedFeatures
 from sphere_rl.experts.routing import (
     Routing,
@@ -10,17 +11,22 @@ from sphere_rl.experts.routing import (
     shared_top_k_routing,
     single_routing,
     top_k_routing,
+    weighted_routing,
 )
 
 __all__ = [
     "ExpertMLP",
     "ExpertOutput",
+    "Gate",
     "GroupedLinear",
+    "Kind",
     "RoutedFeatures",
     "Routing",
+    "TopK",
     "dense_routing",
     "gated_routing",
     "shared_top_k_routing",
     "single_routing",
     "top_k_routing",
+    "weighted_routing",
 ]

@@ -8,68 +8,23 @@ diagnostics and the mitigation methods need no cases.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, sqrt
+from math import sqrt
 from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sphere_rl import plugins
 from sphere_rl.errors import ConfigError
+from sphere_rl.experts.gates import Gate, Kind, TopK
 from sphere_rl.experts.heads import CategoricalHead, GaussianHead
 from sphere_rl.experts.layers import ExpertMLP, RoutedFeatures
-from sphere_rl.experts.routing import gated_routing, single_routing
+from sphere_rl.experts.options import NetworkOptions
+from sphere_rl.experts.routing import single_routing
 from sphere_rl.kernels.mixture import mixture_output
 from sphere_rl.kernels.mlp import is_unrecorded
 from sphere_rl.kernels.routing import Gating, gate_weights, selected
-
-
-@dataclass(frozen=True)
-class NetworkOptions:
-    """Shape of an actor or critic; the layers of the gate are those of an expert."""
-
-    width: int = 256
-    """Units of a hidden layer."""
-    depth: int = 3
-    """Hidden layers."""
-    num_experts: int = 10
-    """Experts of a mixture, shared ones included."""
-    top_k: int = 2
-    """Experts that the gate selects for a sample."""
-    num_shared: int = 1
-    """Always-on experts of shared_moe."""
-    temperature: float = 1.0
-    """Divides the gate's logits before the softmax."""
-    layer_norm: bool = False
-    """Linear, LayerNorm without affine, activation in every hidden layer."""
-    crelu: bool = False
-    """Activation [relu(z), relu(-z)] on half as many linear units in every hidden layer."""
-    spectral_norm: bool = False
-    """Every hidden weight divided by its largest singular value."""
-
-    def __post_init__(self) -> None:
-        for name in ("width", "depth", "num_experts"):
-            if getattr(self, name) < 1:
-                raise ConfigError(name, getattr(self, name), "at least 1")
-        if self.crelu and self.width % 2:
-            raise ConfigError("width", self.width, "an even number with crelu")
-        if self.top_k < 1:
-            raise ConfigError("top_k", self.top_k, f"1 to num_experts ({self.num_experts})")
-        if self.num_shared < 0:
-            raise ConfigError("num_shared", self.num_shared, "0 or more")
-        if not 0 < self.temperature < inf:
-            raise ConfigError("temperature", self.temperature, "a number above 0")
-
-    def check_kind(self, kind: str) -> None:
-        """Raise `ConfigError` where an architecture cannot select as many experts; those that do not select take any.
-
-        ``kind`` is one of `KINDS`.
-        """
-        if kind in ("topk_moe", "shared_moe", "ds_moe") and self.top_k > self.num_experts:
-            raise ConfigError("top_k", self.top_k, f"1 to num_experts ({self.num_experts})")
-        if kind == "shared_moe" and self.num_shared > self.num_experts - self.top_k:
-            most = self.num_experts - self.top_k
-            raise ConfigError("num_shared", self.num_shared, f"0 to {most}, num_experts - top_k")
 
 
 @dataclass(frozen=True)
@@ -96,7 +51,7 @@ class Trace:
 class MoENetwork(nn.Module):
     """output(x) = Σ_e g_e(x) · expert_e(x), with g from a gate MLP, or g = 1 for a single expert.
 
-    ``kind`` is one of `KINDS`. Gate and experts are MLPs of the same width and depth with ReLU; weights are
+    ``kind`` is one of `kinds`. Gate and experts are MLPs of the same width and depth with ReLU; weights are
     LeCun-normal, biases zero, drawn from ``generator``.
     """
 
@@ -104,14 +59,13 @@ class MoENetwork(nn.Module):
         self, kind: str, observation_dim: int, output_dim: int, options: NetworkOptions, generator: torch.Generator
     ) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise ConfigError("actor", kind, f"one of {', '.join(KINDS)}")
-        options.check_kind(kind)
+        if kind not in kinds():
+            raise ConfigError("actor", kind, f"one of {', '.join(kinds())}")
+        kinds()[kind].check(options)
         self.kind, self.options = kind, options
         width = wide_width(observation_dim, output_dim, options) if kind == "wide" else options.width
-        gated = kind not in ("dense", "wide")
+        gated = kinds()[kind].gate is not None
         num_experts = options.num_experts if gated else 1
-        num_routed = num_experts - (options.num_shared if kind == "shared_moe" else 0)
         build: dict[str, Any] = {
             "generator": generator,
             "layer_norm": options.layer_norm,
@@ -119,7 +73,8 @@ class MoENetwork(nn.Module):
             "spectral_norm": options.spectral_norm,
         }
         hidden = [width] * options.depth
-        self.gate = ExpertMLP(observation_dim, hidden, num_routed, 1, **build) if gated else None
+        routed = num_experts - self.routes.shared
+        self.gate = ExpertMLP(observation_dim, hidden, routed, 1, **build) if gated else None
         self.experts = ExpertMLP(observation_dim, hidden, output_dim, num_experts, **build)
 
     def trace(self, observation: Float[Tensor, "N D"]) -> Trace:
@@ -129,7 +84,7 @@ class MoENetwork(nn.Module):
             routing, logits, gate_features = whole, None, ()
         else:
             gate = self.gate(observation, whole)
-            routing, logits, gate_features = gated_routing(gate.out, self.gating), gate.out, gate.features
+            routing, logits, gate_features = self.routes(gate.out), gate.out, gate.features
         experts = self.experts(observation, routing)
         return Trace(experts.out, routing.weights, logits, experts.rows, experts.features, gate_features)
 
@@ -146,7 +101,8 @@ class MoENetwork(nn.Module):
         outputs = self.experts.every(observation)
         if self.gate is None:
             return outputs[0]
-        weights, _ = gate_weights(self.gate.every(observation)[0], self.gating)
+        logits, routes = self.gate.every(observation)[0], self.routes
+        weights = gate_weights(logits, routes.gating)[0] if isinstance(routes, TopK) else routes(logits).weights
         return torch.einsum("ne,ena->na", weights, outputs)
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -161,7 +117,7 @@ class MoENetwork(nn.Module):
     @torch.inference_mode()
     def selection(self, observation: Float[Tensor, "N D"]) -> Int[Tensor, "N k"] | None:
         """Experts that the gate selects for each sample, in ascending order; ``None`` where it does not select."""
-        if self.gate is None:
+        if self.gate is None or not isinstance(self.routes, TopK):
             return None
         parts = []
         for rows in observation.split(4096):  # all at once would hold every hidden layer of a whole rollout
@@ -178,18 +134,28 @@ class MoENetwork(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether both are chains of linear layers and ReLU, unseen by forward hooks."""
-        return all(
+        """Whether both are chains of linear layers and ReLU, unseen by forward hooks, with a gate that kernels know."""
+        return isinstance(self.routes, TopK) and all(
             mlp is None or (type(mlp) is ExpertMLP and mlp.is_chain and not mlp._forward_hooks)
             for mlp in (self.experts, self.gate)
         )
 
     @property
+    def routes(self) -> Gate:
+        """What makes a routing of the gate's logits; it may depend on the module's mode. One MLP sees every sample."""
+        make_gate = kinds()[self.kind].gate
+        return TopK(1) if make_gate is None else make_gate(self.options, self.training)
+
+    @property
     def gating(self) -> Gating:
-        """How the gate's logits are read; a mixture that selects in evaluation only depends on the module's mode."""
-        options, shared = self.options, self.options.num_shared if self.kind == "shared_moe" else 0
-        every = self.kind == "dense_moe" or (self.kind == "ds_moe" and self.training)
-        return Gating(options.num_experts if every else options.top_k, shared, options.temperature)
+        """How kernels read the gate's logits.
+
+        Raises:
+            TypeError: the gate is none that they know, and the network not `is_plain`.
+        """
+        if not isinstance(routes := self.routes, TopK):
+            raise TypeError(f"gate: kernels cannot read a {type(routes).__name__}; expected TopK")
+        return routes.gating
 
 
 def is_being_exported() -> bool:
@@ -197,15 +163,41 @@ def is_being_exported() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[reportPrivateImportUsage]
 
 
-KINDS: dict[str, str] = {
-    "dense": "one MLP, no experts",
-    "wide": "one MLP with as many parameters as the mixture of experts",
-    "topk_moe": "the gate selects top-k experts, softmax over the selected logits",
-    "dense_moe": "all experts, softmax over all logits",
-    "shared_moe": "always-on shared experts beside top-k of the rest (DeepSeekMoE)",
-    "ds_moe": "all experts while training, top-k in evaluation (dense training, sparse inference)",
+KINDS: dict[str, Kind] = {
+    "dense": Kind("one MLP, no experts"),
+    "wide": Kind("one MLP with as many parameters as the mixture of experts"),
+    "topk_moe": Kind(
+        "the gate selects top-k experts, softmax over the selected logits",
+        lambda options, training: TopK(options.top_k, 0, options.temperature),
+    ),
+    "dense_moe": Kind(
+        "all experts, softmax over all logits",
+        lambda options, training: TopK(options.num_experts, 0, options.temperature),
+    ),
+    "shared_moe": Kind(
+        "always-on shared experts beside top-k of the rest (DeepSeekMoE)",
+        lambda options, training: TopK(options.top_k, options.num_shared, options.temperature),
+    ),
+    "ds_moe": Kind(
+        "all experts while training, top-k in evaluation (dense training, sparse inference)",
+        lambda options, training: TopK(options.num_experts if training else options.top_k, 0, options.temperature),
+    ),
 }
-"""Every actor and critic architecture with its one-line description."""
+"""Every actor and critic architecture of this package."""
+
+
+def kinds() -> dict[str, Kind]:
+    """Every architecture by name, those of plugins included.
+
+    Raises:
+        ConfigError: a plugin's is no `Kind`.
+    """
+    others = [*plugins.offered("actors")]
+    others += [item for module in plugins.loaded().values() for item in getattr(module, "ACTORS", {}).items()]
+    for name, kind in others:
+        if not isinstance(kind, Kind):
+            raise ConfigError("actor", name, f"a sphere_rl.experts.Kind, not {type(kind).__name__}")
+    return KINDS | dict(others)
 
 
 def wide_width(observation_dim: int, output_dim: int, options: NetworkOptions) -> int:
@@ -249,7 +241,7 @@ def make_actor(
     """Make an actor: a torch module, observations [N, D] → mean [N, A].
 
     Args:
-        kind: one of `KINDS`.
+        kind: one of `kinds`.
         observation_dim: D.
         action_dim: A, the number of action dimensions or of discrete actions.
         seed: of the initial weights; the global random state is not used.

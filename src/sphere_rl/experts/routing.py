@@ -82,6 +82,13 @@ def shared_top_k_routing(logits: Float[Tensor, "N R"], num_shared: int, k: int, 
     return gated_routing(logits, Gating(k, num_shared, temperature))
 
 
+def weighted_routing(weights: Float[Tensor, "N E"]) -> Routing:
+    """Every sample to the experts whose weight is not zero; gradients reach the weights of these."""
+    expert, sample = (weights.detach() != 0).t().nonzero().unbind(1)
+    counts = torch.bincount(expert, minlength=weights.shape[1])
+    return Routing(weights=weights, sample=sample, gate=weights[sample, expert], counts=tuple(counts.tolist()))
+
+
 def single_routing(
     num_samples: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Routing:

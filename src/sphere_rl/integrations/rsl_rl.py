@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sphere_rl.errors import ConfigError
-from sphere_rl.experts.network import MoENetwork, NetworkOptions
+from sphere_rl.experts.network import MoENetwork
+from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.experts.tracing import traced
 from sphere_rl.integrations.extras import require
 from sphere_rl.integrations.mixture import added_by, regularized_output, uniform

@@ -16,7 +16,8 @@ from gymnasium.spaces.utils import flatdim
 from torch import Tensor, nn
 
 from sphere_rl.errors import ConfigError
-from sphere_rl.experts.network import MoENetwork, NetworkOptions
+from sphere_rl.experts.network import MoENetwork
+from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.integrations.extras import require
 from sphere_rl.integrations.mixture import added_by, regularized_output, uniform
 

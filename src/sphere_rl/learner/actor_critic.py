@@ -13,7 +13,8 @@ from gymnasium.spaces.utils import flatdim
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from sphere_rl.experts.network import Actor, MoENetwork, NetworkOptions
+from sphere_rl.experts.network import Actor, MoENetwork
+from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.kernels.gradients import GradientStore
 from sphere_rl.learner.optimizer import ExpertAdam
 from sphere_rl.seeding import derive_seed

@@ -17,7 +17,9 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
+from types import ModuleType
 
+from sphere_rl import plugins
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods.base import ActorStep, Method, MethodConfig, check_range
 
@@ -25,17 +27,47 @@ __all__ = ["ActorStep", "Method", "MethodConfig", "check_methods", "check_range"
 
 
 @cache
-def methods() -> dict[str, type[Method]]:
-    """All methods by name. Modules whose name begins with an underscore are what several methods share."""
+def own_methods() -> dict[str, type[Method]]:
+    """Those of this package. Modules whose name begins with an underscore are what several methods share."""
     found: dict[str, type[Method]] = {}
     for name in (module.name for module in iter_modules(__path__) if not module.name.startswith("_")):
-        module = import_module(f"{__name__}.{name}")
-        for member in vars(module).values():
-            own = isinstance(member, type) and member.__module__ == module.__name__
-            if own and issubclass(member, Method) and member is not Method:
-                member.name = name
-                found[name] = member
+        for member in methods_in(import_module(f"{__name__}.{name}")):
+            found[name] = named(member, name)
     return found
+
+
+def methods() -> dict[str, type[Method]]:
+    """All methods by name, those of plugins included: a class of a plugin module has its ``name`` or the module's.
+
+    Raises:
+        ConfigError: an entry point is no subclass of `Method`, or two methods have one name.
+    """
+    found = dict(own_methods())
+    others = [*plugins.offered("methods")]
+    for module in plugins.loaded().values():
+        others += [
+            (vars(member).get("name", module.__name__.rpartition(".")[2]), member) for member in methods_in(module)
+        ]
+    for name, method in others:
+        if not (isinstance(method, type) and issubclass(method, Method)):
+            raise ConfigError("method", name, "a subclass of sphere_rl.methods.Method")
+        if found.get(name, method) is not method:
+            raise ConfigError("method", name, f"another name: {found[name].__module__} has one of that name")
+        found[name] = named(method, name)
+    return found
+
+
+def methods_in(module: ModuleType) -> list[type[Method]]:
+    """Subclasses of `Method` that are defined in a module."""
+    classes = (member for member in vars(module).values() if isinstance(member, type))
+    own = [member for member in classes if member.__module__ == module.__name__]
+    return [member for member in own if issubclass(member, Method) and member is not Method]
+
+
+def named(method: type[Method], name: str) -> type[Method]:
+    """The class, told what it is called."""
+    method.name = name
+    return method
 
 
 def check_methods(names: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from inspect import signature
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from sphere_rl import plugins
 from sphere_rl.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,11 +54,25 @@ class Suite(Protocol):
 
 
 @cache
+def own_suites() -> dict[str, Suite]:
+    """Those of this package."""
+    modules = (import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__))
+    return {suite.name: suite for module in modules for suite in getattr(module, "SUITES", ())}
+
+
 def suites() -> dict[str, Suite]:
-    """All suites by name."""
-    found: dict[str, Suite] = {}
-    for module in iter_modules(__path__):
-        for suite in getattr(import_module(f"{__name__}.{module.name}"), "SUITES", ()):
+    """All suites by name, those of plugins included.
+
+    Raises:
+        ConfigError: a plugin's is no `Suite`.
+    """
+    found = dict(own_suites())
+    others = [(name, made if isinstance(made, tuple) else (made,)) for name, made in plugins.offered("suites")]
+    others += [(name, getattr(module, "SUITES", ())) for name, module in plugins.loaded().items()]
+    for name, several in others:
+        for suite in several:
+            if not isinstance(suite, Suite):
+                raise ConfigError("suite", name, f"a sphere_rl.suites.Suite, not {type(suite).__name__}")
             found[suite.name] = suite
     return found
 

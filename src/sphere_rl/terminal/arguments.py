@@ -7,8 +7,9 @@ import contextlib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from sphere_rl.config import TrainConfig, load_toml, names_of, overridden, preset, read_toml
+from sphere_rl.config import TrainConfig, load_toml, names_of, overridden, preset, read_toml, use_plugins
 from sphere_rl.suites import make_suite
 from sphere_rl.suites.env_args import taken_from
 from sphere_rl.terminal.options import train_parser
@@ -26,8 +27,12 @@ def parse_train(words: list[str]) -> tuple[TrainConfig, Path, bool]:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--suite", nargs="?")
     first.add_argument("--config", nargs="?", type=Path)
+    first.add_argument("--plugin", nargs="*")
     early, _ = first.parse_known_args(words)
-    default = preset(make_suite(early.suite or (_suite_of(early.config) if early.config else None) or "cw10"))
+    file = _peek(early.config) if early.config else {}
+    named = {"plugin": early.plugin or file.get("plugin", ())}
+    use_plugins(named)
+    default = overridden(preset(make_suite(early.suite or file.get("suite") or "cw10")), named)
     if early.config:
         default = load_toml(early.config, default)
     helpful = any(word in ("-h", "--help") for word in words)
@@ -58,8 +63,8 @@ def default_name(config: TrainConfig) -> str:
     return f"{config.suite}-{config.protocol}-{config.actor}-{'+'.join(config.method)}-seed{config.seed}"
 
 
-def _suite_of(path: Path) -> str | None:
-    """The suite that a TOML file names; whatever is wrong with the file is said when it is loaded."""
+def _peek(path: Path) -> dict[str, Any]:
+    """What a TOML file holds; whatever is wrong with the file is said when it is loaded."""
     with contextlib.suppress(OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
-        return tomllib.loads(path.read_text()).get("suite")
-    return None
+        return tomllib.loads(path.read_text())
+    return {}

@@ -14,13 +14,14 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sphere_rl.config import TrainConfig
-from sphere_rl.experts.network import NetworkOptions
+from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.methods import MethodConfig, methods
 from sphere_rl.suites.env_args import EnvArgs, word_of
 from sphere_rl.terminal.parsers import ArgumentParser, integer
 
 GROUPS = {
-    "what is trained": "suite tasks env_args max_episode_steps protocol actor critic method label seed steps_per_task",
+    "what is trained": "plugin suite tasks env_args max_episode_steps protocol actor critic method label seed "
+    "steps_per_task",
     "rollout and PPO": "num_envs num_steps minibatch_size num_epochs gamma gae_lambda clip target_kl value_coefficient "
     "entropy_coefficient max_grad_norm",
     "learning rate": "learning_rate learning_rate_schedule learning_rate_end kl_target learning_rate_bounds adam_eps",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from sphere_rl.config import TrainConfig
-from sphere_rl.experts.network import Actor, NetworkOptions
+from sphere_rl.experts.network import Actor
+from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.learner.actor_critic import ActorCritic, Spaces
 from sphere_rl.learner.normalizer import EPSILON, ObservationNormalizer, RewardNormalizer
 from sphere_rl.methods import Method, methods

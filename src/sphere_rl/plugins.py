@@ -1,0 +1,73 @@
+"""Methods, suites and actors from other packages: by entry points, or by the names of modules.
+
+An installed package offers them in its ``pyproject.toml``:
+
+    [project.entry-points."sphere_rl.methods"]
+    my_method = "my_package.module:MyMethod"
+
+and the same in ``sphere_rl.suites`` (a suite or a tuple of them) and ``sphere_rl.actors`` (a `Kind`). A module that is
+named by ``--plugin`` needs no package: its subclasses of `Method`, its ``SUITES`` and its ``ACTORS`` are found in it.
+Runs record the modules they were made with, and whoever goes on with them loads these again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any
+
+from sphere_rl.errors import ConfigError
+
+_modules: dict[str, ModuleType] = {}
+
+
+def load(names: Iterable[str]) -> None:
+    """Import plugin modules, from the working directory, too; those that are loaded stay as they are.
+
+    Raises:
+        ConfigError: one of them cannot be imported.
+    """
+    for name in names:
+        if name in _modules:
+            continue
+        here, path = os.getcwd(), list(sys.path)
+        try:
+            sys.path.insert(0, here)
+            _modules[name] = import_module(name)
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError("plugin", name, f"a module that can be imported ({reason})") from error
+        finally:
+            sys.path[:] = path
+
+
+def loaded() -> dict[str, ModuleType]:
+    """The plugin modules in use, by name."""
+    return dict(_modules)
+
+
+@cache
+def offered(group: str) -> tuple[tuple[str, Any], ...]:
+    """Name and object of each entry point of ``sphere_rl.GROUP``, by name.
+
+    Raises:
+        ConfigError: one of them cannot be loaded.
+    """
+    found = []
+    for entry in sorted(entry_points(group=f"sphere_rl.{group}"), key=lambda entry: entry.name):
+        try:
+            found.append((entry.name, entry.load()))
+        except Exception as error:
+            value, reason = f"{entry.name} = {entry.value}", " ".join(f"{type(error).__name__}: {error}".split())
+            raise ConfigError(group, value, f"an entry point that loads ({reason})") from error
+    return tuple(found)
+
+
+def anything() -> bool:
+    """Whether anything comes from outside the package."""
+    return bool(_modules) or any(entry_points(group=f"sphere_rl.{group}") for group in ("methods", "suites", "actors"))
