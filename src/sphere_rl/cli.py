@@ -276,6 +276,13 @@ def report(words: list[str]) -> int | None:
     return command(words)
 
 
+def compare(words: list[str]) -> None:
+    """Compare two runs or two folders of runs, paired by task and seed."""
+    from sphere_rl.commands.compare import command
+
+    command(words)
+
+
 def run_parser(command: str, description: str | None) -> ArgumentParser:
     """A parser whose first argument is a run folder."""
     options = ArgumentParser(prog=f"sphere {command}", description=description)
@@ -306,13 +313,18 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "diagnose": diagnose,
     "sweep": sweep,
     "report": report,
+    "compare": compare,
     "play": play,
     "list": list_all,
 }
 
 LIST_WIDTH = 100
 """Columns of the tables of ``sphere list`` in a pipe."""
-NEEDS = dict.fromkeys(COMMANDS, "train") | dict.fromkeys(("demo", "diagnose", "report"), "report") | {"play": "play"}
+NEEDS = (
+    dict.fromkeys(COMMANDS, "train")
+    | dict.fromkeys(("compare", "demo", "diagnose", "report"), "report")
+    | {"play": "play"}
+)
 """The extra that a command needs."""
 
 if __name__ == "__main__":

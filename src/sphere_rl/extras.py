@@ -18,6 +18,7 @@ MODULES = {
     "report": ("jinja2", "matplotlib", "plotly", "polars"),
     "play": ("imageio_ffmpeg", "PIL"),
     "jax": ("jax",),
+    "pandas": ("pandas",),
     "ray": ("ray",),
     "sklearn": ("sklearn",),
     "wandb": ("wandb",),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import polars as pl
 
 from sphere_rl.config import updated
 from sphere_rl.errors import RunFolderError
+from sphere_rl.extras import require
 from sphere_rl.methods import methods
 from sphere_rl.runs import LOGS, RunFolder
 from sphere_rl.runs.published import PublishedRun, published_runs
@@ -39,6 +42,13 @@ SPECTRUM = {
     "r_e_K": pl.Float64, "r_e_A": pl.Float64, "feature_rank": pl.Int64, "gate_entropy": pl.Float64,
     "expert_load": pl.List(pl.Float64),
 }  # fmt: skip
+TRAIN = {
+    "global_step": pl.Int64, "task_index": pl.Int64, "task": pl.String, "task_step": pl.Int64, "iteration": pl.Int64,
+    "learning_rate": pl.Float64, "policy_loss": pl.Float64, "value_loss": pl.Float64, "episodes": pl.Int64,
+    "success_final": pl.Float64, "success_once": pl.Float64, "mean_return": pl.Float64, "std_return": pl.Float64,
+    "mean_length": pl.Float64, "steps_per_second": pl.Float64,
+}  # fmt: skip
+KEYS = {"run": pl.String} | dict.fromkeys(KEY, pl.String) | {"seed": pl.Int64}
 BROKEN = {"run": pl.String, "reason": pl.String}
 
 RUNS: dict[str, Any] = {
@@ -52,8 +62,8 @@ class Results:
     """Tables that share the columns ``run`` and `KEY`.
 
     runs: one row a folder, with its state, progress and speed, the ``methods`` that it was trained with and the
-    ``settings`` of its label. evals, spectra: one row a line of the logs. broken: the runs that cannot be read and are
-    in none of the others, ``run`` and ``reason``.
+    ``settings`` of its label. train, evals, spectra: one row a line of the logs. broken: the runs that cannot be read
+    and are in none of the others, ``run`` and ``reason``.
     """
 
     root: Path
@@ -65,6 +75,32 @@ class Results:
     def folder(self, run: str) -> RunFolder:
         """A run's folder by its name in the tables."""
         return run_at(self.root / run)
+
+    @cached_property
+    def train(self) -> pl.DataFrame:
+        """One row a line of ``train.jsonl``; read when it is asked for, as only few need it.
+
+        Raises:
+            RunFolderError: a log is no longer what a run writes.
+        """
+        key = ["run", *KEY]
+        rows = [
+            names | line
+            for names in self.runs.select(key).iter_rows(named=True)
+            for line in self.folder(names["run"]).read("train", LOG_COLUMNS["train"])
+        ]
+        return _table(rows, KEYS | TRAIN)
+
+    def to_pandas(self) -> dict[str, Any]:
+        """The tables runs, train, evals, spectra and broken as pandas data frames, by name.
+
+        Raises:
+            MissingExtraError: pandas is not installed; PyArrow is not needed.
+        """
+        require("pandas", "to_pandas")
+        pd: Any = import_module("pandas")
+        names = ("runs", "train", "evals", "spectra", "broken")
+        return {name: pd.DataFrame(getattr(self, name).to_dict(as_series=False)) for name in names}
 
     def trained(self, run: str) -> dict[str, Any]:
         """A run's settings that tell what was trained, by name, as recorded; those it did not know are the defaults."""
@@ -147,12 +183,11 @@ def load_results(root: Path | str) -> Results:
         runs.append(key | made | _run_row(one, one.config["tasks"] or sequences[one.config["suite"]]))
         evals.extend(key | row for row in one.logs["eval"])
         spectra.extend(key | row for row in one.logs["spectrum"])
-    keys = {"run": pl.String} | dict.fromkeys(KEY, pl.String) | {"seed": pl.Int64}
     return Results(
         root,
         pl.DataFrame(runs, infer_schema_length=None, schema_overrides=RUNS),
-        _table(evals, keys | EVAL),
-        _table(spectra, keys | SPECTRUM),
+        _table(evals, KEYS | EVAL),
+        _table(spectra, KEYS | SPECTRUM),
         pl.DataFrame(broken, schema=BROKEN),
     )
 

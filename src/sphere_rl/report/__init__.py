@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sphere_rl.errors import CommandLineError
 from sphere_rl.terminal.parsers import ArgumentParser, positive
 
 if TYPE_CHECKING:
@@ -24,12 +25,19 @@ def command(words: list[str]) -> int | None:
     options.add_argument("runs", type=Path, help="folder of runs")
     options.add_argument("--out", type=Path, default=Path("page"), help="folder of the page (page)")
     options.add_argument("--watch", type=positive, metavar="SECONDS", help="make it anew whenever the runs moved on")
+    options.add_argument(
+        "--tables", nargs="+", choices=("csv", "latex"), help="make only the tables, in these formats, in OUT/tables"
+    )
     given = options.parse_args(words)
-    from sphere_rl.report.page import make_page
+    if given.tables and given.watch:
+        raise CommandLineError("--tables: not allowed with --watch")
+    from sphere_rl.report.page import make_page, make_tables
     from sphere_rl.results import load_results
     from sphere_rl.runtime import tune_process
 
     tune_process(1)  # the matrices are small: more threads only spin, and take cores from runs that go on
+    if given.tables:
+        return tell(make_tables(load_results(given.runs), given.out, given.tables))
     if given.watch is None:
         return tell(make_page(load_results(given.runs), given.out))
     return watch(given.runs, given.out, given.watch)

@@ -15,25 +15,12 @@ import polars as pl
 from sphere_rl.errors import RunFolderError
 from sphere_rl.report import commands, drawings, tables
 from sphere_rl.report.content import SuiteContent, arms
+from sphere_rl.report.export import DIFFERENCES, NUMBERS, write_tables
 from sphere_rl.report.geometry import Snapshot
 from sphere_rl.results import Results, load_results
 from sphere_rl.runs import read_sweep, write_atomic
 from sphere_rl.spectrum.vanishing import notices
 from sphere_rl.statistics import Estimate
-
-NUMBERS = {
-    "rl": "RL",
-    "crl": "CRL",
-    "crl_iqm": "CRL, IQM",
-    "r_e_K": "rₑ(K)",
-    "gap": "RL − CRL",
-    "retention": "Retention",
-    "forgetting": "Forgetting",
-    "forward_transfer": "Forward transfer",
-}
-"""Columns of the headline table."""
-DIFFERENCES = ("rl", "crl", "crl_iqm", "r_e_K", "gap", "retention")
-"""Columns of the table of differences to plain PPO."""
 
 FIGURES = {
     "geometry": "Figure 1, geometry",
@@ -70,16 +57,27 @@ def make_page(results: Results, out: Path, refresh: int | None = None) -> Page:
     The page is one file without links to the network. With ``refresh`` it reloads itself after that many seconds, and
     figures that are there already are left for the call without it.
     """
-    known = arms(results)
-    suites = [SuiteContent(name, part, known) for name, part in results.by_sequence().items()]
+    suites = content_of(results)
     out.mkdir(parents=True, exist_ok=True)
     if refresh is None or not (out / "figures").is_dir():  # while runs go on, the page alone is made anew
         (out / "figures").mkdir(exist_ok=True)
         drawings.write(suites, out / "figures")
-    _write_tables(suites, results, out / "tables")
+    write_tables(suites, results, out / "tables")
     page = out / "index.html"
     write_atomic(page, render(suites, results, refresh, out / "figures").encode())
     return Page(page, left_out(suites, results))
+
+
+def content_of(results: Results) -> list[SuiteContent]:
+    """What there is to show of each suite and task sequence."""
+    known = arms(results)
+    return [SuiteContent(name, part, known) for name, part in results.by_sequence().items()]
+
+
+def make_tables(results: Results, out: Path, formats: Sequence[str]) -> Page:
+    """Write only ``tables/`` below ``out``, in these formats; no policy is read for them."""
+    write_tables(content_of(results), results, out / "tables", formats)
+    return Page(out / "tables", dict(results.broken.iter_rows()))
 
 
 def left_out(suites: Sequence[SuiteContent], results: Results) -> dict[str, str]:
@@ -231,40 +229,6 @@ def _configs(results: Results) -> dict[str, str]:
         )
         for row in chosen.iter_rows(named=True)
     }
-
-
-def _write_tables(suites: Sequence[SuiteContent], results: Results, out: Path) -> None:
-    """The tables behind the figures, as CSV."""
-    out.mkdir(parents=True, exist_ok=True)
-    for file, wanted in (("headline", NUMBERS), ("differences", DIFFERENCES)):
-        rows = [
-            {"part": suite.name, "actor": row["actor"], "method": row["method"], "number": name}
-            | {key: getattr(row[name], key, None) for key in ("value", "low", "high", "seeds")}
-            for suite in suites
-            for row in (suite.rows if file == "headline" else suite.differences)
-            for name in wanted
-        ]
-        columns = dict.fromkeys(("part", "actor", "method", "number"), pl.String)
-        columns |= dict.fromkeys(("value", "low", "high"), pl.Float64) | {"seeds": pl.Int64}
-        pl.DataFrame(rows, schema=columns).write_csv(out / f"{file}.csv")
-    _task_table(suites).write_csv(out / "tasks.csv")
-    results.evals.write_csv(out / "evaluations.csv")
-    flat = [name for name, kind in results.spectra.schema.items() if not kind.is_nested()]
-    results.spectra.select(flat).write_csv(out / "spectrum.csv")
-
-
-def _task_table(suites: Sequence[SuiteContent]) -> pl.DataFrame:
-    names = dict.fromkeys(("part", "task", "actor", "method", "protocol"), pl.String)
-    ends = {"": "value", "_low": "low", "_high": "high"}
-    numbers = {f"{name}{end}": pl.Float64 for name in tables.COLUMNS for end in ends}
-    rows = [
-        row | {"part": suite.name}
-        | {f"{name}{end}": getattr(row[name], key, None) for name in tables.COLUMNS for end, key in ends.items()}
-        for suite in suites
-        for row in suite.by_task
-    ]  # fmt: skip
-    schema = names | {"place": pl.Int64, "seeds": pl.Int64} | numbers
-    return pl.DataFrame([{name: row[name] for name in schema} for row in rows], schema=schema)
 
 
 def _json(data: Any) -> str:

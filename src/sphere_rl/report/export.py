@@ -1,0 +1,133 @@
+"""The numbers of a report as files: CSV for programs, LaTeX for papers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from sphere_rl.report import tables
+from sphere_rl.report.content import SuiteContent
+from sphere_rl.results import Results
+
+NUMBERS = {
+    "rl": "RL",
+    "crl": "CRL",
+    "crl_iqm": "CRL, IQM",
+    "r_e_K": "rₑ(K)",
+    "gap": "RL − CRL",
+    "retention": "Retention",
+    "forgetting": "Forgetting",
+    "forward_transfer": "Forward transfer",
+}
+"""Columns of the headline table."""
+DIFFERENCES = ("rl", "crl", "crl_iqm", "r_e_K", "gap", "retention")
+"""Columns of the table of differences to plain PPO."""
+ENDS = {"": "value", "_low": "low", "_high": "high"}
+LATEX = {"rₑ(K)": "$r_e(K)$", "_": r"\_", "&": r"\&", "%": r"\%", "#": r"\#", "−": "$-$", "ρ": r"$\rho$"}
+
+
+def write_tables(
+    suites: Sequence[SuiteContent], results: Results, out: Path, formats: Collection[str] = ("csv",)
+) -> None:
+    """Write the headline, the differences to plain PPO and the table by task in each format.
+
+    Every line of the evaluations and the measurements follows where ``csv`` is among the formats.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    found = {"headline": number_table(suites, False), "differences": number_table(suites, True)}
+    found["tasks"] = task_table(suites)
+    for form in formats:
+        for name, table in found.items():
+            FORMATS[form](table, out / name)
+    if "csv" in formats:
+        results.evals.write_csv(out / "evaluations.csv")
+        flat = [name for name, kind in results.spectra.schema.items() if not kind.is_nested()]
+        results.spectra.select(flat).write_csv(out / "spectrum.csv")
+
+
+def number_table(suites: Sequence[SuiteContent], differences: bool) -> pl.DataFrame:
+    """One row a number of a method, with its interval and seeds: the headline's, or the differences to plain PPO."""
+    rows = [
+        {"part": suite.name, "actor": row["actor"], "method": row["method"], "number": name}
+        | {key: getattr(row[name], key, None) for key in ("value", "low", "high", "seeds")}
+        for suite in suites
+        for row in (suite.differences if differences else suite.rows)
+        for name in (DIFFERENCES if differences else NUMBERS)
+    ]
+    columns = dict.fromkeys(("part", "actor", "method", "number"), pl.String)
+    columns |= dict.fromkeys(("value", "low", "high"), pl.Float64) | {"seeds": pl.Int64}
+    return pl.DataFrame(rows, schema=columns)
+
+
+def task_table(suites: Sequence[SuiteContent]) -> pl.DataFrame:
+    """One row a task of a method and protocol, with its numbers and their intervals."""
+    names = dict.fromkeys(("part", "task", "actor", "method", "protocol"), pl.String)
+    numbers = {f"{name}{end}": pl.Float64 for name in tables.COLUMNS for end in ENDS}
+    rows = [
+        row | {"part": suite.name}
+        | {f"{name}{end}": getattr(row[name], key, None) for name in tables.COLUMNS for end, key in ENDS.items()}
+        for suite in suites
+        for row in suite.by_task
+    ]  # fmt: skip
+    schema = names | {"place": pl.Int64, "seeds": pl.Int64} | numbers
+    return pl.DataFrame([{name: row[name] for name in schema} for row in rows], schema=schema)
+
+
+def write_csv(table: pl.DataFrame, path: Path) -> None:
+    """Write ``path.csv``."""
+    table.write_csv(path.with_suffix(".csv"))
+
+
+def write_latex(table: pl.DataFrame, path: Path) -> None:
+    """Write ``path.tex``: a tabular in the manner of booktabs, one row a method, a number with its interval a cell."""
+    path.with_suffix(".tex").write_text(latex(*(by_number(table) if "number" in table.columns else by_column(table))))
+
+
+def by_number(table: pl.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table that has a row a number; columns without any number are left out."""
+    known = table.filter(pl.col("value").is_not_null())
+    names = [name for name in NUMBERS if name in set(known["number"])]
+    rows = []
+    for key, group in table.group_by("part", "actor", "method", maintain_order=True):
+        cells = {row["number"]: cell(row["value"], row["low"], row["high"]) for row in group.iter_rows(named=True)}
+        rows.append([*map(str, key), *(cells.get(name, "") for name in names)])
+    return ["Tasks", "Actor", "Method", *(NUMBERS[name] for name in names)], rows
+
+
+def by_column(table: pl.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table by task; columns without any number are left out."""
+    names = [name for name in tables.COLUMNS if table[name].is_not_null().any()]
+    key = ("task", "actor", "method", "protocol")
+    rows = [
+        [*(row[name] for name in key), str(row["seeds"]), *(cell(*(row[name + end] for end in ENDS)) for name in names)]
+        for row in table.iter_rows(named=True)
+    ]
+    return ["Task", "Actor", "Method", "Protocol", "Seeds", *(tables.COLUMNS[name] for name in names)], rows
+
+
+def cell(value: float | None, low: float | None, high: float | None) -> str:
+    """A number and its interval, with two places."""
+    if value is None:
+        return ""
+    text = f"{value:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
+    return text.replace("-", "−")
+
+
+def latex(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A tabular with the rules of booktabs; texts to the left, numbers to the right."""
+    texts = len([name for name in head if name in ("Tasks", "Task", "Actor", "Method", "Protocol")])
+    lines = [" & ".join(map(escaped, row)) + r" \\" for row in (head, *rows)]
+    columns = "l" * texts + "r" * (len(head) - texts)
+    body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule"]
+    return "\n".join([*body, r"\end{tabular}", ""])
+
+
+def escaped(text: str) -> str:
+    """A text as LaTeX takes it."""
+    return re.sub("|".join(map(re.escape, LATEX)), lambda found: LATEX[found[0]], text)
+
+
+FORMATS: dict[str, Callable[[pl.DataFrame, Path], None]] = {"csv": write_csv, "latex": write_latex}
