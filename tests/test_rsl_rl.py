@@ -137,5 +137,5 @@ def test_what_cannot_be_is_said_in_one_line(actor: dict[str, Any], message: str)
 def test_without_rsl_rl(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delitem(sys.modules, "sphere_rl.integrations.rsl_rl")
     monkeypatch.setitem(sys.modules, "rsl_rl", None)
-    with pytest.raises(ImportError, match=r"^rsl-rl is not installed; pip install 'sphere-rl\[rsl-rl\]'$"):
+    with pytest.raises(ImportError, match=r"^rsl-rl-lib is not installed; pip install 'sphere-rl\[rsl-rl\]'$"):
         import_module("sphere_rl.integrations.rsl_rl")

@@ -20,17 +20,20 @@ MODULES = {
     "jax": ("jax",),
     "pandas": ("pandas",),
     "ray": ("ray",),
+    "rsl-rl": ("rsl_rl",),
+    "sb3": ("stable_baselines3",),
     "sklearn": ("sklearn",),
     "wandb": ("wandb",),
 }
 """Modules of each extra, by the names that they are imported by."""
 ON_USE = {"envpool", "mujoco"}
 """Modules that one suite needs and the others do not: they are missed when an environment is made."""
-DISTRIBUTIONS = {"imageio_ffmpeg": "imageio-ffmpeg", "PIL": "pillow", "sklearn": "scikit-learn"}
+DISTRIBUTIONS = {"imageio_ffmpeg": "imageio-ffmpeg", "PIL": "pillow", "rsl_rl": "rsl-rl-lib",
+                 "sklearn": "scikit-learn", "stable_baselines3": "stable-baselines3"}  # fmt: skip
 """What a module is installed as, where that is another name."""
 
 
-def require(extra: str, asker: str) -> None:
+def require(extra: str, asker: str = "") -> None:
     """Raise `MissingExtraError` where a module of an extra is not installed; ``asker`` begins its line."""
     for module in modules_of(extra):
         if module not in ON_USE and find_spec(module) is None:
@@ -47,7 +50,7 @@ def modules_of(extra: str) -> Iterator[str]:
 def missing(module: str, extra: str, asker: str) -> MissingExtraError:
     """The error that names a module which is not installed, and the extra that brings it."""
     name = DISTRIBUTIONS.get(module, module)
-    return MissingExtraError(f"{asker}: {name} is not installed; pip install 'sphere-rl[{extra}]'")
+    return MissingExtraError(f"{asker}{': ' if asker else ''}{name} is not installed; pip install 'sphere-rl[{extra}]'")
 
 
 def explained(error: ModuleNotFoundError, asker: str) -> MissingExtraError | None:

@@ -18,11 +18,11 @@ from sphere_rl.errors import ConfigError
 from sphere_rl.experts.network import MoENetwork
 from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.experts.tracing import traced
-from sphere_rl.integrations.extras import require
+from sphere_rl.extras import require
 from sphere_rl.integrations.mixture import added_by, regularized_output, uniform
 from sphere_rl.integrations.share import Amount
 
-require("rsl_rl", "rsl-rl")
+require("rsl-rl")
 from rsl_rl.models import MLPModel  # noqa: E402
 
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts.network import MoENetwork
 from sphere_rl.experts.options import NetworkOptions
-from sphere_rl.integrations.extras import require
+from sphere_rl.extras import require
 from sphere_rl.integrations.mixture import added_by, regularized_output, uniform
 
-require("stable_baselines3", "sb3")
+require("sb3")
 from stable_baselines3.common.policies import ActorCriticPolicy  # noqa: E402
 from stable_baselines3.common.torch_layers import CombinedExtractor, MlpExtractor  # noqa: E402
 
