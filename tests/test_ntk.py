@@ -181,6 +181,17 @@ def injected() -> nn.Module:
     return policy
 
 
+class ActionAndValue(nn.Module):
+    """What policies of other libraries return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.action = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.action(x), x.sum(1)
+
+
 def sequence(*layers: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(5, 8), *layers, nn.Linear(8, ACTIONS))
 
@@ -216,6 +227,21 @@ def test_any_module(name, outputs, monkeypatch):
     monkeypatch.setattr(ntk, "CHUNK_BYTES", 7 * size)  # several chunks, the last one not full
     found = entk(policy, observations, outputs)
     assert relative(found, jacobian_kernel(policy, observations, outputs)) < 1e-9
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norm_in_either_mode(training):
+    """In training the batch's own statistics couple its rows; running statistics are neither used nor recorded."""
+    torch.manual_seed(0)
+    norm, observations = nn.BatchNorm1d(8), draw(SAMPLES, 5)
+    policy = nn.Sequential(nn.Linear(5, 8), norm, nn.Tanh(), nn.Linear(8, ACTIONS)).double().train(training)
+    norm.load_state_dict(norm.state_dict() | {"running_mean": torch.full((8,), 3.0)})
+    before, oracle = copy.deepcopy(policy.state_dict()), copy.deepcopy(policy)
+    if training:
+        oracle[1] = nn.BatchNorm1d(8, track_running_stats=False, dtype=torch.float64)
+    assert relative(entk(policy, observations), jacobian_kernel(oracle, observations)) < 1e-9
+    assert all(torch.equal(value, before[name]) for name, value in policy.state_dict().items())
+    assert (norm.track_running_stats, norm.training) == (True, training)
 
 
 @pytest.mark.parametrize("part", ["gate", "experts", "hidden.1", "bias"])
@@ -344,6 +370,10 @@ def test_misuse_is_one_clear_line():
         entk(nn.Linear(4, 2).double().requires_grad_(False), x)
     with pytest.raises(ValueError, match=r"got outputs of shape \(3, 2, 2\), allowed: \[3, A\]"):
         entk(nn.Sequential(nn.Linear(4, 4), nn.Unflatten(1, (2, 2))).double(), x)
+    with pytest.raises(
+        ValueError, match=r"got a tuple as output, allowed: one tensor \[3, A\], the mean action or logits;"
+    ):
+        entk(ActionAndValue().double(), x)
     with pytest.raises(ValueError, match="Scaled has no block structure"):
         block_view(Scaled().double(), draw(3, 5))
     jaxtyping_config.update("jaxtyping_disable", True)

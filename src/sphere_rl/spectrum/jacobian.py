@@ -160,6 +160,11 @@ def factorise(policy: nn.Module, observations: Float[Tensor, "N D"]) -> Factors 
         raise ValueError("policy: got no trainable tensor, allowed: at least one with requires_grad")
     with _recorded(layers) as calls, torch.enable_grad():
         out = policy(observations)
+    if not isinstance(out, Tensor):
+        raise ValueError(
+            f"policy: got a {type(out).__name__} as output, allowed: one tensor [{len(observations)}, A], the mean "
+            "action or logits; wrap the policy in a module whose forward returns that"
+        )
     if out.ndim != 2 or len(out) != len(observations):
         raise ValueError(f"policy: got outputs of shape {tuple(out.shape)}, allowed: [{len(observations)}, A]")
     flat = [call for group in calls.values() for call in group if call.output.requires_grad]

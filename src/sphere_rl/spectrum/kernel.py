@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sphere_rl.spectrum.jacobian import Factor, factorise
 from sphere_rl.spectrum.ranks import RankEstimate, effective_rank, estimate_effective_rank
@@ -138,12 +139,21 @@ def entk_jax(
 
 @contextmanager
 def untouched(policy: nn.Module) -> Iterator[None]:
-    """Put back every buffer that a forward pass changes (power iterations, running statistics), bit for bit."""
+    """Put back every buffer that a forward pass changes (power iterations, running statistics), bit for bit.
+
+    Normalisation over the batch computes with the batch's statistics as in training, and does not record them: to
+    `torch.func` a recording would be an effect.
+    """
+    recording = [m for m in policy.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     saved = [(buffer, buffer.detach().clone()) for buffer in policy.buffers()]
     try:
+        for norm in recording:
+            norm.track_running_stats = False
         with torch.enable_grad():
             yield
     finally:
+        for norm in recording:
+            norm.track_running_stats = True
         with torch.no_grad():
             for buffer, value in saved:
                 if not torch.equal(buffer, value):
