@@ -93,7 +93,14 @@ def test_list_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
-    assert [line for line in lines if line and line[0] != " "] == ["suites", "tasks", "actors", "methods", "metrics"]
+    assert [line for line in lines if line and line[0] != " "] == [
+        "suites",
+        "tasks",
+        "actors",
+        "methods",
+        "metrics",
+        "presets",
+    ]
     for word in ("cw10", "peg-unplug-side", "stand", "topk_moe", "shared_moe", "sphere", "Luo et al.", "r_e_K"):
         assert any(word in line for line in lines)
     for words in ("list --actors", "list actors"):
@@ -102,7 +109,9 @@ def test_list_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
         assert "dense_moe" in text
         assert "cw10" not in text
     assert main(["list", "method"]) == 2
-    message = "sphere: topic: 'method' is not allowed; expected one of suites, tasks, actors, methods, metrics\n"
+    message = (
+        "sphere: topic: 'method' is not allowed; expected one of suites, tasks, actors, methods, metrics, presets\n"
+    )
     assert capsys.readouterr().err == message
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -130,3 +131,14 @@ def test_a_new_file_is_a_new_method(tmp_path):
     conformance = str(Path(__file__).parent / "conformance" / "test_methods.py")
     tests = run("pytest", "-q", "-p", "no:cacheprovider", conformance, "-k", "toy and not wide and not ds_moe")
     assert "8 passed" in tests
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "CHANGELOG.md"])
+def test_pages_count_the_methods_right(page: str) -> None:
+    """All but plain PPO and SPHERE."""
+    words = "seventeen eighteen nineteen twenty twenty-one twenty-two twenty-three twenty-four".split()
+    text = (Path(__file__).parents[1] / page).read_text()
+    (said,) = re.findall(
+        r"(\w+) (?:others? on equal terms|other mitigations?\b|other mitigation methods)", text.replace("**", "")
+    )
+    assert said == words[len(methods()) - 2 - 17]

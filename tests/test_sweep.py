@@ -24,7 +24,7 @@ from sphere_rl.runs import RunFolder
 from sphere_rl.sweep import command, default_jobs, parse
 from sphere_rl.sweep.cost import _kind, reason, speeds, steps_left
 from sphere_rl.sweep.display import LiveTable, last_row
-from sphere_rl.sweep.plan import Grid, load_grid, plan, state, tell_idle_in
+from sphere_rl.sweep.plan import Grid, load_grid, plan, preset_path, state, tell_idle_in
 from sphere_rl.sweep.shared import share, sources
 from sphere_rl.training.policies import load_policy
 
@@ -96,6 +96,41 @@ def tell(words: list[str], methods: list[str]) -> list[str]:
     with contextlib.redirect_stderr(screen):
         tell_idle_in(found, plan(found, given.out))
     return screen.getvalue().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "steps"), [("replication", 12, 507_904), ("pilot", 22, 262_144), ("comparison", 6, 131_072)]
+)
+def test_presets_are_grids_that_can_be_planned(name: str, runs: int, steps: int, tmp_path: Path) -> None:
+    found = plan(Grid(**load_grid(preset_path(name))), tmp_path)
+    assert len(found) == runs
+    assert {run.config.steps_per_task for run in found} == {steps}
+    assert preset_path(name).samefile(Path(__file__).parents[1] / "benchmarks" / f"{name}.toml")
+
+
+def test_a_preset_is_named_and_flags_win(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "--preset",
+        "replication",
+        "--protocols",
+        "crl",
+        "--methods",
+        "none",
+        "--seeds",
+        "7",
+        "--out",
+        str(tmp_path),
+    ]
+    run = RunFolder(tmp_path / "cw10-crl-topk_moe-none-seed7")
+    with run:
+        run.create({"steps_per_task": 1})
+    assert cli.main(["sweep", *words]) == 2
+    assert "cw10-crl-topk_moe-none-seed7" in capsys.readouterr().err  # that is the run it planned
+    assert cli.main(["sweep", "--preset", "nope"]) == 2
+    message = "sphere: preset: 'nope' is not allowed; expected one of comparison, pilot, replication\n"
+    assert capsys.readouterr().err == message
+    assert cli.main(["sweep", "--preset", "pilot", "--config", "x.toml"]) == 2
+    assert "not allowed with argument" in capsys.readouterr().err
 
 
 def test_grid_file(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def demo(words: list[str]) -> int | None:
 
 
 def list_all(words: list[str]) -> None:
-    """List suites, tasks, actors, methods or metrics."""
+    """List suites, tasks, actors, methods, metrics or presets."""
     import json
 
     from sphere_rl import plugins

@@ -70,6 +70,22 @@ def summaries_of_actors() -> dict[str, str]:
     return written
 
 
+def list_presets() -> list[dict[str, Any]]:
+    """Grids that ``sphere sweep --preset`` takes, with the first sentence of each."""
+    files = sorted(SOURCE.joinpath("presets").glob("*.toml"))
+    return [{"preset": file.stem, "what it is": comment(file)} for file in files]
+
+
+def comment(file: Path) -> str:
+    """The text of the comment that a file begins with, up to its first empty line."""
+    words = []
+    for line in file.read_text().splitlines():
+        if not (text := line.removeprefix("#").strip()) or not line.startswith("#"):
+            break
+        words.append(text)
+    return " ".join(words).removesuffix(":")
+
+
 def loaded_methods() -> list[dict[str, Any]]:
     """`list_methods` from the classes themselves."""
     from sphere_rl.methods import methods
@@ -146,4 +162,5 @@ TOPICS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "actors": list_actors,
     "methods": list_methods,
     "metrics": list_metrics,
+    "presets": list_presets,
 }

@@ -17,10 +17,11 @@ SINGULAR = {"--protocol", "--actor", "--method", "--seed", "--suites"}
 
 def command(words: list[str], report: Callable[[list[str]], object] | None = None) -> int | None:
     """Train a grid of runs on this machine or a Ray cluster; ``report`` is called with words of ``sphere report``."""
-    from sphere_rl.sweep.plan import Grid, load_grid, plan, record, state, tell_idle_in
+    from sphere_rl.sweep.plan import Grid, load_grid, plan, preset_path, record, state, tell_idle_in
 
     given, rest = parse(words)
-    grid = load_grid(given.config) if given.config else {}
+    file = preset_path(given.preset) if given.preset else given.config
+    grid = load_grid(file) if file else {}
     flags = {name: getattr(given, name) for name in ("suites", "protocols", "actors", "methods", "seeds", "tasks")}
     chosen = {name: tuple(values) for name, values in flags.items() if values is not None}
     grid |= chosen  # in every stage, too
@@ -65,9 +66,11 @@ def parse(words: list[str]) -> tuple[Any, list[str]]:
         "Any other flag of `sphere train` is passed to every run.",
         allow_abbrev=False,
     )
-    options.add_argument(
+    source = options.add_mutually_exclusive_group()
+    source.add_argument(
         "--config", type=Path, help="TOML file with axes, [grid], [train], [arms] and [[stages]]; flags win"
     )
+    source.add_argument("--preset", help="such a file of the package; `sphere list presets` names them")
     options.add_argument("--suite", dest="suites", nargs="+", help="suites (cw10)")
     options.add_argument("--protocols", nargs="+", help="rl, crl (crl)")
     options.add_argument("--actors", nargs="+", help="architectures (topk_moe)")

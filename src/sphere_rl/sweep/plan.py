@@ -152,6 +152,18 @@ def state(run: PlannedRun) -> str:
     return folder.status().get("state", "new") if folder.config_path.is_file() else "new"
 
 
+def preset_path(name: str) -> Path:
+    """The grid file that the package brings under this name.
+
+    Raises:
+        ConfigError: it brings none.
+    """
+    found = {path.stem: path for path in sorted(PRESETS.glob("*.toml"))}
+    if name not in found:
+        raise ConfigError("preset", name, f"one of {', '.join(found)}")
+    return found[name]
+
+
 def load_grid(path: Path) -> dict[str, Any]:
     """Read a TOML grid file: the names of `Grid`'s axes, ``[grid]`` for more axes, ``[train]`` for fixed options.
 
@@ -184,6 +196,7 @@ def load_grid(path: Path) -> dict[str, Any]:
     return found
 
 
+PRESETS = Path(__file__).parents[1] / "presets"
 AXES = ("suites", "protocols", "actors", "methods", "seeds", "tasks")
 TABLES: dict[str, type] = dict.fromkeys(AXES, list) | {"grid": dict, "train": dict, "arms": dict, "stages": list}
 
