@@ -7,6 +7,7 @@ Libraries load when a command needs them, so that ``sphere --help`` answers at o
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -243,6 +244,7 @@ def list_all(words: list[str]) -> None:
     )
     given = options.parse_args(words)
     plugins.load(given.plugin)
+    columns = os.environ.get("COLUMNS", "")
     chosen = dict.fromkeys([*given.topics, *(given.flags or ())] or catalogue.TOPICS)
     for topic in chosen:
         if topic not in catalogue.TOPICS:
@@ -252,7 +254,7 @@ def list_all(words: list[str]) -> None:
         if given.json:
             print("\n".join(json.dumps({"topic": topic} | row) for row in rows))
         else:
-            print_table(topic, rows, piped=LIST_WIDTH)
+            print_table(topic, rows, piped=int(columns) if columns.isdecimal() else LIST_WIDTH)
 
 
 def diagnose(words: list[str]) -> None:
@@ -319,7 +321,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
 }
 
 LIST_WIDTH = 100
-"""Columns of the tables of ``sphere list`` in a pipe."""
+"""Columns of the tables of ``sphere list`` in a pipe, where COLUMNS does not say how many."""
 NEEDS = (
     dict.fromkeys(COMMANDS, "train")
     | dict.fromkeys(("compare", "demo", "diagnose", "report"), "report")
