@@ -23,9 +23,10 @@ from sphere_rl.experts.heads import CategoricalHead, GaussianHead, MultiCategori
 from sphere_rl.experts.layers import ExpertMLP, RoutedFeatures
 from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.experts.routing import single_routing
+from sphere_rl.experts.tracing import unsorted_weights
 from sphere_rl.kernels.mixture import mixture_output
 from sphere_rl.kernels.mlp import is_unrecorded
-from sphere_rl.kernels.routing import Gating, gate_weights, selected
+from sphere_rl.kernels.routing import Gating, selected
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class MoENetwork(nn.Module):
         if self.gate is None:
             return outputs[0]
         logits, routes = self.gate.every(observation)[0], self.routes
-        weights = gate_weights(logits, routes.gating)[0] if isinstance(routes, TopK) else routes(logits).weights
+        weights = unsorted_weights(logits, routes.gating) if isinstance(routes, TopK) else routes(logits).weights
         return torch.einsum("ne,ena->na", weights, outputs)
 
     def __prepare_scriptable__(self) -> NoReturn:
