@@ -18,7 +18,7 @@ from toy_runs import config, train
 import sphere_rl as sp
 from sphere_rl.cli import main
 from sphere_rl.commands import export as exporting
-from sphere_rl.errors import CommandLineError, RunFolderError
+from sphere_rl.errors import MissingExtraError, RunFolderError
 from sphere_rl.experts.tracing import unsorted_weights
 from sphere_rl.kernels.routing import Gating, gate_weights
 from sphere_rl.runs import RunFolder
@@ -172,10 +172,10 @@ def test_what_cannot_be_exported_is_said_in_one_line(
                 patch.setitem(sys.modules, "onnx", json)  # there
             patch.setitem(sys.modules, library, None)
             assert main(["export", str(run.path), "--format", format, "--out", str(tmp_path / "out")]) == 2
-            line = f"sphere: format: {library} is not installed; pip install 'sphere-rl[export]'\n"
+            line = f"sphere: format {format}: {library} is not installed; pip install 'sphere-rl[export]'\n"
             assert capsys.readouterr().err == line
     assert not (run.path / "export").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(CommandLineError):
+    with pytest.raises(MissingExtraError):
         exporting.export(run.path, ["safetensors"], tmp_path / "out")

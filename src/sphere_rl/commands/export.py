@@ -21,9 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sphere_rl.commands.card import model_card
-from sphere_rl.errors import CommandLineError, RunFolderError
+from sphere_rl.errors import RunFolderError
 from sphere_rl.experts.tracing import traced
-from sphere_rl.integrations.extras import require
+from sphere_rl.extras import require_module
 from sphere_rl.runs import RunFolder, checkpoint
 from sphere_rl.terminal.parsers import ArgumentParser
 from sphere_rl.training import exported
@@ -76,7 +76,7 @@ def export(
     """Write a policy in these ``formats`` with a model card; return the folder and its files.
 
     Raises:
-        CommandLineError: a library that a format needs is not installed.
+        MissingExtraError: a library that a format needs is not installed.
         RunFolderError: no run or checkpoint, ``out`` holds something, or a file acts differently; nothing is written.
         ConfigError: the suite has no such task.
     """
@@ -102,7 +102,6 @@ def _beside(target: Path) -> Iterator[Path]:
 
     Raises:
         RunFolderError: ``target`` holds something, or cannot be written.
-        CommandLineError: a library was missing.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunFolderError(f"{target}: not empty; expected a new or empty folder")
@@ -116,10 +115,8 @@ def _beside(target: Path) -> Iterator[Path]:
         yield work
         work.chmod(0o755)  # mkdtemp's are for their owner alone
         work.replace(target)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(new or work)
-        if isinstance(error, ImportError):
-            raise CommandLineError(f"format: {error}") from None
         raise
 
 
@@ -185,7 +182,7 @@ def _torchscript(policy: Policy, path: Path) -> Act:
 
 def _onnx(policy: Policy, path: Path) -> Act:
     for library in ("onnx", "onnxscript"):
-        require(library, "export")
+        require_module(library, "format onnx")
     from onnx.reference import ReferenceEvaluator
 
     rows, example = torch.export.Dim("N"), torch.zeros(2, policy.actor.observation_dim)

@@ -12,7 +12,7 @@ from typing import Any
 
 from sphere_rl.config import TrainConfig, from_dict, to_dict
 from sphere_rl.errors import RunFolderError
-from sphere_rl.integrations.extras import require
+from sphere_rl.extras import require_module
 from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.runs.records import OBJECT, read_object
 from sphere_rl.runtime import check_device
@@ -30,9 +30,9 @@ def save(policy: Policy, path: Path) -> None:
     """Write a policy's weights and its normaliser.
 
     Raises:
-        ImportError: safetensors is not installed.
+        MissingExtraError: safetensors is not installed.
     """
-    require("safetensors", "export")
+    require_module("safetensors", "format safetensors")
     from safetensors.torch import save_file
 
     save_file({name: tensor.contiguous() for name, tensor in policy.state_dict().items()}, path)
@@ -44,9 +44,9 @@ def load(folder: Path, device: str = "cpu") -> Policy:
     Raises:
         RunFolderError: a file is missing, broken, or does not fit the other.
         ConfigError: PyTorch cannot compute on this device here.
-        ImportError: safetensors is not installed.
+        MissingExtraError: safetensors is not installed.
     """
-    require("safetensors", "export")
+    require_module("safetensors", "format safetensors")
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
