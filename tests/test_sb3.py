@@ -287,6 +287,10 @@ def test_other_algorithms_are_refused():
         ppo("Pendulum-v1", use_sde=True)
     with pytest.raises(ValueError, match="every: 0 is not allowed"):
         PlasticityCallback(every=0)
+    model = ppo(policy="MlpPolicy")
+    del model.policy.mlp_extractor.policy_net  # as an extractor of somebody's own
+    with pytest.raises(ValueError, match="policy: 'ActorCriticPolicy' is not allowed; expected one of SB3's own"):
+        model.learn(1, callback=PlasticityCallback())
 
 
 def test_without_stable_baselines3(monkeypatch: pytest.MonkeyPatch):

@@ -88,9 +88,21 @@ class Whole(Toy):
 
 
 class Several(Toy):
-    """Two choices at once."""
+    """Two choices at once: right are the second of two and, counted from 5, the third of three."""
 
-    action_space = spaces.MultiDiscrete([2, 3])
+    action_space = spaces.MultiDiscrete([2, 3], start=[0, 5])
+
+    def reward(self, action: Any) -> float:
+        return float(action[0] == 1) + float(action[1] == 7)
+
+
+class Switches(Toy):
+    """Six switches in two rows, those of the first should be on and those of the second off."""
+
+    action_space = spaces.MultiBinary([2, 3])
+
+    def reward(self, action: Any) -> float:
+        return float(action[0].sum() - action[1].sum())
 
 
 class Numbered(Toy):
@@ -109,6 +121,47 @@ class Named(Toy):
 
     def observe(self) -> Any:
         return self.observation_space.sample()
+
+
+class Paired(Toy):
+    """A tuple in a dict beside a matrix; remembers what it showed."""
+
+    observation_space = spaces.Dict(
+        {
+            "pair": spaces.Tuple((spaces.Discrete(3, start=4), spaces.MultiBinary(2))),
+            "matrix": spaces.Box(-1, 1, (2, 2), np.float64),
+            "dice": spaces.MultiDiscrete([2, 6]),
+        }
+    )
+    shown: ClassVar[list[Any]] = []
+
+    def observe(self) -> Any:
+        self.shown.append(self.observation_space.sample())
+        return self.shown[-1]
+
+
+class Growing(Toy):
+    """Observations of no fixed length."""
+
+    observation_space = spaces.Dict({"a": spaces.Sequence(spaces.Discrete(3))})
+
+
+class Image(Toy):
+    """Observations with more than one axis."""
+
+    observation_space = spaces.Box(0, 255, (8, 8, 3), np.uint8)
+
+
+class Nothing(Toy):
+    """Observations without a number."""
+
+    observation_space = spaces.Dict({})
+
+
+class Mixed(Toy):
+    """Actions of two kinds at once."""
+
+    action_space = spaces.Tuple((spaces.Discrete(2), spaces.Box(-1, 1, (1,))))
 
 
 class OneArray(Toy):
@@ -165,7 +218,8 @@ class Given(Toy):
 
 LIMITS = {"OneArray": LENGTH}
 CLASSES: list[Callable[..., gymnasium.Env]] = [
-    Endless, FromMinusOne, Wide, Whole, Several, Numbered, Named, OneArray, Broken, Drawing, Given,
+    Endless, FromMinusOne, Wide, Whole, Several, Switches, Numbered, Named, Paired, Growing, Image, Nothing, Mixed,
+    OneArray, Broken, Drawing, Given,
 ]  # fmt: skip
 for kind in CLASSES:
     name = kind.__name__

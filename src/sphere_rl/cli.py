@@ -223,6 +223,13 @@ def demo(words: list[str]) -> int | None:
     return command(words)
 
 
+def export(words: list[str]) -> None:
+    """Take a run's policy away as TorchScript, ONNX or safetensors."""
+    from sphere_rl.commands.export import command
+
+    command(words)
+
+
 def list_all(words: list[str]) -> None:
     """List suites, tasks, actors, methods, metrics or presets."""
     import json
@@ -317,6 +324,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "report": report,
     "compare": compare,
     "play": play,
+    "export": export,
     "list": list_all,
 }
 

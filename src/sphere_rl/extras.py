@@ -17,6 +17,7 @@ MODULES = {
     "train": ("filelock", "rich", "scipy", "tensorboard"),
     "report": ("jinja2", "matplotlib", "plotly", "polars"),
     "play": ("imageio_ffmpeg", "PIL"),
+    "export": ("onnx", "onnxscript", "safetensors"),
     "jax": ("jax",),
     "pandas": ("pandas",),
     "ray": ("ray",),
@@ -38,6 +39,12 @@ def require(extra: str, asker: str = "") -> None:
     for module in modules_of(extra):
         if module not in ON_USE and find_spec(module) is None:
             raise missing(module, extra, asker)
+
+
+def require_module(module: str, asker: str) -> None:
+    """Raise `MissingExtraError` where one module of an extra is not installed; ``asker`` begins its line."""
+    if find_spec(module) is None:
+        raise missing(module, next(extra for extra, modules in MODULES.items() if module in modules), asker)
 
 
 def modules_of(extra: str) -> Iterator[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
@@ -67,7 +69,7 @@ class CategoricalHead(nn.Module):
 
     def entropy(self, logits: Float[Tensor, "N A"]) -> Float[Tensor, "N"]:
         """−Σ π log π in nats."""
-        return categorical_entropy(logits.log_softmax(-1))
+        return categorical_entropy(self.parameters_of(logits))
 
     def parameters_of(self, logits: Float[Tensor, "N A"]) -> Float[Tensor, "N P"]:
         """Log-probabilities: what a rollout stores to compare policies by."""
@@ -75,4 +77,34 @@ class CategoricalHead(nn.Module):
 
     def kl(self, old: Float[Tensor, "N P"], logits: Float[Tensor, "N A"]) -> Float[Tensor, "N"]:
         """KL(old ‖ new) in nats."""
-        return categorical_kl(old, logits.log_softmax(-1))
+        return categorical_kl(old, self.parameters_of(logits))
+
+
+class MultiCategoricalHead(CategoricalHead):
+    """Several discrete actions at once, independent given the state; logits side by side, A = Σ ``branches``.
+
+    Log-probability, entropy and KL are the sums of the branches' own.
+    """
+
+    def __init__(self, branches: Sequence[int]) -> None:
+        super().__init__()
+        self.branches = tuple(branches)
+        first = torch.tensor((0, *self.branches[:-1])).cumsum(0)
+        self.register_buffer("first", first, persistent=False)  # where each branch begins
+
+    def sample(self, logits: Float[Tensor, "N A"], generator: torch.Generator) -> Shaped[Tensor, "N C"]:
+        """Draw an index of each branch."""
+        parts = logits.split(self.branches, -1)
+        return torch.cat([torch.multinomial(part.softmax(-1), 1, generator=generator) for part in parts], -1)
+
+    def mode(self, logits: Float[Tensor, "N A"]) -> Shaped[Tensor, "N C"]:
+        """The most likely index of each branch."""
+        return torch.stack([part.argmax(-1) for part in logits.split(self.branches, -1)], -1)
+
+    def log_prob(self, logits: Float[Tensor, "N A"], action: Shaped[Tensor, "N C"]) -> Float[Tensor, "N"]:
+        """log π(action), summed over branches."""
+        return self.parameters_of(logits).gather(-1, action.long() + self.get_buffer("first")).sum(-1)
+
+    def parameters_of(self, logits: Float[Tensor, "N A"]) -> Float[Tensor, "N P"]:
+        """Log-probabilities of each branch, side by side."""
+        return torch.cat([part.log_softmax(-1) for part in logits.split(self.branches, -1)], -1)

@@ -7,6 +7,7 @@ diagnostics and the mitigation methods need no cases.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Any, NoReturn
@@ -18,13 +19,14 @@ from torch import Tensor, nn
 from sphere_rl import plugins
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts.gates import Gate, Kind, TopK
-from sphere_rl.experts.heads import CategoricalHead, GaussianHead
+from sphere_rl.experts.heads import CategoricalHead, GaussianHead, MultiCategoricalHead
 from sphere_rl.experts.layers import ExpertMLP, RoutedFeatures
 from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.experts.routing import single_routing
+from sphere_rl.experts.tracing import unsorted_weights
 from sphere_rl.kernels.mixture import mixture_output
 from sphere_rl.kernels.mlp import is_unrecorded
-from sphere_rl.kernels.routing import Gating, gate_weights, selected
+from sphere_rl.kernels.routing import Gating, selected
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class MoENetwork(nn.Module):
         if self.gate is None:
             return outputs[0]
         logits, routes = self.gate.every(observation)[0], self.routes
-        weights = gate_weights(logits, routes.gating)[0] if isinstance(routes, TopK) else routes(logits).weights
+        weights = unsorted_weights(logits, routes.gating) if isinstance(routes, TopK) else routes(logits).weights
         return torch.einsum("ne,ena->na", weights, outputs)
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -224,9 +226,16 @@ class Actor(MoENetwork):
         options: NetworkOptions,
         generator: torch.Generator,
         discrete: bool = False,
+        branches: Sequence[int] = (),
     ) -> None:
         super().__init__(kind, observation_dim, action_dim, options, generator)
-        self.head = CategoricalHead() if discrete else GaussianHead(action_dim)
+        choices = MultiCategoricalHead(branches) if branches else CategoricalHead()
+        self.head = choices if discrete else GaussianHead(action_dim)
+
+    @property
+    def is_plain(self) -> bool:
+        """As of every network, and with a policy whose loss is written out: that of several discrete actions is not."""
+        return super().is_plain and not isinstance(self.head, MultiCategoricalHead)
 
 
 def make_actor(
@@ -236,6 +245,7 @@ def make_actor(
     *,
     seed: int = 0,
     discrete: bool = False,
+    branches: Sequence[int] = (),
     **options: Any,
 ) -> Actor:
     """Make an actor: a torch module, observations [N, D] → mean [N, A].
@@ -243,13 +253,14 @@ def make_actor(
     Args:
         kind: one of `kinds`.
         observation_dim: D.
-        action_dim: A, the number of action dimensions or of discrete actions.
+        action_dim: A, the number of action dimensions or of discrete actions, with ``branches`` their sum.
         seed: of the initial weights; the global random state is not used.
         discrete: a categorical policy in place of the Gaussian.
+        branches: with ``discrete``, the numbers of values of several actions that are taken at once.
         options: fields of `NetworkOptions`.
 
     Raises:
         ConfigError: an unknown kind or an impossible size.
     """
     generator = torch.Generator().manual_seed(seed)
-    return Actor(kind, observation_dim, action_dim, NetworkOptions(**options), generator, discrete)
+    return Actor(kind, observation_dim, action_dim, NetworkOptions(**options), generator, discrete, branches)

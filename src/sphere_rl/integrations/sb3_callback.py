@@ -87,10 +87,13 @@ def actor_of(policy: Any) -> tuple[MoENetwork | DensePolicy, Any, Any]:
     Raises:
         ConfigError: it is not built as SB3's own are.
     """
+    known = "one of SB3's own of PPO, A2C, SAC, TD3, DDPG or DQN"
     if isinstance(policy, ActorCriticPolicy):
+        network = getattr(policy.mlp_extractor, "policy_net", None)
+        if network is None or hasattr(policy, "lstm_actor"):
+            raise ConfigError("policy", type(policy).__name__, known)
         extractor = policy.pi_features_extractor
         owner = super(ActorCriticPolicy, policy)  # theirs gives a pair where actor and critic have one each
-        network = policy.mlp_extractor.policy_net
         if isinstance(network, MoENetwork):
             return network, owner, extractor
         return DensePolicy(network, policy.action_net), owner, extractor
@@ -101,7 +104,7 @@ def actor_of(policy: Any) -> tuple[MoENetwork | DensePolicy, Any, Any]:
         last = max(i for i, layer in enumerate(layers) if isinstance(layer, nn.Linear))
         network = DensePolicy(layers[:last], layers[last:])
     else:
-        raise ConfigError("policy", type(policy).__name__, "one of PPO, A2C, SAC, TD3, DDPG or DQN")
+        raise ConfigError("policy", type(policy).__name__, known)
     return network, owner, owner.features_extractor
 
 

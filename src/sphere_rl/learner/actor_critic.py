@@ -18,25 +18,37 @@ from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.kernels.gradients import GradientStore
 from sphere_rl.learner.optimizer import ExpertAdam
 from sphere_rl.seeding import derive_seed
+from sphere_rl.suites.spaces import branches_of
 
 
 @dataclass(frozen=True)
 class Spaces:
-    """What an agent must know of its environment; ``action_dim`` is the number of actions where they are discrete."""
+    """What an agent must know of its environment.
+
+    ``action_dim`` is the number of actions where they are discrete. ``branches``: of several that are taken at once,
+    how many values each has; ``action_dim`` is their sum.
+    """
 
     observation_dim: int
     action_dim: int
     discrete: bool
+    branches: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         """For messages."""
+        if self.branches:
+            values = ", ".join(map(str, self.branches))
+            return f"{self.observation_dim} observations and {len(self.branches)} discrete actions of {values} values"
         return f"{self.observation_dim} observations and {self.action_dim} {'discrete ' * self.discrete}actions"
 
     @classmethod
     def of(cls, envs: VectorEnv) -> Spaces:
         """The spaces of one of these environments."""
         action = envs.single_action_space
-        return cls(flatdim(envs.single_observation_space), flatdim(action), isinstance(action, Discrete))
+        observation_dim, branches = flatdim(envs.single_observation_space), branches_of(action)
+        if branches:
+            return cls(observation_dim, sum(branches), discrete=True, branches=branches)
+        return cls(observation_dim, flatdim(action), isinstance(action, Discrete))
 
 
 @runtime_checkable
@@ -116,7 +128,9 @@ class ActorCritic:
         """Build an actor and a critic with new weights, on this agent's device."""
         options, spaces = self.network_options, self.spaces
         observation_dim, action_dim = spaces.observation_dim, spaces.action_dim
-        actor = Actor(self.config.actor, observation_dim, action_dim, options, generator, spaces.discrete)
+        actor = Actor(
+            self.config.actor, observation_dim, action_dim, options, generator, spaces.discrete, spaces.branches
+        )
         critic = MoENetwork(self.config.critic, observation_dim, 1, options, generator)
         return actor.to(self.device), critic.to(self.device)
 

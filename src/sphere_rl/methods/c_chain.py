@@ -120,7 +120,7 @@ class CChain(Method):
 def policy(agent: ActorCritic, observation: Float[Tensor, "N D"]) -> Float[Tensor, "N A"]:
     """Mean actions, or the log-probabilities of discrete ones."""
     output = agent.actor(observation)
-    return output.log_softmax(-1) if agent.spaces.discrete else output
+    return agent.actor.head.parameters_of(output) if agent.spaces.discrete else output
 
 
 def policy_change(

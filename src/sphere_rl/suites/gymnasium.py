@@ -1,7 +1,7 @@
 """Any Gymnasium environment id as a task: ``--suite gym --tasks Pendulum-v1 my_module:My-v0 ...``.
 
-Observation spaces must be flat boxes; action spaces boxes or discrete. Success is unknown unless an environment puts
-``success`` (or ``is_success``) into its info.
+Observations of boxes and discrete numbers become a flat box; actions are boxes or discrete, several at once, too.
+Success is unknown unless an environment puts ``success`` (or ``is_success``) into its info.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from sphere_rl.errors import ConfigError
-from sphere_rl.suites.spaces import check_spaces
+from sphere_rl.suites.spaces import check_spaces, flattened
 
 
 class _Adapted(gymnasium.Wrapper):
@@ -105,11 +105,12 @@ class Gymnasium:
             field, value = ("env_args", given) if given else ("tasks", task)
             raise ConfigError(field, value, f"{what} ({cause})") from error
         try:
-            check_spaces(task, env.observation_space, env.action_space)
+            flat = flattened(task, env)
+            check_spaces(task, flat.observation_space, flat.action_space)
         except ConfigError:
             env.close()
             raise
-        return env
+        return flat
 
 
 def _registered(task: str) -> str:

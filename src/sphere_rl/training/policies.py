@@ -14,6 +14,7 @@ from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.runs import RunFolder, checkpoint
 from sphere_rl.runtime import check_device
 from sphere_rl.suites import Suite, check_task, make_suite
+from sphere_rl.training import exported
 from sphere_rl.training.agent import Agent, Policy
 from sphere_rl.training.saved import config_of
 
@@ -22,7 +23,7 @@ def load_policy(run_dir: Path | str, checkpoint: str = "latest", device: str = "
     """Load the policy of a run as a torch module: raw observations [N, D] → mean action (or logits) [N, A].
 
     Args:
-        run_dir: the run folder.
+        run_dir: the run folder, or one that ``sphere export --format safetensors`` has written; wherever they are now.
         checkpoint: ``"latest"``, or a file of its ``checkpoints`` folder, such as ``"task-00-hammer"``.
         device: where to load it to, whatever device the run was made on.
 
@@ -30,6 +31,10 @@ def load_policy(run_dir: Path | str, checkpoint: str = "latest", device: str = "
         RunFolderError: no run, no such checkpoint, or one that is broken or does not fit the run's configuration.
         ConfigError: PyTorch cannot compute on this device here.
     """
+    if (Path(run_dir) / exported.DESCRIPTION).is_file():
+        if checkpoint != "latest":
+            raise RunFolderError(f"{run_dir}: an exported policy has no checkpoints; expected checkpoint='latest'")
+        return exported.load(Path(run_dir), device)
     return _load(RunFolder.existing(run_dir), checkpoint, device)
 
 
