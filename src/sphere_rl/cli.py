@@ -7,6 +7,7 @@ Libraries load when a command needs them, so that ``sphere --help`` answers at o
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -46,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         sys.stdout = None
         return 0
+    except OSError as error:
+        if error.filename is not None:
+            return fail(f"{error.filename}: {error.strerror}", code=3)
+        traceback.print_exc()
+        return 3
     except Exception:
         traceback.print_exc()
         return 3
@@ -77,13 +83,16 @@ def overview() -> str:
 
 
 def fail(message: str, code: int = 2) -> int:
-    """Say what is wrong in one line."""
+    """Say what is wrong in one line; with ``SPHERE_DEBUG=1`` where in the code, before it."""
+    if os.environ.get("SPHERE_DEBUG") and sys.exception() is not None:
+        traceback.print_exc()
     print(f"sphere: {' '.join(message.split())}", file=sys.stderr)
     return code
 
 
 def interrupt(*_: object) -> NoReturn:
-    """Treat a polite kill as Ctrl-C: the run says so in its status."""
+    """Treat a polite kill as Ctrl-C: the run says so in its status. A second one does not keep it from that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -145,6 +154,7 @@ def evaluate(words: list[str]) -> None:
     from sphere_rl.runs import RunFolder
     from sphere_rl.runtime import threads, tune_process
     from sphere_rl.suites import make_suite
+    from sphere_rl.suites.guard import call_limit
     from sphere_rl.terminal.tables import print_table
     from sphere_rl.training.evaluation import evaluate as run_episodes
     from sphere_rl.training.policies import policy_for, read_policies
@@ -175,8 +185,9 @@ def evaluate(words: list[str]) -> None:
         print(f"{given.run}: no policy yet of {missing} of its {len(config.task_sequence)} tasks", file=sys.stderr)
     results = []
     for task, one in chosen:
-        policy = policies[one.path]
-        found = run_episodes(policy, suite, task, given.episodes, given.seed, threads(config.env_threads), **limits)
+        policy, number = policies[one.path], threads(config.env_threads)
+        with call_limit(config.env_timeout):
+            found = run_episodes(policy, suite, task, given.episodes, given.seed, number, **limits)
         results.append({"task": task, "checkpoint": one.path.stem} | found.row())
     if given.json:
         print("\n".join(json.dumps(result, allow_nan=False) for result in results))

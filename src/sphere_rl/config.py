@@ -120,6 +120,10 @@ class TrainConfig:
     """Threads that compute: two train actor and critic and halves of the experts side by side. auto: two if faster."""
     log: Literal["tensorboard", "wandb"] = "tensorboard"
     """Who is told every number of the logs: TensorBoard files; wandb: Weights & Biases as well (extra `wandb`)."""
+    on_nan: Literal["stop", "rollback"] = "stop"
+    """A number that is not finite stops the run; rollback: it goes back to its last checkpoint, with new seeds."""
+    env_timeout: float = 0.0
+    """Seconds that one call of the environments may take before the run stops; 0: any time."""
     device: str = "cpu"
     """PyTorch device of networks and rollouts."""
     options: MethodOptions = field(default_factory=MethodOptions)  # type: ignore[misc]
@@ -158,6 +162,7 @@ class TrainConfig:
             "value_coefficient",
             "entropy_coefficient",
             "learning_rate_end",
+            "env_timeout",
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(name, getattr(self, name), "a finite number, 0 or more")

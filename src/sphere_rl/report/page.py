@@ -17,7 +17,7 @@ from sphere_rl.report import commands, drawings, tables
 from sphere_rl.report.content import SuiteContent, arms
 from sphere_rl.report.geometry import Snapshot
 from sphere_rl.results import Results, load_results
-from sphere_rl.runs import read_sweep, write_atomic
+from sphere_rl.runs import make_folder, read_sweep, write_atomic
 from sphere_rl.spectrum.vanishing import notices
 from sphere_rl.statistics import Estimate
 
@@ -72,9 +72,9 @@ def make_page(results: Results, out: Path, refresh: int | None = None) -> Page:
     """
     known = arms(results)
     suites = [SuiteContent(name, part, known) for name, part in results.by_sequence().items()]
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if refresh is None or not (out / "figures").is_dir():  # while runs go on, the page alone is made anew
-        (out / "figures").mkdir(exist_ok=True)
+        make_folder(out / "figures")
         drawings.write(suites, out / "figures")
     _write_tables(suites, results, out / "tables")
     page = out / "index.html"
@@ -235,7 +235,7 @@ def _configs(results: Results) -> dict[str, str]:
 
 def _write_tables(suites: Sequence[SuiteContent], results: Results, out: Path) -> None:
     """The tables behind the figures, as CSV."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for file, wanted in (("headline", NUMBERS), ("differences", DIFFERENCES)):
         rows = [
             {"part": suite.name, "actor": row["actor"], "method": row["method"], "number": name}
@@ -246,11 +246,15 @@ def _write_tables(suites: Sequence[SuiteContent], results: Results, out: Path) -
         ]
         columns = dict.fromkeys(("part", "actor", "method", "number"), pl.String)
         columns |= dict.fromkeys(("value", "low", "high"), pl.Float64) | {"seeds": pl.Int64}
-        pl.DataFrame(rows, schema=columns).write_csv(out / f"{file}.csv")
-    _task_table(suites).write_csv(out / "tasks.csv")
-    results.evals.write_csv(out / "evaluations.csv")
+        _write_table(out / f"{file}.csv", pl.DataFrame(rows, schema=columns))
+    _write_table(out / "tasks.csv", _task_table(suites))
+    _write_table(out / "evaluations.csv", results.evals)
     flat = [name for name, kind in results.spectra.schema.items() if not kind.is_nested()]
-    results.spectra.select(flat).write_csv(out / "spectrum.csv")
+    _write_table(out / "spectrum.csv", results.spectra.select(flat))
+
+
+def _write_table(path: Path, table: pl.DataFrame) -> None:
+    write_atomic(path, table.write_csv().encode())
 
 
 def _task_table(suites: Sequence[SuiteContent]) -> pl.DataFrame:

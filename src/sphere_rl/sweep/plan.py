@@ -21,7 +21,7 @@ from typing import Any, Literal
 from sphere_rl.config import TrainConfig, convert, idle_options, tell_idle, to_dict
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods import methods
-from sphere_rl.runs import RunFolder, file_name, read_sweep, write_atomic
+from sphere_rl.runs import RunFolder, file_name, make_folder, read_sweep, write_atomic
 from sphere_rl.suites.env_args import FLAG, word_of
 from sphere_rl.terminal.arguments import named_options, parse_train
 from sphere_rl.training.saved import config_of
@@ -208,7 +208,7 @@ def _stage(table: Any) -> dict[str, Any]:
 
 def record(out: Path, command: str, runs: Sequence[PlannedRun]) -> None:
     """Add the command and its runs to ``sweep.json``, for the report and for whoever asks how this came about."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     path = out / "sweep.json"
     old = read_sweep(out) or {"commands": [], "runs": []}
     new = {

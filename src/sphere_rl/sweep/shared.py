@@ -11,10 +11,10 @@ from dataclasses import asdict, replace
 
 from sphere_rl.config import TrainConfig, to_dict
 from sphere_rl.errors import RunFolderError
-from sphere_rl.protocol import Due, Progress
 from sphere_rl.runs import LOGS, Logs, RunFolder, checkpoint
 from sphere_rl.runs.records import LOG_COLUMNS
 from sphere_rl.sweep.plan import PlannedRun
+from sphere_rl.training.progress import Due, Progress
 
 
 def sources(runs: Sequence[PlannedRun]) -> dict[str, PlannedRun]:

@@ -14,6 +14,7 @@ from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.runs import RunFolder, checkpoint
 from sphere_rl.runtime import check_device
 from sphere_rl.suites import Suite, check_task, make_suite
+from sphere_rl.suites.guard import make_envs
 from sphere_rl.training.agent import Agent, Policy
 from sphere_rl.training.saved import config_of
 
@@ -179,6 +180,6 @@ def check_spaces(path: Path, spaces: Spaces, suite: Suite, task: str, arguments:
 
 @cache
 def _task_spaces(suite: str, task: str, arguments: tuple[tuple[str, Any], ...]) -> Spaces:
-    envs = make_suite(suite).make(task, num_envs=1, seed=0, num_threads=1, **dict(arguments))
+    envs = make_envs(make_suite(suite), task, 1, 0, 1, dict(arguments))
     envs.close()
     return Spaces.of(envs)
