@@ -48,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout = None
         return 0
     except OSError as error:
-        if error.filename is not None:
-            return fail(f"{error.filename}: {error.strerror}", code=3)
-        traceback.print_exc()
-        return 3
+        if error.filename is None:
+            traceback.print_exc()
+            return 3
+        return fail(f"{error.filename}: {error.strerror}")
     except Exception:
         traceback.print_exc()
         return 3
@@ -86,8 +86,15 @@ def fail(message: str, code: int = 2) -> int:
     """Say what is wrong in one line; with ``SPHERE_DEBUG=1`` where in the code, before it."""
     if os.environ.get("SPHERE_DEBUG") and sys.exception() is not None:
         traceback.print_exc()
-    print(f"sphere: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
+    print(f"sphere: {line}", file=sys.stderr)
     return code
+
+
+LONGEST = 2000
+"""Characters of a line that says what is wrong."""
 
 
 def interrupt(*_: object) -> NoReturn:
@@ -109,6 +116,7 @@ def train(words: list[str]) -> None:
     tell_idle(idle_options(named_options(words), config.method), config.method)
     with waiting(f"opening the tasks of suite {config.suite}", quiet):
         protocol.check(config)
+    RunFolder(out).check_vacant()  # before anything is made there, the lock included
     with RunFolder(out) as folder:
         with resumable(folder):
             protocol.start(config, folder, lambda step: make_monitors(config, folder, step, quiet))

@@ -25,7 +25,7 @@ from sphere_rl.errors import ConfigError, OutsideError, RunFolderError, StorageE
 from sphere_rl.kernels.threads import two_lanes
 from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.learner.rollout import Collector, Rollout
-from sphere_rl.runs import Logs, RunFolder, checkpoint, file_name
+from sphere_rl.runs import LOGS, Logs, RunFolder, checkpoint, file_name
 from sphere_rl.runtime import LaneChoice, check_device, threads, tune_process
 from sphere_rl.seeding import derive_seed, global_streams, seed_globals
 from sphere_rl.suites import make_suite
@@ -37,8 +37,9 @@ from sphere_rl.training.finite import bad_agent, bad_number, check_agent
 from sphere_rl.training.monitors import Host, Monitor
 from sphere_rl.training.policies import load_policy
 from sphere_rl.training.ppo import update
-from sphere_rl.training.progress import Due, Progress
+from sphere_rl.training.progress import Due, Progress, progress_of, record_of
 from sphere_rl.training.saved import config_of
+from sphere_rl.training.sizes import check_memory
 from sphere_rl.training.tracker import Tracker
 
 
@@ -63,6 +64,7 @@ def check(config: TrainConfig) -> None:
             raise ConfigError("tasks", task, f"a task with {same}, not {spaces}")
         known.setdefault(spaces, task)
     for spaces in known:
+        check_memory(config, spaces)
         Agent(config, spaces, seed=0)
 
 
@@ -318,13 +320,18 @@ class Run:
 
     def _restore(self, state: dict[str, Any]) -> tuple[Agent | None, dict[str, int]]:
         """The agent of a checkpoint (in rl none between two tasks), and the lengths of its logs."""
-        self.progress = Progress(**state["progress"])
-        self.due = Due(**state["due"]) if state.get("due") else None
+        self.progress = progress_of(state["progress"], self.config)
+        self.due = record_of(Due, state["due"]) if state.get("due") else None
+        lengths = {log: state["logs"][log] for log in LOGS}
+        if not all(type(length) is int and length >= 0 for length in lengths.values()):
+            raise ValueError(f"lengths of its logs are {lengths}")
         if state["agent"] is None:
-            return None, {**state["logs"]}
-        agent = Agent(self.config, Spaces(**state["spaces"]), self._seed("agent"))
+            return None, lengths
+        agent = Agent(self.config, record_of(Spaces, state["spaces"]), self._seed("agent"))
         agent.load_state_dict(state["agent"])
-        return agent, {**state["logs"]}
+        if found := bad_agent(agent):
+            raise ValueError(found)
+        return agent, lengths
 
     def _log_iteration(self, agent: Agent, rollout: Rollout, statistics: dict[str, float], seconds: float) -> None:
         row = self._position() | {"iteration": self.progress.iteration, "learning_rate": agent.learning_rate}

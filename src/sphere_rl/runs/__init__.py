@@ -108,8 +108,26 @@ class RunFolder:
         """Write ``config.json``; the folder must not hold anything yet. ``origin``: other versions and commit.
 
         Raises:
-            RunFolderError: the folder has a run or other files in it.
+            RunFolderError: as `check_vacant`.
         """
+        self.check_vacant()
+        with written(self.checkpoints):
+            self.checkpoints.mkdir(exist_ok=True)
+        origin = origin or {"versions": versions(), "commit": commit()}
+        write_atomic(self.config_path, _json({"config": config, **origin}))
+
+    def check_vacant(self) -> None:
+        """Raise `RunFolderError` where the folder cannot be read, or has a run or other files in it."""
+        try:
+            self._check_vacant()
+        except FileNotFoundError:
+            return
+        except RunFolderError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise RunFolderError(f"{self.path}: cannot be written ({getattr(error, 'strerror', error)})") from None
+
+    def _check_vacant(self) -> None:
         if self.config_path.exists():
             raise RunFolderError(f"{self.path}: holds a run already; continue it with: sphere resume {self.path}")
         others = {item.name for item in self.path.iterdir()} - {".lock", ".config.json.tmp"}
@@ -117,10 +135,6 @@ class RunFolder:
             others.discard(self.checkpoints.name)
         if others:
             raise RunFolderError(f"{self.path}: not empty (holds {sorted(others)[0]}); expected a new or empty folder")
-        with written(self.checkpoints):
-            self.checkpoints.mkdir(exist_ok=True)
-        origin = origin or {"versions": versions(), "commit": commit()}
-        write_atomic(self.config_path, _json({"config": config, **origin}))
 
     def __enter__(self) -> RunFolder:
         """Lock the folder, making it if there is none.
