@@ -75,13 +75,17 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.,=+-]", "_", text)
 
 
+PATIENCE = 1.0
+"""Seconds to wait for a lock: whoever asks `RunFolder.in_use` holds it for a moment."""
+
+
 class RunFolder:
     """One run's folder, locked for writing while used as a context manager."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
-        self._lock = FileLock(self.path / ".lock", timeout=0)
+        self._lock = FileLock(self.path / ".lock", timeout=PATIENCE)
 
     @classmethod
     def existing(cls, path: Path | str) -> RunFolder:
@@ -152,6 +156,19 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"{self.path}: cannot be written ({error.strerror or error})") from None
         return self
+
+    @property
+    def in_use(self) -> bool:
+        """Whether another process holds the lock: it trains the run now. One that has died holds none."""
+        if not (self.path / ".lock").is_file():
+            return False
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                return False
+        except Timeout:
+            return True
+        except (OSError, NotImplementedError):  # it cannot be written or locked: nobody holds it
+            return False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

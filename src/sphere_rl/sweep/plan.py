@@ -18,6 +18,8 @@ from itertools import product, repeat
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock
+
 from sphere_rl.config import TrainConfig, convert, idle_options, tell_idle, to_dict
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods import methods
@@ -209,14 +211,14 @@ def _stage(table: Any) -> dict[str, Any]:
 def record(out: Path, command: str, runs: Sequence[PlannedRun]) -> None:
     """Add the command and its runs to ``sweep.json``, for the report and for whoever asks how this came about."""
     make_folder(out)
-    path = out / "sweep.json"
-    old = read_sweep(out) or {"commands": [], "runs": []}
-    new = {
-        "commands": list(dict.fromkeys([*old["commands"], command])),
-        "runs": list(dict.fromkeys([*old["runs"], *(run.name for run in runs)])),
-    }
-    if new != old:
-        write_atomic(path, json.dumps(new, indent=2).encode() + b"\n")
+    with FileLock(out / ".lock"):  # two sweeps may share a folder
+        old = read_sweep(out) or {"commands": [], "runs": []}
+        new = {
+            "commands": list(dict.fromkeys([*old["commands"], command])),
+            "runs": list(dict.fromkeys([*old["runs"], *(run.name for run in runs)])),
+        }
+        if new != old:
+            write_atomic(out / "sweep.json", json.dumps(new, indent=2).encode() + b"\n")
 
 
 def _axes(grid: Grid, names: Sequence[str]) -> list[list[tuple[str, str]]]:

@@ -39,6 +39,8 @@ def share(run: PlannedRun, source: PlannedRun) -> bool:
     rows["eval"] = [row for row in rows["eval"] if row["phase"] != "retention"]
     if policy is None or spaces is None or not rows["eval"] or rows["eval"][-1]["phase"] != "final":
         return False
+    if (run.folder / "config.json").exists() or RunFolder(run.folder).in_use:  # another sweep is at it
+        return False
     with RunFolder(run.folder) as folder:
         folder.create(to_dict(run.config), {name: origin[name] for name in ("versions", "commit")})
         logs = Logs(folder, {})
