@@ -229,7 +229,7 @@ def test_the_gaussian_loss_is_autograds() -> None:
     "option",
     [{"layer_norm": True}, {"crelu": True}, {"spectral_norm": True}, {"layerwise": True}, {"hook": 0}, {"hook": 1}],
 )
-def test_networks_with_something_between_their_layers_are_not_plain(option: dict[str, bool]) -> None:
+def test_networks_with_something_between_their_layers_are_not_plain(option: dict[str, Any]) -> None:
     options = {key: value for key, value in option.items() if key not in ("layerwise", "hook")}
     actor = make_actor("topk_moe", D, A, width=8, depth=2, num_experts=3, **options)
     if "layerwise" in option:

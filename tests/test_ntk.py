@@ -1,6 +1,7 @@
 """The structured eNTK against per-sample Jacobians of torch.func in float64, for every actor and beyond."""
 
 import copy
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def actor(kind: str, **options: bool) -> Actor:
+def actor(kind: str, **options: Any) -> Actor:
     """A small float64 actor with biases that are not zero, in evaluation mode."""
     made = make_actor(kind, 5, ACTIONS, width=16, depth=2, num_experts=4, **options).double().eval()
     with torch.no_grad():

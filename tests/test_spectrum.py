@@ -2,6 +2,7 @@
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def actor(kind: str = "topk_moe", **options: bool) -> Actor:
+def actor(kind: str = "topk_moe", **options: Any) -> Actor:
     return make_actor(kind, 5, 3, width=16, depth=2, num_experts=4, **options)
 
 

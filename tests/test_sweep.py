@@ -20,7 +20,7 @@ from rich.console import Console
 
 from sphere_rl import cli, protocol
 from sphere_rl.errors import CommandLineError, ConfigError
-from sphere_rl.runs import RunFolder
+from sphere_rl.runs import RunFolder, checkpoint
 from sphere_rl.sweep import command, default_jobs, parse
 from sphere_rl.sweep.cost import _kind, reason, speeds, steps_left
 from sphere_rl.sweep.display import LiveTable, last_row
@@ -413,6 +413,14 @@ def test_dry_run_calibrates_and_leaves_nothing(tmp_path: Path, capsys: pytest.Ca
     printed = capsys.readouterr().out
     assert "gym-crl-topk_moe-none-seed0" in printed
     assert "1 of 1 runs to do, 256 steps at" in printed
+    folder = RunFolder(tmp_path / "trained" / "gym-crl-topk_moe-none-seed0")
+    assert command([*GYM, "--methods", "none", "--out", str(folder.path.parent)]) == 0
+    real = checkpoint.run_checkpoints(folder)[0].stat().st_size  # of the end, which has all that a run's has
+    said = re.search(
+        r"checkpoints of ([\d.]+) kB, the last 2 of a run are kept and a policy a task: .* on disk", printed
+    )
+    assert said is not None
+    assert float(said[1]) * 1000 == pytest.approx(real, rel=0.05)
     assert not (tmp_path / "out").exists()
 
 

@@ -47,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         sys.stdout = None
         return 0
+    except OSError as error:
+        if error.filename is None:
+            traceback.print_exc()
+            return 3
+        return fail(f"{error.filename}: {error.strerror}")
     except Exception:
         traceback.print_exc()
         return 3
@@ -78,13 +83,23 @@ def overview() -> str:
 
 
 def fail(message: str, code: int = 2) -> int:
-    """Say what is wrong in one line."""
-    print(f"sphere: {' '.join(message.split())}", file=sys.stderr)
+    """Say what is wrong in one line; with ``SPHERE_DEBUG=1`` where in the code, before it."""
+    if os.environ.get("SPHERE_DEBUG") and sys.exception() is not None:
+        traceback.print_exc()
+    line = " ".join(message.split())
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
+    print(f"sphere: {line}", file=sys.stderr)
     return code
 
 
+LONGEST = 2000
+"""Characters of a line that says what is wrong."""
+
+
 def interrupt(*_: object) -> NoReturn:
-    """Treat a polite kill as Ctrl-C: the run says so in its status."""
+    """Treat a polite kill as Ctrl-C: the run says so in its status. A second one does not keep it from that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -101,6 +116,7 @@ def train(words: list[str]) -> None:
     tell_idle(idle_options(named_options(words), config.method), config.method)
     with waiting(f"opening the tasks of suite {config.suite}", quiet):
         protocol.check(config)
+    RunFolder(out).check_vacant()  # before anything is made there, the lock included
     with RunFolder(out) as folder:
         with resumable(folder):
             protocol.start(config, folder, lambda step: make_monitors(config, folder, step, quiet))
@@ -146,6 +162,7 @@ def evaluate(words: list[str]) -> None:
     from sphere_rl.runs import RunFolder
     from sphere_rl.runtime import threads, tune_process
     from sphere_rl.suites import make_suite
+    from sphere_rl.suites.guard import call_limit
     from sphere_rl.terminal.tables import print_table
     from sphere_rl.training.evaluation import evaluate as run_episodes
     from sphere_rl.training.policies import policy_for, read_policies
@@ -176,8 +193,9 @@ def evaluate(words: list[str]) -> None:
         print(f"{given.run}: no policy yet of {missing} of its {len(config.task_sequence)} tasks", file=sys.stderr)
     results = []
     for task, one in chosen:
-        policy = policies[one.path]
-        found = run_episodes(policy, suite, task, given.episodes, given.seed, threads(config.env_threads), **limits)
+        policy, number = policies[one.path], threads(config.env_threads)
+        with call_limit(config.env_timeout):
+            found = run_episodes(policy, suite, task, given.episodes, given.seed, number, **limits)
         results.append({"task": task, "checkpoint": one.path.stem} | found.row())
     if given.json:
         print("\n".join(json.dumps(result, allow_nan=False) for result in results))

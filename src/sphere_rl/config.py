@@ -146,6 +146,10 @@ class TrainConfig:
     """Threads that compute: two train actor and critic and halves of the experts side by side. auto: two if faster."""
     log: Literal["tensorboard", "wandb"] = "tensorboard"
     """Who is told every number of the logs: TensorBoard files; wandb: Weights & Biases as well (extra `wandb`)."""
+    on_nan: Literal["stop", "rollback"] = "stop"
+    """A number that is not finite stops the run; rollback: it goes back to its last checkpoint, with new seeds."""
+    env_timeout: float = 0.0
+    """Seconds that one call of the environments may take before the run stops; 0: any time."""
     device: str = "cpu"
     """PyTorch device of networks and rollouts."""
     options: MethodOptions = field(default_factory=MethodOptions)
@@ -174,6 +178,12 @@ class TrainConfig:
         for name in ("env_threads", "torch_threads"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "auto, or a whole number above 0")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise ConfigError(f.name, value, "a whole number below 2**63")
+        if self.env_timeout > LONGEST_WAIT:
+            raise ConfigError("env_timeout", self.env_timeout, f"0 to {LONGEST_WAIT:g} seconds")
         for name in POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(name, getattr(self, name), "a finite number above 0")
@@ -184,6 +194,7 @@ class TrainConfig:
             "value_coefficient",
             "entropy_coefficient",
             "learning_rate_end",
+            "env_timeout",
         ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(name, getattr(self, name), "a finite number, 0 or more")
@@ -227,6 +238,9 @@ POSITIVE = (
     "steps_per_task num_envs num_steps minibatch_size num_epochs learning_rate kl_target adam_eps clip max_grad_norm "
     "observation_clip eval_every eval_episodes final_eval_episodes eval_max_steps checkpoint_every"
 ).split()
+
+
+LONGEST_WAIT = 1e6
 
 
 def preset(suite: Suite) -> TrainConfig:

@@ -24,3 +24,20 @@ class RunFolderError(ValueError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on (a NaN, a dead environment); the command line exits with 3 and status.json says why."""
+
+
+class OutsideError(TrainingError):
+    """A failure that going back to a checkpoint would not mend: it lies outside of the numbers that are trained."""
+
+
+class EnvironmentFault(OutsideError):
+    """An environment raised, hung, or gave something else than its spaces promise."""
+
+
+class StorageError(OutsideError, OSError):
+    """A file cannot be written: no room, a read-only disk, a folder that is gone. One line with path and reason."""
+
+    @classmethod
+    def of(cls, path: object, error: OSError) -> StorageError:
+        """What to say of an error of the operating system at ``path``."""
+        return cls(f"{path}: cannot be written ({error.strerror or error})")

@@ -12,49 +12,35 @@ it, the training is saved, and a resumed run begins with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from math import isfinite
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from sphere_rl.config import TrainConfig, to_dict
-from sphere_rl.errors import ConfigError, RunFolderError, TrainingError
+from sphere_rl.errors import ConfigError, OutsideError, RunFolderError, StorageError, TrainingError
 from sphere_rl.kernels.threads import two_lanes
 from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.learner.rollout import Collector, Rollout
-from sphere_rl.runs import Logs, RunFolder, checkpoint, file_name
+from sphere_rl.runs import LOGS, Logs, RunFolder, checkpoint, file_name
 from sphere_rl.runtime import LaneChoice, check_device, threads, tune_process
 from sphere_rl.seeding import derive_seed, global_streams, seed_globals
 from sphere_rl.suites import make_suite
+from sphere_rl.suites.guard import call_limit, described, make_envs
 from sphere_rl.suites.spaces import check_spaces
 from sphere_rl.training.agent import Agent, Policy
 from sphere_rl.training.evaluation import evaluate, summarize
+from sphere_rl.training.finite import bad_agent, bad_number, check_agent
 from sphere_rl.training.monitors import Host, Monitor
 from sphere_rl.training.policies import load_policy
 from sphere_rl.training.ppo import update
+from sphere_rl.training.progress import Due, Progress, progress_of, record_of
 from sphere_rl.training.saved import config_of
+from sphere_rl.training.sizes import check_memory
 from sphere_rl.training.tracker import Tracker
-
-
-@dataclass
-class Progress:
-    """Where a run stands; ``iteration`` and ``segment`` count within the task."""
-
-    task_index: int = 0
-    iteration: int = 0
-    segment: int = 0
-    global_step: int = 0
-
-
-@dataclass(frozen=True)
-class Due:
-    """An evaluation to be made: its phase, and where on which task."""
-
-    phase: str
-    task_index: int
-    task_step: int
 
 
 def check(config: TrainConfig) -> None:
@@ -68,7 +54,8 @@ def check(config: TrainConfig) -> None:
     suite, tasks = make_suite(config.suite), list(dict.fromkeys(config.task_sequence))
     known: dict[Spaces, str] = {}
     for task in tasks[:1] if suite.same_spaces else tasks:
-        envs = suite.make(task, num_envs=1, seed=0, num_threads=1, **config.environment)
+        with call_limit(config.env_timeout):
+            envs = make_envs(suite, task, 1, 0, 1, config.environment)
         spaces = Spaces.of(envs)
         check_spaces(task, envs.single_observation_space, envs.single_action_space)
         envs.close()
@@ -77,6 +64,7 @@ def check(config: TrainConfig) -> None:
             raise ConfigError("tasks", task, f"a task with {same}, not {spaces}")
         known.setdefault(spaces, task)
     for spaces in known:
+        check_memory(config, spaces)
         Agent(config, spaces, seed=0)
 
 
@@ -95,18 +83,45 @@ def resume(folder: RunFolder, monitors: Callable[[int], list[Monitor]]) -> None:
         raise RunFolderError(f"{folder.config_path}: {error}") from None
     tune_process(min(2, threads("auto")) if config.torch_threads == "auto" else config.torch_threads)
     run = Run(config, folder, checkpoint.newest(folder), monitors)
+    while (error := carry_on(run)) is not None:  # bad numbers, and it is to go back
+        found = checkpoint.newest(folder)
+        rollbacks = [*run.rollbacks, str(error)]
+        if config.on_nan == "stop" or len(rollbacks) - len(rollbacks_of(found)) > ROLLBACKS:
+            run.set_status("failed", error)
+            raise error
+        run = Run(config, folder, found, monitors, rollbacks)
+        print(f"sphere: {error}; back to step {run.progress.global_step:,} with new seeds (on_nan)", file=sys.stderr)
+
+
+def carry_on(run: Run) -> TrainingError | None:
+    """Train to the end and write how that went; bad numbers, which may be gone back from, are returned."""
     try:
-        with global_streams(config.seed):
+        with global_streams(run.config.seed), call_limit(run.config.env_timeout):
             run.train()
+        run.close()
+        run.set_status("finished")
     except KeyboardInterrupt:
-        folder.set_status("interrupted", run.progress.global_step, run.task)
+        run.set_status("interrupted")
         raise
     except BaseException as error:
-        folder.set_status("failed", run.progress.global_step, run.task, f"{type(error).__name__}: {error}")
+        if isinstance(error, TrainingError) and not isinstance(error, OutsideError):
+            return error
+        with suppress(StorageError):  # the error itself is what has to be said
+            run.set_status("failed", error)
         raise
     finally:
-        run.close()
-    folder.set_status("finished", run.progress.global_step, run.task)
+        with suppress(OSError):  # of a disk that is full, which has been said
+            run.close()
+    return None
+
+
+ROLLBACKS = 3
+"""How often a run goes back to the same checkpoint; then it fails."""
+
+
+def rollbacks_of(found: tuple[Path, dict[str, Any]] | None) -> list[str]:
+    """What a checkpoint's run had gone back for before it was written."""
+    return list(found[1].get("rollbacks", ())) if found else []
 
 
 class Run:
@@ -118,17 +133,29 @@ class Run:
         folder: RunFolder,
         found: tuple[Path, dict[str, Any]] | None,
         monitors: Callable[[int], list[Monitor]],
+        rollbacks: list[str] | None = None,
     ) -> None:
+        """Restore the checkpoint ``found``; ``rollbacks``: those of the run, where there were some since then."""
         self.config, self.folder, self.suite = config, folder, make_suite(config.suite)
         self.tasks, self.state = config.task_sequence, found[1] if found else None
         self.progress, lengths = Progress(), dict[str, int]()
         self.due: Due | None = None
         self.agent: Agent | None = None
+        self.rollbacks: list[str] = []
         if found is not None:
             with checkpoint.fitting(found[0]):
                 self.agent, lengths = self._restore(found[1])
+                self.rollbacks = rollbacks_of(found)
+        if rollbacks is not None:
+            self.rollbacks = rollbacks
+            if self.agent is not None:
+                self.agent.generator.manual_seed(self._seed("training"))
         self.logs = Logs(folder, lengths)  # the first that changes anything in the folder
-        self.monitors = monitors(self.progress.global_step)
+        try:
+            self.monitors = monitors(self.progress.global_step)
+        except BaseException:
+            self.logs.close()
+            raise
         self.hosts = [monitor for monitor in self.monitors if isinstance(monitor, Host)]
         self.tracker = Tracker(config)
         self.lanes = LaneChoice(config.torch_threads)
@@ -146,11 +173,11 @@ class Run:
 
     def train(self) -> None:
         """Train every task that is left, then look back at the earlier ones."""
-        self.folder.set_status("running", self.progress.global_step, self.task)
+        self.set_status("running")
         if self.due is not None:
             self._evaluate(self._restored_policy(self.due), self.due)
         while self.progress.task_index < len(self.tasks):
-            self.folder.set_status("running", self.progress.global_step, self.task)
+            self.set_status("running")
             agent, collector = self._begin_segment()
             self._train_segment(agent, collector)
             self._end_segment(agent, collector)
@@ -161,12 +188,19 @@ class Run:
             self._evaluate_earlier_tasks(self.agent)
 
     def close(self) -> None:
-        """Close logs, monitors and environments."""
-        self.logs.close()
-        for monitor in self.monitors:
-            monitor.close()
-        if self.collector is not None:
-            self.collector.envs.close()
+        """Close logs, monitors and environments, all of them whatever becomes of one."""
+        with ExitStack() as stack:
+            stack.callback(self.logs.close)
+            while self.monitors:
+                stack.callback(self.monitors.pop().close)
+            if self.collector is not None:
+                stack.callback(self.collector.envs.close)
+                self.collector = None
+
+    def set_status(self, state: str, error: BaseException | None = None) -> None:
+        """Write where the run stands."""
+        text = None if error is None else f"{type(error).__name__}: {error}"
+        self.folder.set_status(state, self.progress.global_step, self.task, text, self.rollbacks)
 
     def _begin_segment(self) -> tuple[Agent, Collector]:
         """The agent and environments of this segment: those in hand, restored ones, or new ones."""
@@ -176,7 +210,8 @@ class Run:
         collector = self.collector
         if collector is None:
             config = self.config
-            envs = self.suite.make(self.task, config.num_envs, seed, threads(config.env_threads), **config.environment)
+            number, count = threads(config.env_threads), config.num_envs
+            envs = make_envs(self.suite, self.task, count, seed, number, config.environment)
         else:
             envs = collector.envs
         agent = self.agent = self.agent or Agent(self.config, Spaces.of(envs), self._seed("agent"))
@@ -184,7 +219,9 @@ class Run:
         if self.progress.iteration == 0:
             self._begin_task(agent)
         if collector is None:
-            collector = self.collector = Collector(envs, agent.normalizer, agent.device, agent.reward_normalizer)
+            with self._place(agent, self.progress.iteration + 1):
+                collector = Collector(envs, agent.normalizer, agent.device, agent.reward_normalizer)
+            self.collector = collector
             if state is not None and state["collector"] is not None:
                 collector.load_state_dict(state["collector"])
         return agent, collector
@@ -194,6 +231,19 @@ class Run:
         hosts, self.hosts = self.hosts, []
         for host in hosts:
             host.begin(agent)
+
+    @contextmanager
+    def _place(self, agent: Agent, iteration: int) -> Iterator[None]:
+        """Say of what goes wrong where it did; what numbers that are none make others raise is their fault."""
+        place = f"task {self.task}, iteration {iteration}"
+        try:
+            yield
+        except TrainingError as error:
+            raise type(error)(f"{place}: {error}") from error
+        except (ArithmeticError, RuntimeError, ValueError) as error:
+            if (found := bad_agent(agent)) is None:
+                raise
+            raise TrainingError(f"{place}: {found} ({described(error)})") from error
 
     def _begin_task(self, agent: Agent) -> None:
         self.lanes.renew()
@@ -210,20 +260,20 @@ class Run:
                 share = progress.iteration / config.iterations_per_task
                 rate = config.learning_rate + share * (config.learning_rate_end - config.learning_rate)
                 agent.set_learning_rate(rate)
-            try:
+            with self._place(agent, progress.iteration + 1):
                 self.tracker.begin_iteration(agent, self.task_step)
                 with two_lanes(self.lanes.threads if agent.device.type == "cpu" else 1):
                     rollout = collector.collect(agent.actor, agent.critic, config.num_steps, agent.generator)
                     statistics = update(agent, rollout, config)
-            except TrainingError as error:
-                raise TrainingError(f"task {self.task}, iteration {progress.iteration + 1}: {error}") from None
+                check_agent(agent)
             progress.iteration += 1
             progress.global_step += config.steps_per_iteration
             seconds = perf_counter() - began
             self.lanes.took(seconds)
-            self._log_iteration(agent, rollout, statistics, seconds)
-            for row in self.tracker.measurements(agent, rollout, self.task):
-                self._log("spectrum", self._position() | row)
+            with self._place(agent, progress.iteration):
+                self._log_iteration(agent, rollout, statistics, seconds)
+                for row in self.tracker.measurements(agent, rollout, self.task):
+                    self._log("spectrum", self._position() | row)
             self.due = self._due_evaluation()
             if self.due is not None and left:  # the last iteration's waits for the checkpoint
                 self._evaluate(Policy(agent.actor, agent.normalizer), self.due)
@@ -249,6 +299,8 @@ class Run:
             "due": asdict(self.due) if self.due else None,
             "logs": self.logs.lengths(),
         }
+        if self.rollbacks:
+            state["rollbacks"] = self.rollbacks
         checkpoint.save_run(self.folder, progress.global_step, state)
 
     def _save_policy(self, agent: Agent) -> None:
@@ -268,13 +320,18 @@ class Run:
 
     def _restore(self, state: dict[str, Any]) -> tuple[Agent | None, dict[str, int]]:
         """The agent of a checkpoint (in rl none between two tasks), and the lengths of its logs."""
-        self.progress = Progress(**state["progress"])
-        self.due = Due(**state["due"]) if state.get("due") else None
+        self.progress = progress_of(state["progress"], self.config)
+        self.due = record_of(Due, state["due"]) if state.get("due") else None
+        lengths = {log: state["logs"][log] for log in LOGS}
+        if not all(type(length) is int and length >= 0 for length in lengths.values()):
+            raise ValueError(f"lengths of its logs are {lengths}")
         if state["agent"] is None:
-            return None, {**state["logs"]}
-        agent = Agent(self.config, Spaces(**state["spaces"]), self._seed("agent"))
+            return None, lengths
+        agent = Agent(self.config, record_of(Spaces, state["spaces"]), self._seed("agent"))
         agent.load_state_dict(state["agent"])
-        return agent, {**state["logs"]}
+        if found := bad_agent(agent):
+            raise ValueError(found)
+        return agent, lengths
 
     def _log_iteration(self, agent: Agent, rollout: Rollout, statistics: dict[str, float], seconds: float) -> None:
         row = self._position() | {"iteration": self.progress.iteration, "learning_rate": agent.learning_rate}
@@ -283,6 +340,8 @@ class Run:
             row |= {name: float(value) for name, value in method.metrics().items()}
         if rollout.episodes:
             row |= summarize(rollout.episodes).row()
+        if self.rollbacks:
+            row["rollbacks"] = len(self.rollbacks)
         row["steps_per_second"] = self.config.steps_per_iteration / seconds
         self._log("train", row)
 
@@ -325,9 +384,8 @@ class Run:
         }
 
     def _log(self, log: str, row: dict[str, Any]) -> None:
-        if broken := [name for name, value in row.items() if isinstance(value, float) and not isfinite(value)]:
-            where = f"task {self.task}, iteration {self.progress.iteration}"
-            raise TrainingError(f"{where}: {', '.join(f'{name} = {row[name]}' for name in broken)} in {log}.jsonl")
+        if found := bad_number(row):
+            raise TrainingError(f"{found} in {log}.jsonl")
         self.logs.append(log, row)
         for monitor in self.monitors:
             monitor.row(log, row)
@@ -335,7 +393,8 @@ class Run:
     def _seed(self, purpose: str, *parts: int) -> int:
         """A seed of the present task: its name and how often it came before, not its place in the sequence.
 
-        So the first task of a sequence and the same task alone are the same run.
+        So the first task of a sequence and the same task alone are the same run. Each rollback has seeds of its own.
         """
         earlier = self.tasks[: self.progress.task_index].count(self.task)
-        return derive_seed(self.config.seed, purpose, self.task, earlier, *parts)
+        branch = ("rollback", len(self.rollbacks)) if self.rollbacks else ()
+        return derive_seed(self.config.seed, purpose, self.task, earlier, *parts, *branch)

@@ -30,7 +30,7 @@ KEY = ("suite", "protocol", "actor", "method", "seed")
 IDENTITY = {"suite", "protocol", "actor", "method", "label", "seed", "tasks"}
 """Fields of a configuration that name a run; runs that differ in others carry the difference in their label."""
 INCIDENTAL = {"plugin", "log", "device", "env_threads", "torch_threads", "checkpoint_every", "eval_every",
-              "eval_max_steps", "spectrum_every"}  # fmt: skip
+              "eval_max_steps", "spectrum_every", "on_nan", "env_timeout"}  # fmt: skip
 """Fields that change how a run is watched or computed, not what is trained."""
 EVAL = {
     "global_step": pl.Int64, "task_index": pl.Int64, "task": pl.String, "task_step": pl.Int64, "phase": pl.String,

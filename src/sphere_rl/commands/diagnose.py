@@ -31,6 +31,7 @@ from sphere_rl.seeding import derive_seed, global_streams
 from sphere_rl.spectrum import block_view, effective_rank, entk, gram_effective_rank, measure
 from sphere_rl.spectrum.ranks import gram_eigenvalues
 from sphere_rl.suites import make_suite
+from sphere_rl.suites.guard import make_envs
 from sphere_rl.suites.spaces import action_sender, check_numbers
 from sphere_rl.terminal.parsers import ArgumentParser, positive
 from sphere_rl.terminal.tables import print_table
@@ -286,7 +287,7 @@ def visited_states(
     seed = derive_seed(0, "visited", task)
     device = next(policy.parameters()).device
     with global_streams(seed):
-        envs = make_suite(suite).make(task, ENVS, seed, 1, **arguments)
+        envs = make_envs(make_suite(suite), task, ENVS, seed, 1, arguments)
         send, generator = action_sender(envs.single_action_space), torch.Generator(device).manual_seed(seed)
         seen = [np.array(envs.reset()[0])]
         for _ in range(max(STEPS, count)):

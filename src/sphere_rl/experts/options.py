@@ -7,6 +7,8 @@ from math import inf
 
 from sphere_rl.errors import ConfigError
 
+DEEPEST = 1000
+
 
 @dataclass(frozen=True)
 class NetworkOptions:
@@ -32,9 +34,14 @@ class NetworkOptions:
     """Every hidden weight divided by its largest singular value."""
 
     def __post_init__(self) -> None:
+        for name in ("width", "depth", "num_experts", "top_k", "num_shared"):
+            if getattr(self, name) >= 2**63:
+                raise ConfigError(name, getattr(self, name), "a whole number below 2**63")
         for name in ("width", "depth", "num_experts"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "at least 1")
+        if self.depth > DEEPEST:
+            raise ConfigError("depth", self.depth, f"1 to {DEEPEST}")
         if self.crelu and self.width % 2:
             raise ConfigError("width", self.width, "an even number with crelu")
         if self.top_k < 1:

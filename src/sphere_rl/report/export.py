@@ -11,6 +11,7 @@ import polars as pl
 from sphere_rl.report import tables
 from sphere_rl.report.content import SuiteContent
 from sphere_rl.results import Results
+from sphere_rl.runs import make_folder, write_atomic
 
 NUMBERS = {
     "rl": "RL",
@@ -36,16 +37,16 @@ def write_tables(
 
     Every line of the evaluations and the measurements follows where ``csv`` is among the formats.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     found = {"headline": number_table(suites, False), "differences": number_table(suites, True)}
     found["tasks"] = task_table(suites)
     for form in formats:
         for name, table in found.items():
             FORMATS[form](table, out / name)
     if "csv" in formats:
-        results.evals.write_csv(out / "evaluations.csv")
+        write_csv(results.evals, out / "evaluations")
         flat = [name for name, kind in results.spectra.schema.items() if not kind.is_nested()]
-        results.spectra.select(flat).write_csv(out / "spectrum.csv")
+        write_csv(results.spectra.select(flat), out / "spectrum")
 
 
 def number_table(suites: Sequence[SuiteContent], differences: bool) -> pl.DataFrame:
@@ -78,12 +79,13 @@ def task_table(suites: Sequence[SuiteContent]) -> pl.DataFrame:
 
 def write_csv(table: pl.DataFrame, path: Path) -> None:
     """Write ``path.csv``."""
-    table.write_csv(path.with_suffix(".csv"))
+    write_atomic(path.with_suffix(".csv"), table.write_csv().encode())
 
 
 def write_latex(table: pl.DataFrame, path: Path) -> None:
     """Write ``path.tex``: a tabular in the manner of booktabs, one row a method, a number with its interval a cell."""
-    path.with_suffix(".tex").write_text(latex(*(by_number(table) if "number" in table.columns else by_column(table))))
+    text = latex(*(by_number(table) if "number" in table.columns else by_column(table)))
+    write_atomic(path.with_suffix(".tex"), text.encode())
 
 
 def by_number(table: pl.DataFrame) -> tuple[list[str], list[list[str]]]:

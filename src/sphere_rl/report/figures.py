@@ -11,6 +11,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from sphere_rl.report.appearance import LINES, MARKERS, STYLE, color, fill, index, lighter, shade, styled
+from sphere_rl.runs import make_folder, write_atomic
 from sphere_rl.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def save(figure: Figure, path: Path | str) -> list[Path]:
     import matplotlib
 
     stem, caption = Path(path), str(figure.get_label())
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(stem.parent)
     metadata: dict[str, dict[str, Any]] = {
         "png": {"Description": caption},
         "svg": {"Date": None, "Description": caption},
@@ -62,8 +64,10 @@ def save(figure: Figure, path: Path | str) -> list[Path]:
         figure.set_layout_engine("none")
         box = figure.get_tightbbox().padded(0.1)
         for kind in FORMATS:
-            figure.savefig(stem.with_suffix(f".{kind}"), dpi=200, bbox_inches=box, metadata=metadata[kind])
-    return [stem.with_suffix(f".{kind}") for kind in FORMATS]
+            drawn = BytesIO()
+            figure.savefig(drawn, format=kind, dpi=200, bbox_inches=box, metadata=metadata[kind])
+            write_atomic(stem.with_name(f"{stem.name}.{kind}"), drawn.getvalue())
+    return [stem.with_name(f"{stem.name}.{kind}") for kind in FORMATS]
 
 
 def curves(table: pl.DataFrame, x: str, y: str, by: Sequence[str], part: str | None = None) -> list[Curve]:

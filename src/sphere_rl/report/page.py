@@ -18,7 +18,7 @@ from sphere_rl.report.content import SuiteContent, arms
 from sphere_rl.report.export import DIFFERENCES, NUMBERS, write_tables
 from sphere_rl.report.geometry import Snapshot
 from sphere_rl.results import Results, load_results
-from sphere_rl.runs import read_sweep, write_atomic
+from sphere_rl.runs import make_folder, read_sweep, write_atomic
 from sphere_rl.spectrum.vanishing import notices
 from sphere_rl.statistics import Estimate
 
@@ -58,9 +58,9 @@ def make_page(results: Results, out: Path, refresh: int | None = None) -> Page:
     figures that are there already are left for the call without it.
     """
     suites = content_of(results)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if refresh is None or not (out / "figures").is_dir():  # while runs go on, the page alone is made anew
-        (out / "figures").mkdir(exist_ok=True)
+        make_folder(out / "figures")
         drawings.write(suites, out / "figures")
     write_tables(suites, results, out / "tables")
     page = out / "index.html"

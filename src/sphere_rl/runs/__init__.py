@@ -10,37 +10,73 @@ import json
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
+from io import BufferedWriter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sphere_rl.errors import RunFolderError
+from sphere_rl.errors import RunFolderError, StorageError
 from sphere_rl.runs.records import MAYBE_TEXT, OBJECT, STATE, TEXTS, WHOLE, content, read_object, read_row
 
 LOGS = ("train", "eval", "spectrum")
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Replace a file so that a crash at any byte leaves the old or the new content, never a mixture."""
+    """Replace a file so that a crash at any byte leaves the old or the new content, never a mixture.
+
+    Raises:
+        StorageError: it cannot be written; the old one is as it was, and what was begun takes no room.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
+    try:
+        with written(path):
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            directory = os.open(path.parent, os.O_RDONLY)
+            os.fsync(directory)
+            os.close(directory)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+@contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Write ``path`` in here; what the operating system refuses is a `StorageError` that names it."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError.of(path, error) from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those that it lies in, where there is none.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    with written(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def file_name(text: str) -> str:
     """A name of a task or run as one of a file: every character that means something in paths becomes ``_``."""
     return re.sub(r"[^\w.,=+-]", "_", text)
+
+
+PATIENCE = 1.0
+"""Seconds to wait for a lock: whoever asks `RunFolder.in_use` holds it for a moment."""
 
 
 class RunFolder:
@@ -49,7 +85,7 @@ class RunFolder:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
-        self._lock = FileLock(self.path / ".lock", timeout=0)
+        self._lock = FileLock(self.path / ".lock", timeout=PATIENCE)
 
     @classmethod
     def existing(cls, path: Path | str) -> RunFolder:
@@ -76,16 +112,33 @@ class RunFolder:
         """Write ``config.json``; the folder must not hold anything yet. ``origin``: other versions and commit.
 
         Raises:
-            RunFolderError: the folder has a run or other files in it.
+            RunFolderError: as `check_vacant`.
         """
+        self.check_vacant()
+        with written(self.checkpoints):
+            self.checkpoints.mkdir(exist_ok=True)
+        origin = origin or {"versions": versions(), "commit": commit()}
+        write_atomic(self.config_path, _json({"config": config, **origin}))
+
+    def check_vacant(self) -> None:
+        """Raise `RunFolderError` where the folder cannot be read, or has a run or other files in it."""
+        try:
+            self._check_vacant()
+        except FileNotFoundError:
+            return
+        except RunFolderError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise RunFolderError(f"{self.path}: cannot be written ({getattr(error, 'strerror', error)})") from None
+
+    def _check_vacant(self) -> None:
         if self.config_path.exists():
             raise RunFolderError(f"{self.path}: holds a run already; continue it with: sphere resume {self.path}")
         others = {item.name for item in self.path.iterdir()} - {".lock", ".config.json.tmp"}
+        if self.checkpoints.is_dir() and not any(self.checkpoints.iterdir()):  # ended before it had a configuration
+            others.discard(self.checkpoints.name)
         if others:
             raise RunFolderError(f"{self.path}: not empty (holds {sorted(others)[0]}); expected a new or empty folder")
-        self.checkpoints.mkdir()
-        origin = origin or {"versions": versions(), "commit": commit()}
-        write_atomic(self.config_path, _json({"config": config, **origin}))
 
     def __enter__(self) -> RunFolder:
         """Lock the folder, making it if there is none.
@@ -98,9 +151,24 @@ class RunFolder:
             self._lock.acquire()
         except Timeout:
             raise RunFolderError(f"{self.path}: another process is using this run folder") from None
+        except NotImplementedError:
+            raise RunFolderError(f"{self.path}: cannot be locked (its file system has no locks)") from None
         except OSError as error:
-            raise RunFolderError(f"{self.path}: cannot be written ({error.strerror})") from None
+            raise RunFolderError(f"{self.path}: cannot be written ({error.strerror or error})") from None
         return self
+
+    @property
+    def in_use(self) -> bool:
+        """Whether another process holds the lock: it trains the run now. One that has died holds none."""
+        if not (self.path / ".lock").is_file():
+            return False
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                return False
+        except Timeout:
+            return True
+        except (OSError, NotImplementedError):  # it cannot be written or locked: nobody holds it
+            return False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -120,14 +188,22 @@ class RunFolder:
         return self.record()["config"]
 
     def status(self) -> dict[str, Any]:
-        """State (running, finished, failed, interrupted), global_step, task and error; empty before the first."""
+        """State (running, finished, failed, interrupted), global_step, task and error; empty before the first.
+
+        ``rollbacks`` is there where there were some: what the run went back to a checkpoint for, each time.
+        """
         path = self.path / "status.json"
         kinds = {"state": STATE, "global_step": WHOLE, "task": MAYBE_TEXT, "error": MAYBE_TEXT}
+        kinds["rollbacks"] = TEXTS
         return read_object(path, kinds, ("state",)) if os.path.lexists(path) else {}
 
-    def set_status(self, state: str, global_step: int, task: str, error: str | None = None) -> None:
+    def set_status(
+        self, state: str, global_step: int, task: str, error: str | None = None, rollbacks: Sequence[str] = ()
+    ) -> None:
         """Replace ``status.json``."""
-        data = {"state": state, "global_step": global_step, "task": task, "error": error}
+        data: dict[str, Any] = {"state": state, "global_step": global_step, "task": task, "error": error}
+        if rollbacks:
+            data["rollbacks"] = list(rollbacks)
         write_atomic(self.path / "status.json", _json(data))
 
     def read(self, log: str, needed: Iterable[str] = (), length: int | None = None) -> list[dict[str, Any]]:
@@ -184,27 +260,32 @@ class Logs:
         """
         for log in LOGS:  # before any of them is touched
             folder.check_log(log, lengths.get(log, 0))
-        self._files = {}
+        self._files: dict[str, BufferedWriter] = {}
         for log in LOGS:
-            file = (folder.path / f"{log}.jsonl").open("ab")
-            file.truncate(lengths.get(log, 0))
-            self._files[log] = file
+            path = folder.path / f"{log}.jsonl"
+            with written(path):
+                file = self._files[log] = path.open("ab")
+                file.truncate(lengths.get(log, 0))
 
     def append(self, log: str, row: Mapping[str, Any]) -> None:
         """Write one line and hand it to the operating system."""
-        self._files[log].write(json.dumps(row, allow_nan=False).encode() + b"\n")
-        self._files[log].flush()
+        file, line = self._files[log], json.dumps(row, allow_nan=False).encode() + b"\n"
+        with written(Path(file.name)):
+            file.write(line)
+            file.flush()
 
     def lengths(self) -> dict[str, int]:
         """Bytes of each log, all of them on disk."""
         for file in self._files.values():
-            os.fsync(file.fileno())
+            with written(Path(file.name)):
+                os.fsync(file.fileno())
         return {log: os.fstat(file.fileno()).st_size for log, file in self._files.items()}
 
     def close(self) -> None:
         """Close the files."""
         for file in self._files.values():
-            file.close()
+            with written(Path(file.name)):
+                file.close()
 
 
 def versions() -> dict[str, str]:

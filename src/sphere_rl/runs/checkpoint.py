@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from sphere_rl.errors import RunFolderError
-from sphere_rl.runs import RunFolder, write_atomic
+from sphere_rl.runs import RunFolder, write_atomic, written
 from sphere_rl.runs.records import content as read_content
 
 KEPT = 2
@@ -74,7 +75,8 @@ def save_run(folder: RunFolder, global_step: int, state: dict[str, Any]) -> None
     """Write a run's checkpoint and remove all but the last two."""
     save(folder.checkpoints / f"step-{global_step:012d}.pt", state)
     for old in run_checkpoints(folder)[:-KEPT]:
-        old.unlink()
+        with written(old):
+            old.unlink()
 
 
 def run_checkpoints(folder: RunFolder) -> list[Path]:
@@ -99,9 +101,13 @@ def newest(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
     paths = run_checkpoints(folder)[::-1]
     for path in paths:
         try:
-            return path, load(path)
+            found = path, load(path)
         except RunFolderError as error:
             broken = error
+            continue
+        if path != paths[0]:
+            print(f"sphere: {broken}; the run goes on from {path.name}", file=sys.stderr)  # type: ignore[possibly-undefined]
+        return found
     if paths:
         raise broken  # type: ignore[possibly-undefined]
     return None

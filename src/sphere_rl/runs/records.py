@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, NoReturn
 
 from sphere_rl.errors import RunFolderError
@@ -32,9 +33,11 @@ def content(path: Path) -> bytes:
     """The bytes of a file.
 
     Raises:
-        RunFolderError: it is not there, is a directory, or must not be read.
+        RunFolderError: it is not there, is no file, or must not be read.
     """
     try:
+        if not path.is_dir() and not S_ISREG(path.stat().st_mode):  # a pipe or a device may have no end
+            raise RunFolderError(f"{path}: is not a file")
         return path.read_bytes()
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be read ({error.strerror})") from None

@@ -16,22 +16,77 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-from sphere_rl.errors import ConfigError
+from sphere_rl.errors import ConfigError, EnvironmentFault
+from sphere_rl.suites.guard import described
 from sphere_rl.suites.spaces import check_spaces, flattened
 
 
 class _Adapted(gymnasium.Wrapper):
-    """What the rest of the library relies on: success by one name, and observations that a later step leaves alone.
+    """What the rest of the library relies on, of environment ``index``; all else is an `EnvironmentFault`.
 
-    Robotics environments say ``is_success``. An environment that writes every observation into the same array would
-    overwrite an episode's last one with the reset that follows it.
+    Observations have the shape of their space and are left alone by later steps: an environment that writes every one
+    into the same array would overwrite an episode's last one with the reset that follows it. Rewards and ends are
+    single numbers. Success goes by one name; robotics environments say ``is_success``.
     """
 
+    def __init__(self, env: gymnasium.Env, index: int) -> None:
+        super().__init__(env)
+        self._index, self._step = index, 0
+
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        self._step = 0
+        try:
+            observation, info = self.env.reset(**options)
+        except (Exception, SystemExit) as error:  # whatever it does
+            raise self._fault(f"reset raised {described(error)}") from error
+        return self._observation(observation), self._info(info)
+
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        observation, reward, terminated, truncated, info = self.env.step(action)
-        if "is_success" in info:
-            info = {**info, "success": float(info["is_success"])}
-        return np.array(observation), reward, terminated, truncated, info
+        self._step += 1
+        try:
+            observation, reward, terminated, truncated, info = self.env.step(action)
+        except (Exception, SystemExit) as error:
+            raise self._fault(f"step raised {described(error)}") from error
+        ends = self._number("terminated", terminated), self._number("truncated", truncated)
+        found = self._number("the reward", reward), bool(ends[0]), bool(ends[1])
+        return self._observation(observation), *found, self._info(info)
+
+    def _observation(self, observation: Any) -> np.ndarray:
+        try:
+            array = np.array(observation)
+        except ValueError:  # nested lists of unequal lengths
+            raise self._fault("the observation is no array") from None
+        if array.shape != self.observation_space.shape:
+            raise self._fault(f"the observation has shape {array.shape}, not {self.observation_space.shape}")
+        return self._numbers("the observation", array)
+
+    def _number(self, what: str, value: Any) -> Any:
+        """A single number as it is; an array of one as its element."""
+        if isinstance(value, bool | int | float):
+            return value
+        array = np.asarray(value)
+        if array.size != 1:
+            raise self._fault(f"{what} has shape {array.shape}, not ()")
+        return self._numbers(what, array).reshape(())[()]
+
+    def _numbers(self, what: str, array: np.ndarray) -> np.ndarray:
+        if array.dtype.kind not in "biuf":
+            raise self._fault(f"{what} is of type {array.dtype}, not a real number")
+        return array
+
+    def _info(self, info: Any) -> dict[str, Any]:
+        if not isinstance(info, dict):
+            raise self._fault(f"info is a {type(info).__name__}, not a dict")
+        name = "is_success" if "is_success" in info else "success"
+        if name not in info:
+            return info
+        success = self._number(name, info[name])
+        if success != success:
+            raise self._fault(f"{name} is {success}, not a number")
+        return {**info, "success": float(success)} if name == "is_success" else info
+
+    def _fault(self, what: str) -> EnvironmentFault:
+        return EnvironmentFault(f"environment {self._index}, step {self._step} of its episode: {what}")
 
 
 class _SeededVectorEnv(SyncVectorEnv):
@@ -80,11 +135,13 @@ class Gymnasium:
         env_args["max_episode_steps"] = max_episode_steps
         self._make(task, env_args).close()  # says what is wrong
         seeds = np.random.SeedSequence(seed).generate_state(num_envs).tolist()
-        return _SeededVectorEnv([lambda: _Adapted(self._make(task, env_args))] * num_envs, seeds)
+        makers = [lambda i=i: _Adapted(self._make(task, env_args), i) for i in range(num_envs)]
+        return _SeededVectorEnv(makers, seeds)
 
     def render_env(self, task: str, seed: int, max_episode_steps: int | None = None, **env_args: Any) -> gymnasium.Env:
         """Make one environment that draws its frames."""
         env = self._make(task, env_args | {"max_episode_steps": max_episode_steps, "render_mode": "rgb_array"})
+        env = _Adapted(env, 0)
         env.reset(seed=seed)
         return env
 
@@ -98,7 +155,9 @@ class Gymnasium:
         name = _registered(task)
         try:
             env = gymnasium.make(name, **arguments)
-        except Exception as error:  # whatever its constructor does
+        except EnvironmentFault:  # it hangs
+            raise
+        except (Exception, SystemExit) as error:  # whatever its constructor does
             given = {key: value for key, value in arguments.items() if value is not None and key != "render_mode"}
             what = f"arguments with which {task} can be made" if given else "an environment that can be made"
             cause = f"{type(error).__name__}: {error}"

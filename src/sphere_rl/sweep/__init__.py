@@ -151,7 +151,7 @@ def execute(engine: Any, runs: Sequence[Any], already: int) -> dict[str, int]:
 
 def dry_run(runs: Sequence[Any], jobs: int | None) -> int:
     """Print what would be done and what it costs."""
-    from sphere_rl.sweep.cost import speeds, steps_left
+    from sphere_rl.sweep.cost import room, speeds, steps_left
     from sphere_rl.sweep.plan import state
     from sphere_rl.sweep.shared import sources
 
@@ -168,4 +168,5 @@ def dry_run(runs: Sequence[Any], jobs: int | None) -> int:
     at = f" at {rates[0]} to {rates[-1]} steps/s a run" if rates else ""
     print(f"{len(left)} of {len(runs)} runs to do, {sum(steps.values()):,} steps{at}: {sum(hours):.2f} core-hours")
     print(f"with {jobs} side by side about {max([sum(hours) / jobs, *hours], default=0):.2f} hours, evaluations on top")
+    print(room(runs))
     return 0

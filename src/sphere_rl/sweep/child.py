@@ -12,10 +12,10 @@ import signal
 import sys
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from sphere_rl.errors import RunFolderError
-from sphere_rl.runs import RunFolder
+from sphere_rl.runs import RunFolder, make_folder
 
 PR_SET_PDEATHSIG = 1
 """From Linux' prctl.h; the setting outlives exec."""
@@ -28,9 +28,12 @@ def main(parent: int, folder: Path, words: list[str]) -> int:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
             return 130
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock", timeout=LOCK_SECONDS):
-        run = RunFolder(folder)
+    make_folder(folder)
+    try:
+        with FileLock(folder / ".lock", timeout=LOCK_SECONDS):
+            run = RunFolder(folder)
+    except Timeout:
+        raise RunFolderError(f"{folder}: another process is using this run folder") from None
     if not run.config_path.is_file():
         command = ["train", *words, "--out", str(folder), "--quiet"]
     elif run.status().get("state") == "finished":

@@ -11,10 +11,14 @@ from typing import Any
 
 from sphere_rl.config import TrainConfig, to_dict
 from sphere_rl.errors import RunFolderError, TrainingError
-from sphere_rl.runs import RunFolder
+from sphere_rl.learner.actor_critic import Spaces
+from sphere_rl.runs import RunFolder, checkpoint
+from sphere_rl.suites import make_suite
+from sphere_rl.suites.guard import make_envs
 from sphere_rl.sweep.display import standing
 from sphere_rl.sweep.engines import start
 from sphere_rl.sweep.plan import PlannedRun
+from sphere_rl.training.sizes import checkpoint_bytes, size
 
 CALIBRATION_STEPS = 1024
 """Environment steps of one iteration of a calibration, at least."""
@@ -72,6 +76,24 @@ def reason(run: PlannedRun, log: Path) -> str:
         error = str(unreadable)
     lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
     return error or (lines[-1] if lines else "no output")
+
+
+def room(runs: Sequence[PlannedRun]) -> str:
+    """What checkpoints of the runs take on disk, in words; the first task's spaces stand for those of all."""
+    kinds: dict[str, tuple[int, int]] = {}
+    total, one = 0, list[int]()
+    for run in runs:
+        kind = _kind(run.config)
+        if kind not in kinds:
+            envs = make_envs(make_suite(run.config.suite), run.config.task_sequence[0], 1, 0, 1, run.config.environment)
+            kinds[kind] = checkpoint_bytes(run.config, Spaces.of(envs))
+            envs.close()
+        step, policy = kinds[kind]
+        one.append(step)
+        total += checkpoint.KEPT * step + policy * len(run.config.task_sequence)
+    sizes = dict.fromkeys((size(min(one)), size(max(one))))
+    kept = f"the last {checkpoint.KEPT} of a run are kept and a policy a task"
+    return f"checkpoints of {' to '.join(sizes)}, {kept}: {size(total)} on disk"
 
 
 def _measured(run: PlannedRun) -> float | None:

@@ -11,12 +11,15 @@ import sysconfig
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from sphere_rl.errors import RunFolderError
 from sphere_rl.extras import require
+from sphere_rl.runs import RunFolder
 from sphere_rl.runtime import cores
-from sphere_rl.sweep.plan import PlannedRun
+from sphere_rl.sweep.plan import PlannedRun, state
 
 LIBRARIES = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
 """Whose thread pools are pinned to the run's own number of threads."""
@@ -50,12 +53,15 @@ def local(jobs: int) -> Engine:
         running: dict[subprocess.Popen[bytes], PlannedRun] = {}
         try:
             while waiting or running:
-                while waiting and len(running) < jobs:
-                    running[start(*process_of(waiting[0], share))] = waiting[0]
-                    watcher.started(waiting.popleft())
+                for run in take(waiting, jobs - len(running)):
+                    running[start(*process_of(run, share))] = run
+                    watcher.started(run)
                 time.sleep(0.1)
                 for process in [process for process in running if process.poll() is not None]:
                     run = running.pop(process)
+                    if process.returncode and outrun(run):
+                        waiting.append(run)
+                        continue
                     codes[run.name] = process.returncode
                     watcher.ended(run, process.returncode)
                 watcher.tick()
@@ -64,6 +70,27 @@ def local(jobs: int) -> Engine:
         return codes
 
     return run_all
+
+
+def take(waiting: deque[PlannedRun], most: int) -> list[PlannedRun]:
+    """Take up to ``most`` runs from those that wait; those that another sweep trains at the moment go on waiting.
+
+    When that one has ended or died, such a run is taken like any other: its process sees how far it is.
+    """
+    taken = list[PlannedRun]()
+    for _ in range(len(waiting)):
+        if len(taken) == most:
+            break
+        run = waiting.popleft()
+        (waiting if RunFolder(run.folder).in_use else taken).append(run)
+    return taken
+
+
+def outrun(run: PlannedRun) -> bool:
+    """Whether another sweep has taken the run between the start of our process and its own, or is done with it."""
+    with suppress(RunFolderError):
+        return RunFolder(run.folder).in_use or state(run) == "finished"
+    return False
 
 
 def ray(address: str | None, jobs: int | None) -> Engine:

@@ -18,10 +18,12 @@ from itertools import product, repeat
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock
+
 from sphere_rl.config import TrainConfig, convert, idle_options, tell_idle, to_dict
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods import methods
-from sphere_rl.runs import RunFolder, file_name, read_sweep, write_atomic
+from sphere_rl.runs import RunFolder, file_name, make_folder, read_sweep, write_atomic
 from sphere_rl.suites.env_args import FLAG, word_of
 from sphere_rl.terminal.arguments import named_options, parse_train
 from sphere_rl.training.saved import config_of
@@ -221,15 +223,15 @@ def _stage(table: Any) -> dict[str, Any]:
 
 def record(out: Path, command: str, runs: Sequence[PlannedRun]) -> None:
     """Add the command and its runs to ``sweep.json``, for the report and for whoever asks how this came about."""
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "sweep.json"
-    old = read_sweep(out) or {"commands": [], "runs": []}
-    new = {
-        "commands": list(dict.fromkeys([*old["commands"], command])),
-        "runs": list(dict.fromkeys([*old["runs"], *(run.name for run in runs)])),
-    }
-    if new != old:
-        write_atomic(path, json.dumps(new, indent=2).encode() + b"\n")
+    make_folder(out)
+    with FileLock(out / ".lock"):  # two sweeps may share a folder
+        old = read_sweep(out) or {"commands": [], "runs": []}
+        new = {
+            "commands": list(dict.fromkeys([*old["commands"], command])),
+            "runs": list(dict.fromkeys([*old["runs"], *(run.name for run in runs)])),
+        }
+        if new != old:
+            write_atomic(out / "sweep.json", json.dumps(new, indent=2).encode() + b"\n")
 
 
 def _axes(grid: Grid, names: Sequence[str]) -> list[list[tuple[str, str]]]:

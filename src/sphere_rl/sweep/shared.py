@@ -11,10 +11,10 @@ from dataclasses import asdict, replace
 
 from sphere_rl.config import TrainConfig, to_dict
 from sphere_rl.errors import RunFolderError
-from sphere_rl.protocol import Due, Progress
 from sphere_rl.runs import LOGS, Logs, RunFolder, checkpoint
 from sphere_rl.runs.records import LOG_COLUMNS
 from sphere_rl.sweep.plan import PlannedRun
+from sphere_rl.training.progress import Due, Progress
 
 
 def sources(runs: Sequence[PlannedRun]) -> dict[str, PlannedRun]:
@@ -38,6 +38,8 @@ def share(run: PlannedRun, source: PlannedRun) -> bool:
         return False
     rows["eval"] = [row for row in rows["eval"] if row["phase"] != "retention"]
     if policy is None or spaces is None or not rows["eval"] or rows["eval"][-1]["phase"] != "final":
+        return False
+    if (run.folder / "config.json").exists() or RunFolder(run.folder).in_use:  # another sweep is at it
         return False
     with RunFolder(run.folder) as folder:
         folder.create(to_dict(run.config), {name: origin[name] for name in ("versions", "commit")})

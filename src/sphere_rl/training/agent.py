@@ -71,6 +71,9 @@ class Agent(ActorCritic):
         self.critic.load_state_dict(state["critic"])
         self.actor_optimizer.load_state_dict(state["actor_optimizer"])
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        for parameter in (*self.actor_parameters, *self.critic_parameters):
+            if any(moment.shape != parameter.shape for moment in self.moments(parameter)):
+                raise ValueError(f"an optimiser's moments are not of shape {[*parameter.shape]}")
         if self.normalizer:
             self.normalizer.load_state_dict(state["normalizer"])
         if self.reward_normalizer:

@@ -19,6 +19,7 @@ from sphere_rl.errors import TrainingError
 from sphere_rl.learner.rollout import Episode, EpisodeRecorder, check_step
 from sphere_rl.seeding import derive_seed, global_streams
 from sphere_rl.suites import Suite
+from sphere_rl.suites.guard import make_envs
 from sphere_rl.suites.spaces import action_sender, check_numbers
 from sphere_rl.training.agent import Policy
 
@@ -76,7 +77,7 @@ def evaluate(
         for made in count():
             fresh = derive_seed(seed, "again", made) if made else seed
             with global_streams(fresh):
-                envs = suite.make(task, len(quota), fresh, num_threads, **arguments)
+                envs = make_envs(suite, task, len(quota), fresh, num_threads, arguments)
                 with closing(envs):
                     finished += _run(policy, envs, quota, max_steps)
             if not quota.any():
@@ -84,7 +85,7 @@ def evaluate(
             _tell(task, max_steps)
             quota = quota[quota > 0]
     except TrainingError as error:
-        raise TrainingError(f"task {task}, {phase}, {error}") from None
+        raise type(error)(f"task {task}, {phase}, {error}") from error
     finally:
         policy.train(was_training)
     raise AssertionError

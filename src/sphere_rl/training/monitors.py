@@ -7,14 +7,18 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import count
+from socket import gethostname
+from time import time
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from rich.console import Console
 
 from sphere_rl.config import TrainConfig, to_dict
-from sphere_rl.errors import CommandLineError
+from sphere_rl.errors import CommandLineError, StorageError
 from sphere_rl.extras import require
-from sphere_rl.runs import RunFolder
+from sphere_rl.runs import RunFolder, written
 from sphere_rl.spectrum.vanishing import FeatureWatch
 from sphere_rl.training.display import Bars, Lines
 
@@ -99,27 +103,52 @@ def words(value: Any) -> str:
 
 
 class TensorBoard:
-    """Scalars of all three logs under ``tb/``, by environment step, and the run's hyperparameters."""
+    """Scalars of all three logs under ``tb/``, by environment step, and the run's hyperparameters.
+
+    Records are written here and not by a thread of TensorBoard's, which would print its own traceback where the disk
+    is full.
+    """
+
+    NUMBER = count()
 
     def __init__(self, config: TrainConfig, folder: RunFolder, global_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-        from torch.utils.tensorboard.summary import hparams
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._writer = SummaryWriter(str(folder.path / "tb"), purge_step=global_step + 1)
-        if global_step == 0 and self._writer.file_writer is not None:
-            for summary in hparams(
-                hyperparameters(config), dict.fromkeys(OUTCOMES, 0)
-            ):  # beside the curves, in one run
-                self._writer.file_writer.add_summary(summary)
+        self._proto: Any = importlib.import_module("tensorboard.compat.proto.event_pb2")
+        place = f"{int(time()):010d}.{gethostname()}.{os.getpid()}.{next(self.NUMBER)}"
+        self._path = folder.path / "tb" / f"events.out.tfevents.{place}"
+        with written(self._path):
+            self._path.parent.mkdir(exist_ok=True)
+            self._file = self._path.open("wb")
+        self._records = RecordWriter(self._file)
+        start = {"status": self._proto.SessionLog.START}  # what was written before from this step on is not shown
+        try:
+            self._write(file_version="brain.Event:2")
+            self._write(step=global_step + 1, session_log=start)
+            if global_step == 0:  # beside the curves, in one run
+                from torch.utils.tensorboard.summary import hparams
+
+                for summary in hparams(hyperparameters(config), dict.fromkeys(OUTCOMES, 0)):
+                    self._write(summary=summary)
+        except StorageError:
+            with suppress(OSError):
+                self._file.close()
+            raise
 
     def row(self, log: str, row: dict[str, Any]) -> None:
         """Write every number of the row."""
-        for name, value in scalars(log, row):
-            self._writer.add_scalar(name, value, row["global_step"])
+        values = [{"tag": name, "simple_value": value} for name, value in scalars(log, row)]
+        self._write(step=row["global_step"], summary={"value": values})
 
     def close(self) -> None:
         """Write what is left."""
-        self._writer.close()
+        with written(self._path):
+            self._file.close()
+
+    def _write(self, **event: Any) -> None:
+        with written(self._path):
+            self._records.write(self._proto.Event(wall_time=time(), **event).SerializeToString())
+            self._file.flush()
 
 
 class WandB:

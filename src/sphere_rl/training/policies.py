@@ -14,8 +14,11 @@ from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.runs import RunFolder, checkpoint
 from sphere_rl.runtime import check_device
 from sphere_rl.suites import Suite, check_task, make_suite
+from sphere_rl.suites.guard import make_envs
 from sphere_rl.training import exported
 from sphere_rl.training.agent import Agent, Policy
+from sphere_rl.training.finite import bad_number
+from sphere_rl.training.progress import Progress, record_of
 from sphere_rl.training.saved import config_of
 
 
@@ -59,13 +62,13 @@ def placed(folder: RunFolder, path: Path) -> Chosen:
     """
     state = checkpoint.load(path)
     with checkpoint.fitting(path):
-        progress = state["progress"]
+        config, progress = config_of(folder), record_of(Progress, state["progress"])
         # What is written at the end of a task stands at the start of the next one, on which nothing was trained yet.
-        index = progress["task_index"] - (progress["iteration"] == 0)
-        if not 0 <= index < len(config_of(folder).task_sequence):
-            raise ValueError(f"it is of task {index + 1}, and the run has {len(config_of(folder).task_sequence)}")
+        index = progress.task_index - (progress.iteration == 0)
+        if not 0 <= index < len(config.task_sequence):
+            raise ValueError(f"it is of task {index + 1}, and the run has {len(config.task_sequence)}")
         if state["agent"] is not None:
-            return Chosen(path, int(progress["global_step"]), index)
+            return Chosen(path, progress.global_step, index)
     before = checkpoint.task_checkpoint(folder, index)
     if before is None:
         raise RunFolderError(f"{folder.checkpoints}: the policy at the end of task {index + 1} is missing")
@@ -145,12 +148,14 @@ def read_policy(folder: RunFolder, path: Path, device: str = "cpu") -> tuple[Pol
     check_device(device)
     config, state = replace(config_of(folder), device=device), checkpoint.load(path)
     with checkpoint.fitting(path):
-        spaces, saved = Spaces(**state["spaces"]), state["agent"]
+        spaces, saved = record_of(Spaces, state["spaces"]), state["agent"]
         agent = Agent(config, spaces, seed=0, learns=False)
         for method in agent.methods:
             method.load_state_dict(saved["methods"][method.name])
         agent.actor.load_state_dict(saved["actor"])
         _restore_normalizer(agent, saved["normalizer"])
+        if found := bad_number({"actor": saved["actor"], "normalizer": saved["normalizer"]}):
+            raise RunFolderError(f"{path}: holds a policy that is no use ({found})")
         return Policy(agent.actor, agent.normalizer).to(device).eval(), spaces
 
 
@@ -184,6 +189,6 @@ def check_spaces(path: Path, spaces: Spaces, suite: Suite, task: str, arguments:
 
 @cache
 def _task_spaces(suite: str, task: str, arguments: tuple[tuple[str, Any], ...]) -> Spaces:
-    envs = make_suite(suite).make(task, num_envs=1, seed=0, num_threads=1, **dict(arguments))
+    envs = make_envs(make_suite(suite), task, 1, 0, 1, dict(arguments))
     envs.close()
     return Spaces.of(envs)

@@ -13,6 +13,7 @@ from numpy import ndarray
 
 from sphere_rl.seeding import derive_seed, global_streams
 from sphere_rl.suites import Suite, make_suite
+from sphere_rl.suites.guard import make_envs
 from sphere_rl.suites.spaces import check_numbers
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def _batch(suite: str, tasks: tuple[str, ...], arguments: Arguments) -> Float[nd
 @cache
 def _observation_size(suite: str, task: str, arguments: Arguments) -> int:
     with global_streams(0):
-        envs = make_suite(suite).make(task, 1, 0, 1, **dict(arguments))
+        envs = make_envs(make_suite(suite), task, 1, 0, 1, dict(arguments))
         envs.close()
     shape = envs.single_observation_space.shape
     assert shape is not None
@@ -77,7 +78,7 @@ def _visited(suite: Suite, task: str, count: int, seed: int, arguments: Mapping[
     """States drawn without replacement from random episodes of a task."""
     seed = derive_seed(seed, "probe", task)
     with global_streams(seed):
-        envs = suite.make(task, ENVS, seed, 1, **arguments)
+        envs = make_envs(suite, task, ENVS, seed, 1, arguments)
         envs.action_space.seed(seed)
         seen = [np.array(envs.reset()[0])]
         for _ in range(max(STEPS, -(-count // ENVS))):

@@ -1,0 +1,232 @@
+"""Disks that are full, read-only or gone: one line with path and reason, and nothing that was there is lost.
+
+A small tmpfs is mounted where this process may do so; elsewhere ``/dev/full``, which has no room ever, stands for it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comparing import run_difference
+from toy_runs import WORDS, config, train
+
+from sphere_rl import protocol
+from sphere_rl.cli import main
+from sphere_rl.config import to_dict
+from sphere_rl.errors import StorageError
+from sphere_rl.runs import LOGS, RunFolder, checkpoint, write_atomic
+
+TASK = ("--tasks", "toy_envs:Drawing-v0")
+
+
+def mount(*words: str) -> None:
+    if subprocess.run(["mount", *words], capture_output=True, check=False).returncode:
+        pytest.skip("this process may not mount a file system")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 2 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount("-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path))
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=False)
+
+
+class Do:
+    """Calls ``action`` after a row."""
+
+    def __init__(self, row: int, action: Callable[[], object]) -> None:
+        self.left, self.action = row, action
+
+    def row(self, log: str, row: dict[str, Any]) -> None:
+        self.left -= 1
+        if not self.left:
+            self.action()
+
+    def close(self) -> None: ...
+
+
+def started(path: Path, **changes: Any) -> RunFolder:
+    folder = RunFolder(path)
+    with folder:
+        folder.create(to_dict(config("Drawing", steps_per_task=256, **changes)))
+    return folder
+
+
+def resume_and(folder: RunFolder, row: int, action: Callable[[], object]) -> None:
+    with folder:
+        protocol.resume(folder, lambda step: [Do(row, action)])
+
+
+def fill(disk: Path, leave: int = 0) -> None:
+    with (disk / "filler").open("wb") as file:
+        free = os.statvfs(disk)
+        file.write(b"x" * (free.f_bavail * free.f_frsize - leave))
+
+
+# Full
+
+
+def test_a_full_disk_stops_the_run_in_one_line_and_room_lets_it_go_on(disk: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    with RunFolder(whole) as run:
+        run.create(to_dict(config("Drawing", steps_per_task=256)))
+        protocol.resume(run, lambda step: [])
+    folder = started(disk / "run")
+    with pytest.raises(StorageError) as raised:
+        resume_and(folder, 5, lambda: fill(disk))
+    assert str(raised.value).startswith(f"{disk}/run/")
+    assert str(raised.value).endswith(": cannot be written (No space left on device)")
+    assert "\n" not in str(raised.value)
+    kept = checkpoint.run_checkpoints(folder)
+    assert [path.stem for path in kept] == ["step-000000000096", "step-000000000128"]
+    assert all(checkpoint.load(path) for path in kept)
+    assert not list(folder.path.rglob(".*.tmp"))  # what was begun takes no room
+    for log in LOGS:
+        folder.read(log)
+    (disk / "filler").unlink()
+    resume_and(folder, 10**6, lambda: None)
+    assert run_difference(RunFolder(whole), folder) is None
+
+
+def test_the_status_says_so_where_it_can_be_written(disk: Path) -> None:
+    """A checkpoint finds no room that a status would have."""
+    folder = started(disk / "run", network={"width": 96, "depth": 2, "num_experts": 3})
+    with pytest.raises(StorageError, match=r"checkpoints/step-0*32.pt: cannot be written \(No space left on device\)"):
+        resume_and(folder, 1, lambda: fill(disk, leave=64 * 1024))
+    status = folder.status()
+    assert (status["state"], status["global_step"]) == ("failed", 32)
+    assert status["error"].startswith("StorageError: ")
+    assert status["error"].endswith("step-000000000032.pt: cannot be written (No space left on device)")
+
+
+@pytest.mark.parametrize("name", ["status.json", "checkpoints/step-000000000032.pt", "config.json"])
+def test_every_file_of_a_run_is_named_when_it_finds_no_room(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    original = RunFolder.create
+
+    def create(folder: RunFolder, *args: Any, **kwargs: Any) -> None:
+        if name == "config.json":
+            (run / ".config.json.tmp").symlink_to("/dev/full")
+        original(folder, *args, **kwargs)
+        path = run / name
+        if name != "config.json":
+            path.with_name(f".{path.name}.tmp").symlink_to("/dev/full")
+
+    monkeypatch.setattr(RunFolder, "create", create)
+    assert main(["train", *WORDS, *TASK, "--out", str(run), "--quiet"]) == 3
+    assert capsys.readouterr().err == f"sphere: {run / name}: cannot be written (No space left on device)\n"
+    monkeypatch.undo()
+    again = ["resume", str(run)] if (run / "config.json").exists() else ["train", *WORDS, *TASK, "--out", str(run)]
+    assert main([*again, "--quiet"]) == 0
+    assert run_difference(train(config("Drawing"), tmp_path / "whole"), RunFolder(run)) is None
+
+
+def test_tensorboard_without_room_is_named(disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = disk / "run"
+    started(run)
+    (run / "tb").mkdir()
+    fill(disk)
+    assert main(["resume", str(run), "--quiet"]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"sphere: {run}/")
+    assert line.endswith("(No space left on device)")
+
+
+def test_a_report_without_room_is_one_line(disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(config("Drawing"), tmp_path / "runs" / "run")
+    fill(disk)
+    capsys.readouterr()
+    assert main(["report", str(tmp_path / "runs"), "--out", str(disk / "page")]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"sphere: {disk}/page/")
+    assert "No space left on device" in line
+
+
+# Read-only
+
+
+def test_a_checkpoint_folder_on_a_disk_that_is_read_only_stops_the_run(disk: Path, tmp_path: Path) -> None:
+    """A file system with open files cannot be made read-only: that of the checkpoints has none between two of them."""
+    folder = started(tmp_path / "run")
+    folder.checkpoints.rmdir()
+    folder.checkpoints.symlink_to(disk)
+    message = r"step-0*64.pt: cannot be written \(Read-only file system\)"
+    with pytest.raises(StorageError, match=message):
+        resume_and(folder, 2, lambda: subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True))
+    assert folder.status()["state"] == "failed"
+    assert [path.stem for path in checkpoint.run_checkpoints(folder)] == ["step-000000000032"]
+    subprocess.run(["mount", "-o", "remount,rw,size=2m", str(disk)], check=True)
+    resume_and(folder, 10**6, lambda: None)
+    assert folder.status()["state"] == "finished"
+
+
+@pytest.mark.parametrize("command", ["train", "resume"])
+def test_a_read_only_disk_is_refused_before_anything(
+    command: str, disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = disk / "run"
+    started(run)
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    out = run if command == "resume" else disk / "new"
+    words = ["resume", str(out)] if command == "resume" else ["train", *WORDS, *TASK, "--out", str(out)]
+    assert main([*words, "--quiet"]) == 2
+    assert capsys.readouterr().err == f"sphere: {out}: cannot be written (Read-only file system)\n"
+
+
+# Gone
+
+
+def test_a_folder_that_is_gone_stops_the_run_in_one_line(tmp_path: Path) -> None:
+    folder = started(tmp_path / "run")
+    with pytest.raises(StorageError, match=rf"^{tmp_path}/run/\S+: cannot be written \(No such file or directory\)$"):
+        resume_and(folder, 3, lambda: shutil.rmtree(folder.path))
+    assert not folder.path.exists()
+
+
+def test_a_disk_that_is_gone_and_comes_back_loses_nothing(disk: Path, tmp_path: Path) -> None:
+    folder, away = started(disk / "run"), tmp_path / "away"
+    with pytest.raises(StorageError, match=r"cannot be written \(No such file or directory\)$"):
+        resume_and(folder, 3, lambda: folder.path.rename(disk / "away"))
+    (disk / "away").rename(folder.path)
+    resume_and(folder, 10**6, lambda: None)
+    whole = started(away)
+    resume_and(whole, 10**6, lambda: None)
+    assert run_difference(whole, folder) is None
+
+
+# The mechanism
+
+
+def test_a_file_is_as_it_was_when_its_successor_finds_no_room(tmp_path: Path) -> None:
+    path = tmp_path / "status.json"
+    write_atomic(path, b"old")
+    (tmp_path / ".status.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=rf"^{path}: cannot be written \(No space left on device\)$"):
+        write_atomic(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_with_room_for_two_keeps_the_last_good_one(disk: Path) -> None:
+    """The new one is written before the oldest is removed: where there is room for two only, both are kept."""
+    folder, state = started(disk / "run"), {"weight": torch.zeros(150_000)}
+    for step in (1, 2):
+        checkpoint.save_run(folder, step, state)
+    with pytest.raises(StorageError):
+        checkpoint.save_run(folder, 3, {"weight": torch.zeros(400_000)})
+    assert [path.stem[-1] for path in checkpoint.run_checkpoints(folder)] == ["1", "2"]
+    found = checkpoint.newest(folder)
+    assert found is not None
+    assert found[0].stem.endswith("2")
