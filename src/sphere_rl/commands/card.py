@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from sphere_rl.experts.gates import TopK
 from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.runs import RunFolder
 from sphere_rl.training.agent import Policy
@@ -72,7 +73,8 @@ def _shape(policy: Policy) -> str:
     layers = f"{len(hidden)} hidden layers of {hidden[0].weight.shape[1]} units"
     if actor.gate is None:
         return layers
-    return f"{options.num_experts} experts with {layers}, top {actor.gating.k} selected"
+    chosen = f", top {actor.routes.k} selected" if isinstance(actor.routes, TopK) else ""
+    return f"{options.num_experts} experts with {layers}{chosen}"
 
 
 def _output(spaces: Spaces) -> str:

@@ -21,7 +21,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sphere_rl.commands.card import model_card
-from sphere_rl.errors import RunFolderError
+from sphere_rl.errors import MissingExtraError, RunFolderError
+from sphere_rl.experts.gates import TopK
 from sphere_rl.experts.tracing import traced
 from sphere_rl.extras import require_module
 from sphere_rl.runs import RunFolder, checkpoint
@@ -122,7 +123,13 @@ def _beside(target: Path) -> Iterator[Path]:
 
 def _write(policy: Policy, format: str, work: Path) -> Written:
     name, write = FORMATS[format]
-    act = write(policy, work / name)
+    try:
+        act = write(policy, work / name)
+    except (MissingExtraError, RunFolderError):
+        raise
+    except Exception as error:  # whatever the exporters make of somebody's gate
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise RunFolderError(f"format: {format} cannot hold this policy ({reason[:200]})") from error
     return Written(format, name, check(policy, act, format))
 
 
@@ -161,10 +168,11 @@ def random_states(policy: Policy) -> Float[Tensor, "N D"]:
 
 def margins(policy: Policy, states: Float[Tensor, "N D"]) -> Float[Tensor, "N"]:
     """How far the last selected expert's gate logit is above the first other one's, as a share of the largest."""
-    trace, k = policy.actor.trace(policy.normalize(states)), policy.actor.gating.k
-    if trace.logits is None or k >= trace.logits.shape[1]:
+    actor = policy.actor
+    trace, gate = actor.trace(policy.normalize(states)), actor.routes
+    if trace.logits is None or not isinstance(gate, TopK) or gate.k >= trace.logits.shape[1]:
         return torch.full((len(states),), inf)
-    logits = trace.logits.sort(dim=1, descending=True).values
+    logits, k = trace.logits.sort(dim=1, descending=True).values, gate.k
     return (logits[:, k - 1] - logits[:, k]) / logits.abs().amax(1).clamp(min=1e-12)
 
 

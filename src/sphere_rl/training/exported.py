@@ -1,6 +1,6 @@
 """A policy on its own: ``policy.json`` says what it is, ``policy.safetensors`` holds its weights and normaliser.
 
-Nothing of the run folder is needed to read it, and no code is run by reading it.
+Nothing of the run folder is needed to read it, and no code is run by reading it but that of the plugins it names.
 """
 
 # pyright: reportMissingImports=false
