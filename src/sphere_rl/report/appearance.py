@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +28,20 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
     @wraps(draw)
     def with_style(*args: Any, **kwargs: Any) -> Figure:
-        import matplotlib
-
-        with matplotlib.rc_context(STYLE):
+        with drawing():
             return draw(*args, **kwargs)
 
     return with_style
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """This module's style in here; characters that the font lacks, in names of the user's, are boxes and no warning."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield
 
 
 def color(label: str, place: int, order: Sequence[str] = ()) -> str:
@@ -62,3 +72,18 @@ def fill(own: str, protocol: str) -> dict[str, Any]:
     if protocol == "rl":
         return {"facecolor": lighter(own, RL), "edgecolor": own, "hatch": HATCHES[1]}
     return {"facecolor": own, "edgecolor": own, "hatch": HATCHES[0]}
+
+
+def plain_names(figure: Figure) -> None:
+    """Write text literally that is no formula though it has dollars: names of tasks and labels are the user's."""
+    from matplotlib.mathtext import MathTextParser
+    from matplotlib.text import Text
+
+    parser: Any = MathTextParser("path")
+    for text in figure.findobj(Text):
+        assert isinstance(text, Text)
+        if text.get_text().count("$") > 1:
+            try:
+                parser.parse(text.get_text())
+            except ValueError:
+                text.set_parse_math(False)

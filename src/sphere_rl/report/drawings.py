@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sphere_rl.report import figures
 from sphere_rl.report.content import DIRECTIONS, SuiteContent
+from sphere_rl.runs import file_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +41,7 @@ def write(suites: Sequence[SuiteContent], out: Path) -> None:
     """Write the figures that have data, and take away files of an earlier page for which there are none now."""
     for suite in suites:
         for name, figure in drawings(suite).items():
-            stem = out / f"{suite.name}-{name}"
+            stem = out / f"{file_name(suite.name)}-{name}"
             if figure.get_gid() == figures.MISSING:
                 for path in written(stem):
                     path.unlink()

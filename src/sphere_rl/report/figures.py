@@ -21,7 +21,7 @@ import polars as pl
 from jaxtyping import Float
 from numpy import ndarray
 
-from sphere_rl.report.appearance import LINES, MARKERS, STYLE, color, fill, index, lighter, shade, styled
+from sphere_rl.report.appearance import LINES, MARKERS, color, drawing, fill, index, lighter, plain_names, shade, styled
 from sphere_rl.runs import make_folder, write_atomic
 from sphere_rl.statistics import Estimate
 
@@ -50,8 +50,6 @@ class Curve:
 
 def save(figure: Figure, path: Path | str) -> list[Path]:
     """Write ``path`` as PNG (200 dpi), SVG and PDF with the caption as description; equal figures give equal bytes."""
-    import matplotlib
-
     stem, caption = Path(path), str(figure.get_label())
     make_folder(stem.parent)
     metadata: dict[str, dict[str, Any]] = {
@@ -59,7 +57,8 @@ def save(figure: Figure, path: Path | str) -> list[Path]:
         "svg": {"Date": None, "Description": caption},
         "pdf": {"CreationDate": None, "Subject": caption},
     }
-    with matplotlib.rc_context(STYLE):
+    with drawing():
+        plain_names(figure)
         figure.draw_without_rendering()  # lays out once for all formats
         figure.set_layout_engine("none")
         box = figure.get_tightbbox().padded(0.1)

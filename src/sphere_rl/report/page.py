@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from base64 import b64encode
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from sphere_rl.report.content import SuiteContent, arms
 from sphere_rl.report.export import DIFFERENCES, NUMBERS, write_tables
 from sphere_rl.report.geometry import Snapshot
 from sphere_rl.results import Results, load_results
-from sphere_rl.runs import make_folder, read_sweep, write_atomic
+from sphere_rl.runs import file_name, make_folder, read_sweep, write_atomic
 from sphere_rl.spectrum.vanishing import notices
 from sphere_rl.statistics import Estimate
 
@@ -108,10 +110,11 @@ def render(suites: Sequence[SuiteContent], results: Results, refresh: int | None
         "methods": {suite.name: _methods(suite) for suite in suites},
         "refresh": refresh,
     }
+    scripts = {"theme": THEME, "plotly": get_plotlyjs(), "script": (parts / "page.js").read_text()}
     return template.render(
+        **scripts,
+        policy=policy(scripts.values()),
         style=(parts / "page.css").read_text(),
-        script=(parts / "page.js").read_text(),
-        plotly=get_plotlyjs(),
         data=_json(data),
         suites=views,
         runs=[_run(row, results) for row in results.runs.iter_rows(named=True)],
@@ -128,10 +131,30 @@ def render(suites: Sequence[SuiteContent], results: Results, refresh: int | None
     )
 
 
+THEME = """
+try { document.documentElement.dataset.theme = localStorage.getItem("theme") || "" }
+catch (error) { document.documentElement.dataset.theme = "" }
+"""
+"""Before anything is drawn."""
+
+
+def policy(scripts: Iterable[str]) -> str:
+    """The page's content-security policy: these scripts run, no others, and nothing comes from the network.
+
+    Whatever a run's names hold, the browser does not take it for a script, should it ever get past the escaping.
+    """
+    hashes = " ".join(f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" for text in scripts)
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
 def _view(suite: SuiteContent) -> dict[str, Any]:
     """What the template shows of a suite."""
     return {
         "name": suite.name,
+        "file": file_name(suite.name),
         "suite": suite.suite,
         "facts": suite.facts(),
         "score": suite.score_name,
@@ -155,7 +178,9 @@ def _view(suite: SuiteContent) -> dict[str, Any]:
 
 def _figures(suite: SuiteContent, folder: Path) -> dict[str, str]:
     """Figures for papers that are there, and what they are."""
-    return {name: title for name, title in FIGURES.items() if drawings.written(folder / f"{suite.name}-{name}")}
+    return {
+        name: title for name, title in FIGURES.items() if drawings.written(folder / f"{file_name(suite.name)}-{name}")
+    }
 
 
 def _methods(suite: SuiteContent) -> dict[str, Any]:
@@ -232,8 +257,8 @@ def _configs(results: Results) -> dict[str, str]:
 
 
 def _json(data: Any) -> str:
-    """JSON for a script element: numbers that JSON does not know are null, and no tag can end the element."""
-    return json.dumps(_plain(data), allow_nan=False, ensure_ascii=False).replace("</", "<\\/")
+    """JSON for a script element: numbers that JSON does not know are null, and nothing in it looks like a tag."""
+    return json.dumps(_plain(data), allow_nan=False, ensure_ascii=False).replace("<", "\\u003c")
 
 
 def _plain(data: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import exp
+from math import exp, isfinite
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ def effective_rank(eigenvalues: Shaped[Any, "n"]) -> float:
     eigenvalues of round-off size count as 0; larger or non-finite ones raise ValueError. Source: Roy & Vetterli 2007.
     """
     p = _shares(eigenvalues)
-    return float(torch.special.entr(p).sum().exp()) if len(p) else 0.0
+    return _within(float(torch.special.entr(p).sum().exp()), p) if len(p) else 0.0
 
 
 def participation_ratio(eigenvalues: Shaped[Any, "n"]) -> float:
@@ -31,7 +31,12 @@ def participation_ratio(eigenvalues: Shaped[Any, "n"]) -> float:
     Arguments, errors and 0 for the zero matrix as there. Of A it is 1 / (L + 1/m), L the scale-free SPHERE penalty.
     """
     p = _shares(eigenvalues)
-    return 1 / float(p.square().sum()) if len(p) else 0.0
+    return _within(1 / float(p.square().sum()), p) if len(p) else 0.0
+
+
+def _within(rank: float, p: Float[Tensor, "k"]) -> float:
+    """A rank of shares ``p`` without the round-off that takes it below 1 or above their number."""
+    return min(max(rank, 1.0), float(torch.count_nonzero(p)))
 
 
 def _shares(eigenvalues: Shaped[Any, "n"]) -> Float[Tensor, "k"]:
@@ -53,8 +58,12 @@ def gram_eigenvalues(phi: Shaped[Any, "N m"]) -> Float[Tensor, "k"]:
 
     Computed from the smaller of ΦᵀΦ and ΦΦᵀ: relative to the largest they are exact to about 1e-15, so singular values
     of Φ below 1e-8 of the largest one are lost, far under what float32 features resolve.
+
+    Raises ValueError where a feature is not finite.
     """
     matrix = _float64(phi)
+    if not matrix.isfinite().all():
+        raise ValueError("phi: got a value that is not finite, allowed: every value finite")
     samples, width = matrix.shape
     gram = matrix @ matrix.T if samples < width else matrix.T @ matrix
     return torch.linalg.eigvalsh(gram / samples).clamp(min=0.0)
@@ -91,6 +100,8 @@ def estimate_effective_rank(
     standard error is of the ``probes`` by the delta method; the quadrature's own error falls exponentially with
     ``steps``. Draws only from ``generator``.
 
+    Raises ValueError where K gives what is not finite.
+
     Sources: Ubaru, Chen, Saad 2017 (quadrature); Meyer, Musco, Musco, Woodruff 2021 (deflation).
     """
     if probes < 2 or deflated < 0 or steps < 1:
@@ -106,7 +117,9 @@ def estimate_effective_rank(
     if trace <= 0:
         return RankEstimate(0.0, 0.0)
     value = trace * exp(-entropy / trace)
-    slopes = sampled[:, 0] * (1 / trace + entropy / trace**2) - sampled[:, 1] / trace
+    if not isfinite(value):
+        raise ValueError("product: K V or its scale is not finite, allowed: a matrix K of finite numbers")
+    slopes = sampled[:, 0] * (1 / trace + entropy / trace / trace) - sampled[:, 1] / trace
     return RankEstimate(value, value * float(slopes.std()) / probes**0.5)
 
 
@@ -136,6 +149,8 @@ def _quadratic_forms(
     if len(diagonal) > 1:
         side = torch.stack(off_diagonal[:-1], dim=1).double()
         tridiagonal = tridiagonal + torch.diag_embed(side, 1) + torch.diag_embed(side, -1)
+    if not tridiagonal.isfinite().all():
+        raise ValueError("product: K V is not finite, allowed: a matrix K of finite numbers")
     nodes, vectors = torch.linalg.eigh(tridiagonal)
     weights = vectors[:, 0, :].square() * norms.double().square()[:, None]
     nodes = nodes.clamp(min=0.0)
