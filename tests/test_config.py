@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from sphere_rl.cli import main
 from sphere_rl.config import TrainConfig, from_dict, load_toml, override, preset, to_dict
 from sphere_rl.errors import CommandLineError, ConfigError
+from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.suites import make_suite
 from sphere_rl.terminal.arguments import parse_train
 from sphere_rl.terminal.options import GROUPS
@@ -207,3 +209,10 @@ def test_help_has_the_groups_of_the_documentation() -> None:
 def test_override_checks_types(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         override(TrainConfig(), changes)
+
+
+def test_every_setting_has_a_flag() -> None:
+    grouped = [name for names in GROUPS.values() for name in names.split()]
+    own = {field.name for field in fields(TrainConfig)} - {"network", "options"}
+    assert set(grouped) == own | {field.name for field in fields(NetworkOptions)}
+    assert len(grouped) == len(set(grouped))
