@@ -21,6 +21,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv, VectorWrapper
 
 from sphere_rl.errors import ConfigError, EnvironmentFault, TrainingError
+from sphere_rl.extras import explained
 
 if TYPE_CHECKING:
     from sphere_rl.suites import Suite
@@ -106,6 +107,8 @@ def _faults(what: str, seconds: float) -> Iterator[None]:
     except (TrainingError, ConfigError):
         raise
     except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and explained(error, ""):
+            raise  # an extra of this package that is not installed, which the command line names
         raise EnvironmentFault(f"the environments: {what} raised {described(error)}") from error
 
 
