@@ -1,0 +1,134 @@
+"""Milliseconds of a minibatch beside another version of this package, in turns: ratios of this one to the other.
+
+    git worktree add /tmp/other 062de1c
+    python benchmarks/beside.py /tmp/other/src --rounds 17
+
+Each version has a process of its own, and the two take turns, eight minibatches each time; shapes are those of the H1.
+Names that have moved since are found where they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import product
+from math import log
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from measure import markdown
+
+INNER = 8
+MODES = ("none", "loss", "grad")
+CASES = [f"{mode} {size} {threads}" for threads, size, mode in product((1, 2), (64, 256), MODES)]
+
+
+def first(*names: str) -> Any:
+    """The first of these that this version has."""
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        try:
+            return getattr(importlib.import_module(f"sphere_rl.{module}"), attribute)
+        except (ImportError, AttributeError):
+            continue
+    raise SystemExit(f"none of {', '.join(names)}")
+
+
+def steps() -> dict[str, Callable[[], None]]:
+    """The work of each case, in whatever version is imported."""
+    import torch
+
+    from sphere_rl.config import TrainConfig, override
+    from sphere_rl.runtime import tune_process
+
+    tune_process(torch_threads=1)
+    agent_of, spaces = (
+        first("training.agent.Agent", "agent.Agent"),
+        first("learner.actor_critic.Spaces", "agent.Spaces"),
+    )
+    minibatch, run = (
+        first("learner.minibatch.Minibatch", "ppo.Minibatch"),
+        first("training.step.minibatch_steps", "ppo.minibatch_steps"),
+    )
+    two_lanes = first("kernels.threads.two_lanes", "lanes.two_lanes")
+
+    def case(mode: str, size: int, threads: int) -> Callable[[], None]:
+        draw = torch.Generator().manual_seed(0)
+        mixing = torch.randn(8, 51, generator=draw) / 8**0.5
+        observation = torch.randn(51, generator=draw) + torch.randn(size, 8, generator=draw) @ mixing
+        action, advantage, target = (torch.randn(*shape, generator=draw) for shape in ((size, 19), (size,), (size,)))
+        log_prob = -0.5 * (action.square() + log(2 * torch.pi)).sum(1)
+        batch = minibatch(observation, action, torch.zeros(size, 38), log_prob, advantage, target)
+        config = override(TrainConfig(), {"method": ("sphere",), "sphere.mode": mode} if mode != "none" else {})
+        agent = agent_of(config, spaces(51, 19, False), seed=0)
+        agent.set_learning_rate(0.0)  # the routing stays that of a fresh gate
+
+        def work() -> None:
+            with two_lanes(threads):
+                run(agent, batch, [torch.arange(size)] * INNER, config)
+
+        return work
+
+    return {name: case(mode, int(size), int(threads)) for name in CASES for mode, size, threads in [name.split()]}
+
+
+def serve() -> None:
+    """Do the case of each line that comes in, and tell its seconds."""
+    work = steps()
+    for one in work.values():
+        one()
+        one()
+    print("ready", flush=True)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        work[line.strip()]()
+        print(json.dumps(time.perf_counter() - start), flush=True)
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("other", type=Path, help="src folder of the other version")
+    options.add_argument("--rounds", type=int, default=25)
+    given = options.parse_args()
+    sources = (Path(__file__).parents[1] / "src", given.other.resolve())
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--serve"], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": str(source)},
+        )
+        for source in sources
+    ]  # fmt: skip
+
+    def ask(worker: subprocess.Popen[str], name: str | None = None) -> str:
+        assert worker.stdin
+        assert worker.stdout
+        if name:
+            worker.stdin.write(f"{name}\n")
+            worker.stdin.flush()
+        return worker.stdout.readline()
+
+    assert [ask(worker) for worker in workers] == ["ready\n"] * 2
+    rows = []
+    for name in CASES:
+        pairs = []
+        for turn in range(given.rounds):
+            order = (0, 1) if turn % 2 else (1, 0)
+            told = {which: json.loads(ask(workers[which], name)) for which in order}
+            pairs.append((told[0], told[1]))
+        mode, size, threads = name.split()
+        own, other = (f"{1e3 * median(pair[i] for pair in pairs) / INNER:.2f}" for i in (0, 1))
+        rows.append((mode, size, threads, other, own, f"{median(mine / its for mine, its in pairs):.3f}"))
+    print(markdown(("mode", "minibatch", "threads", "other ms", "this ms", "this / other"), rows))
+    for worker in workers:
+        worker.terminate()
+
+
+if __name__ == "__main__":
+    serve() if sys.argv[1:] == ["--serve"] else main()
