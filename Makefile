@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-QUICK := architecture config experts methods_units networks older_runs optimizer penalty ppo ranks rollout runs statistics
+QUICK := architecture config experts methods_units networks optimizer penalty ppo ranks rollout runs statistics
 TORCH ?= torch==2.13.*
 
 .PHONY: demo test quick lint bench docs clean
