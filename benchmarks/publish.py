@@ -2,7 +2,7 @@
 
     python benchmarks/publish.py runs/pilot docs/results/pilot
 
-Runs that still go on are published as far as they are.
+Runs that still go on are published as far as they are, from their first evaluation on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def main() -> None:
     given = options.parse_args()
     for folder in map(RunFolder, run_folders(given.runs)):
         status = folder.status()
-        print(publish(folder, given.out), status.get("state"), status.get("global_step"))
+        if folder.read("eval"):
+            print(publish(folder, given.out), status.get("state"), status.get("global_step"))
 
 
 if __name__ == "__main__":
