@@ -13,6 +13,7 @@ import pytest
 import torch
 import toy_envs
 from comparing import run_difference
+from stopping import StopAfter, Stopped
 from toy_runs import WORDS, config, train
 
 from sphere_rl import protocol
@@ -173,22 +174,6 @@ def test_a_fault_of_the_environment_is_no_reason_to_go_back(tmp_path: Path) -> N
     finally:
         del gymnasium.registry["Raises-v0"]
     assert "rollbacks" not in RunFolder(tmp_path / "run").status()
-
-
-class Stopped(Exception):
-    """Ends a run."""
-
-
-class StopAfter:
-    def __init__(self, rows: int) -> None:
-        self.left = rows
-
-    def row(self, log: str, row: dict[str, Any]) -> None:
-        self.left -= 1
-        if not self.left:
-            raise Stopped
-
-    def close(self) -> None: ...
 
 
 def test_a_run_that_went_back_is_resumed_bitwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

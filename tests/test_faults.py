@@ -13,6 +13,7 @@ import pytest
 import torch
 import toy_envs
 from comparing import run_difference
+from stopping import StopAfter, Stopped
 from toy_runs import CPU, GYM, WORDS, config, networks, train
 
 from sphere_rl import protocol
@@ -139,24 +140,6 @@ def test_runs_of_environments_that_draw_from_global_streams_are_repeated_and_res
                 protocol.resume(folder, lambda step, rows=rows: [StopAfter(rows)])
     assert rows > 3
     assert run_difference(whole, RunFolder(tmp_path / "stopped")) is None
-
-
-class Stopped(Exception):
-    """Ends a run."""
-
-
-class StopAfter:
-    """Ends a run at a chosen row."""
-
-    def __init__(self, rows: int) -> None:
-        self.left = rows
-
-    def row(self, log: str, row: dict[str, Any]) -> None:
-        self.left -= 1
-        if not self.left:
-            raise Stopped
-
-    def close(self) -> None: ...
 
 
 def test_an_evaluation_repeats_and_leaves_the_global_streams_as_they_were() -> None:

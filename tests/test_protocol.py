@@ -15,6 +15,7 @@ import pytest
 import torch
 from comparing import run_difference, timeless
 from killing import resume_until_finished
+from stopping import StopAfter, Stopped
 
 from sphere_rl import protocol
 from sphere_rl.config import TrainConfig, override, to_dict
@@ -110,22 +111,6 @@ def test_a_second_thread_changes_nothing(method: str, tiny: TrainConfig, tmp_pat
     assert [run_difference(one, other) for other in others] == [None, None]
 
 
-class Stop(Exception):
-    """Ends a run at a chosen row."""
-
-
-class StopAt:
-    def __init__(self, row: int) -> None:
-        self.left = row
-
-    def row(self, log: str, row: dict[str, Any]) -> None:
-        self.left -= 1
-        if not self.left:
-            raise Stop
-
-    def close(self) -> None: ...
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -147,8 +132,8 @@ def test_a_run_stopped_at_every_row_ends_bitwise_as_one_that_was_not(
         stops = 0
         while folder.status().get("state") != "finished":
             # one row further each time: every row after the last checkpoint is cut off once and written again
-            with contextlib.suppress(Stop):
-                protocol.resume(folder, lambda step, rows=stops + 1: [StopAt(rows)])
+            with contextlib.suppress(Stopped):
+                protocol.resume(folder, lambda step, rows=stops + 1: [StopAfter(rows)])
             stops += 1
         assert stops > 2
     assert run_difference(whole, RunFolder(stopped)) is None
@@ -186,8 +171,8 @@ def test_metaworld_resumes_bitwise(tmp_path: Path) -> None:
     with RunFolder(tmp_path / "stopped") as folder:
         folder.create(to_dict(config))
         for rows in (2, 3):
-            with pytest.raises(Stop):
-                protocol.resume(folder, lambda step, rows=rows: [StopAt(rows)])
+            with pytest.raises(Stopped):
+                protocol.resume(folder, lambda step, rows=rows: [StopAfter(rows)])
         protocol.resume(folder, lambda step: [])
     assert run_difference(whole, folder) is None
 

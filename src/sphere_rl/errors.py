@@ -41,3 +41,9 @@ class StorageError(OutsideError, OSError):
     def of(cls, path: object, error: OSError) -> StorageError:
         """What to say of an error of the operating system at ``path``."""
         return cls(f"{path}: cannot be written ({error.strerror or error})")
+
+
+def described(error: BaseException, longest: int = 300) -> str:
+    """Kind and words of an error, in one line of bearable length."""
+    text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    return text if len(text) <= longest else f"{text[:longest]}…"

@@ -21,7 +21,7 @@ from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any
 
-from sphere_rl.errors import ConfigError
+from sphere_rl.errors import ConfigError, described
 
 _modules: dict[str, ModuleType] = {}
 
@@ -40,8 +40,7 @@ def load(names: Iterable[str]) -> None:
             sys.path.insert(0, here)
             _modules[name] = import_module(name)
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ConfigError("plugin", name, f"a module that can be imported ({reason})") from error
+            raise ConfigError("plugin", name, f"a module that can be imported ({described(error)})") from error
         finally:
             sys.path[:] = path
 
@@ -63,8 +62,8 @@ def offered(group: str) -> tuple[tuple[str, Any], ...]:
         try:
             found.append((entry.name, entry.load()))
         except Exception as error:
-            value, reason = f"{entry.name} = {entry.value}", " ".join(f"{type(error).__name__}: {error}".split())
-            raise ConfigError(group, value, f"an entry point that loads ({reason})") from error
+            value = f"{entry.name} = {entry.value}"
+            raise ConfigError(group, value, f"an entry point that loads ({described(error)})") from error
     return tuple(found)
 
 

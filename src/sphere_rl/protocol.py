@@ -21,7 +21,7 @@ from time import perf_counter
 from typing import Any
 
 from sphere_rl.config import TrainConfig, to_dict
-from sphere_rl.errors import ConfigError, OutsideError, RunFolderError, StorageError, TrainingError
+from sphere_rl.errors import ConfigError, OutsideError, RunFolderError, StorageError, TrainingError, described
 from sphere_rl.kernels.threads import two_lanes
 from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.learner.rollout import Collector, Rollout
@@ -29,7 +29,7 @@ from sphere_rl.runs import LOGS, Logs, RunFolder, checkpoint, file_name
 from sphere_rl.runtime import LaneChoice, check_device, threads, tune_process
 from sphere_rl.seeding import derive_seed, global_streams, seed_globals
 from sphere_rl.suites import make_suite
-from sphere_rl.suites.guard import call_limit, described, make_envs
+from sphere_rl.suites.guard import call_limit, make_envs
 from sphere_rl.suites.spaces import check_spaces
 from sphere_rl.training.agent import Agent, Policy
 from sphere_rl.training.evaluation import evaluate, summarize

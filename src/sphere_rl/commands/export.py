@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sphere_rl.commands.card import model_card
-from sphere_rl.errors import MissingExtraError, RunFolderError
+from sphere_rl.errors import MissingExtraError, RunFolderError, described
 from sphere_rl.experts.gates import TopK
 from sphere_rl.experts.tracing import traced
 from sphere_rl.extras import require_module
@@ -128,8 +128,8 @@ def _write(policy: Policy, format: str, work: Path) -> Written:
     except (MissingExtraError, RunFolderError):
         raise
     except Exception as error:  # whatever the exporters make of somebody's gate
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RunFolderError(f"format: {format} cannot hold this policy ({reason[:200]})") from error
+        reason = described(error, longest=200)
+        raise RunFolderError(f"format: {format} cannot hold this policy ({reason})") from error
     return Written(format, name, check(policy, act, format))
 
 

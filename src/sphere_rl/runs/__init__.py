@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sphere_rl.errors import RunFolderError, StorageError
-from sphere_rl.runs.records import MAYBE_TEXT, OBJECT, STATE, TEXTS, WHOLE, content, read_object, read_row
+from sphere_rl.runs.records import MAYBE_TEXT, OBJECT, STATUS, TEXTS, content, read_object, read_row
 
 LOGS = ("train", "eval", "spectrum")
 
@@ -193,9 +193,7 @@ class RunFolder:
         ``rollbacks`` is there where there were some: what the run went back to a checkpoint for, each time.
         """
         path = self.path / "status.json"
-        kinds = {"state": STATE, "global_step": WHOLE, "task": MAYBE_TEXT, "error": MAYBE_TEXT}
-        kinds["rollbacks"] = TEXTS
-        return read_object(path, kinds, ("state",)) if os.path.lexists(path) else {}
+        return read_object(path, STATUS, ("state",)) if os.path.lexists(path) else {}
 
     def set_status(
         self, state: str, global_step: int, task: str, error: str | None = None, rollbacks: Sequence[str] = ()

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sphere_rl.errors import RunFolderError
+from sphere_rl.errors import RunFolderError, described
 from sphere_rl.runs import RunFolder, write_atomic, written
 from sphere_rl.runs.records import content as read_content
 
@@ -66,8 +66,7 @@ def fitting(path: Path) -> Iterator[None]:
     except RunFolderError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        reason = text if len(text) <= 200 else f"{text[:200]}…"
+        reason = described(error, longest=200)
         raise RunFolderError(f"{path}: does not fit the run's config.json ({reason})") from None
 
 

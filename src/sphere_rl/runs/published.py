@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from sphere_rl.errors import RunFolderError
-from sphere_rl.runs import RunFolder, file_name, write_atomic
-from sphere_rl.runs.records import MAYBE_TEXT, OBJECT, STATE, WHOLE, check_kinds, content
+from sphere_rl.runs import RunFolder, file_name, make_folder, write_atomic
+from sphere_rl.runs.records import OBJECT, STATUS, check_kinds, content
 
 PUBLISHED = ("eval", "spectrum")
 CONFIG = "-config.json"
@@ -38,8 +38,7 @@ class PublishedRun(RunFolder):
     def status(self) -> dict[str, Any]:
         """As it was when the run was published."""
         status = self._record().get("status", {})
-        kinds = {"state": STATE, "global_step": WHOLE, "task": MAYBE_TEXT, "error": MAYBE_TEXT}
-        check_kinds(f"{self.config_path}: status", status, kinds, ())
+        check_kinds(f"{self.config_path}: status", status, STATUS, ())
         return status
 
     def _record(self) -> dict[str, Any]:
@@ -83,7 +82,7 @@ def publish(folder: RunFolder, out: Path) -> str:
     target = PublishedRun(out / stem)
     if target.config_path.exists() and target.config() != record["config"]:
         raise RunFolderError(f"{target.config_path}: another run has this name; expected a folder of runs made alike")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for log in PUBLISHED:
         lines = "".join(json.dumps(row) + "\n" for row in folder.read(log))
         write_atomic(out / f"{stem}-{log}.jsonl.gz", gzip.compress(lines.encode(), 9, mtime=0))

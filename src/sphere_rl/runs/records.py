@@ -21,6 +21,10 @@ WHOLE, NUMBER, MAYBE, TEXT, MAYBE_TEXT, STATE, TEXTS, OBJECT, ANY = (
 )  # fmt: skip
 PLACE = {"global_step": WHOLE, "task_index": WHOLE, "task": TEXT, "task_step": WHOLE}
 SCORES = dict.fromkeys(("success_final", "success_once", "mean_return", "std_return", "mean_length"), MAYBE)
+STATUS = {
+    "state": STATE, "global_step": WHOLE, "task": MAYBE_TEXT, "error": MAYBE_TEXT, "rollbacks": TEXTS,
+}  # fmt: skip
+"""What ``status.json`` holds, and its kinds."""
 LOG_COLUMNS: dict[str, dict[str, str]] = {
     "train": PLACE | {"iteration": WHOLE, "steps_per_second": NUMBER},
     "eval": PLACE | {"phase": TEXT, "episodes": WHOLE} | SCORES,

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from gymnasium.vector import VectorEnv, VectorWrapper
 
-from sphere_rl.errors import ConfigError, EnvironmentFault, TrainingError
+from sphere_rl.errors import ConfigError, EnvironmentFault, TrainingError, described
 from sphere_rl.extras import explained
 
 if TYPE_CHECKING:
@@ -110,12 +110,6 @@ def _faults(what: str, seconds: float) -> Iterator[None]:
         if isinstance(error, ModuleNotFoundError) and explained(error, ""):
             raise  # an extra of this package that is not installed, which the command line names
         raise EnvironmentFault(f"the environments: {what} raised {described(error)}") from error
-
-
-def described(error: BaseException) -> str:
-    """Kind and words of an error, in one line of bearable length."""
-    text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 @contextmanager

@@ -16,8 +16,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
-from sphere_rl.errors import ConfigError, EnvironmentFault
-from sphere_rl.suites.guard import described
+from sphere_rl.errors import ConfigError, EnvironmentFault, described
 from sphere_rl.suites.spaces import check_spaces, flattened
 
 

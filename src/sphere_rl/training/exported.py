@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sphere_rl.config import TrainConfig, from_dict, to_dict
-from sphere_rl.errors import RunFolderError
+from sphere_rl.errors import RunFolderError, described
 from sphere_rl.extras import require_module
 from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.runs.records import OBJECT, read_object
@@ -62,6 +62,5 @@ def load(folder: Path, device: str = "cpu") -> Policy:
         policy = Policy(agent.actor, agent.normalizer)
         policy.load_state_dict(load_file(path))
     except (SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise RunFolderError(f"{folder}: not an exported policy ({reason[:200]})") from None
+        raise RunFolderError(f"{folder}: not an exported policy ({described(error, longest=200)})") from None
     return policy.to(device).eval()
