@@ -26,6 +26,7 @@ LAYERS = [
     ["report", "sweep"],
     ["commands"],
     ["cli"],
+    ["__main__"],
 ]
 """From the ground up; a part of the package imports those below and those beside it, never in a circle."""
 

@@ -89,7 +89,7 @@ def _spread(phi: Float[Array, "*b N m"], scale: Scale) -> Float[Array, "*b"]:
     samples, width = phi.shape[-2:]
     phi = phi if scale == "literal" else unit_features(phi)
     transposed = xp.matrix_transpose(phi)
-    gram = (phi @ transposed if samples < width else transposed @ phi) / samples
+    gram = (_product(phi, transposed) if samples < width else _product(transposed, phi)) / samples
     size = min(samples, width)
     trace = xp.linalg.trace(gram)
     mean = trace / width
@@ -100,6 +100,15 @@ def _spread(phi: Float[Array, "*b N m"], scale: Scale) -> Float[Array, "*b"]:
     identity = xp.eye(size, dtype=phi.dtype, device=device(phi))
     centred = gram - mean[..., None, None] * identity
     return xp.sum(centred * centred, axis=(-2, -1)) + (width - size) * mean * mean
+
+
+def _product(left: Float[Array, "*b n k"], right: Float[Array, "*b k l"]) -> Float[Array, "*b n l"]:
+    """Left times right with all digits of their dtype: on GPUs and TPUs JAX keeps fewer unless it is told."""
+    if is_jax_array(left):
+        from jax.numpy import matmul
+
+        return matmul(left, right, precision="highest")
+    return left @ right
 
 
 def unit_features(phi: Float[Array, "*b N m"]) -> Float[Array, "*b N m"]:

@@ -22,6 +22,11 @@ from sphere_rl.kernels.mlp import expert_chain
 from sphere_rl.penalty import Scale, sphere_penalty
 
 
+def drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Normal numbers from ``generator``, on PyTorch's default device, whichever the generator's is."""
+    return torch.randn(shape, generator=generator, device=generator.device).to(torch.get_default_device())
+
+
 class GroupedLinear(nn.Module):
     """One linear layer for each of E experts; row j of the input goes through the expert of assignment j.
 
@@ -43,13 +48,13 @@ class GroupedLinear(nn.Module):
         spectral_norm: bool = False,
     ) -> None:
         super().__init__()
-        normal = torch.randn(num_experts, out_dim, in_dim, generator=generator)
+        normal = drawn((num_experts, out_dim, in_dim), generator)
         self.weight = nn.Parameter(normal * in_dim**-0.5)
         self.bias = nn.Parameter(torch.zeros(num_experts, out_dim))
         self.spectral_norm = spectral_norm
         if spectral_norm:
-            self.register_buffer("u", F.normalize(torch.randn(num_experts, out_dim, generator=generator), dim=1))
-            self.register_buffer("v", F.normalize(torch.randn(num_experts, in_dim, generator=generator), dim=1))
+            self.register_buffer("u", F.normalize(drawn((num_experts, out_dim), generator), dim=1))
+            self.register_buffer("v", F.normalize(drawn((num_experts, in_dim), generator), dim=1))
             self.settle_norm()
 
     def forward(self, x: Float[Tensor, "M in"], routing: Routing) -> Float[Tensor, "M out"]:

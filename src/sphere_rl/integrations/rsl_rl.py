@@ -82,7 +82,8 @@ class MoEModel(MLPModel):
         """The model traced, with all experts computed and those that are not selected weighted by zero."""
         own: Any = super().as_jit()
         steps = nn.Sequential(own.obs_normalizer, own.mlp, own.deterministic_output)
-        return traced(steps, torch.zeros(2, self._get_latent_dim()))
+        example = torch.zeros(2, self._get_latent_dim(), device=next(self.parameters()).device)
+        return traced(steps, example)
 
 
 class Mixture(nn.Module):

@@ -128,11 +128,11 @@ class ActorCritic:
         """Build an actor and a critic with new weights, on this agent's device."""
         options, spaces = self.network_options, self.spaces
         observation_dim, action_dim = spaces.observation_dim, spaces.action_dim
-        actor = Actor(
-            self.config.actor, observation_dim, action_dim, options, generator, spaces.discrete, spaces.branches
-        )
-        critic = MoENetwork(self.config.critic, observation_dim, 1, options, generator)
-        return actor.to(self.device), critic.to(self.device)
+        with self.device:
+            actor = Actor(
+                self.config.actor, observation_dim, action_dim, options, generator, spaces.discrete, spaces.branches
+            )
+            return actor, MoENetwork(self.config.critic, observation_dim, 1, options, generator)
 
     @property
     def network_options(self) -> NetworkOptions:

@@ -27,8 +27,9 @@ class RunningMoments:
         self.mean, self.var, self.count = self.mean + delta * count / total, second_moment / total, total
 
     def state_dict(self) -> dict[str, Any]:
-        """Statistics as tensors."""
-        return {"mean": torch.as_tensor(self.mean), "var": torch.as_tensor(self.var), "count": self.count}
+        """Statistics as tensors, on the CPU."""
+        mean, var = (torch.from_numpy(np.array(moment)) for moment in (self.mean, self.var))
+        return {"mean": mean, "var": var, "count": self.count}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""

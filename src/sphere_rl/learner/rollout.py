@@ -126,7 +126,7 @@ class Collector:
         if get_state is None:
             return None
         arrays = {"observation": self.observation} | self._sums()
-        return {"envs": get_state()} | {key: torch.as_tensor(array.copy()) for key, array in arrays.items()}
+        return {"envs": get_state()} | {key: torch.from_numpy(array.copy()) for key, array in arrays.items()}
 
     def _sums(self) -> dict[str, np.ndarray]:
         """What has been added up of the running episodes, each [B]."""

@@ -97,6 +97,7 @@ class Factors:
     samples: int
     actions: int
     dtype: torch.dtype
+    device: torch.device
 
     @property
     def rows(self) -> int:
@@ -107,8 +108,8 @@ class Factors:
         """K, or the part of it that comes from some of its blocks."""
         repeat = self.actions if outputs == "full" else 1
         size = self.samples * repeat
-        kernel = torch.zeros(size, size, dtype=self.dtype)
-        states = torch.arange(self.samples)
+        kernel = torch.zeros(size, size, dtype=self.dtype, device=self.device)
+        states, outputs_of = (torch.arange(n, device=self.device) for n in (self.samples, repeat))
         for members in _by_states(self.blocks if blocks is None else blocks):
             part, sample = members[0].kernel(outputs), members[0].sample
             for block in members[1:]:
@@ -116,7 +117,7 @@ class Factors:
             if torch.equal(sample, states):
                 kernel += part
             elif len(part):
-                index = (sample[:, None] * repeat + torch.arange(repeat)).flatten()
+                index = (sample[:, None] * repeat + outputs_of).flatten()
                 kernel.index_put_((index[:, None], index[None, :]), part, accumulate=True)
         return kernel
 
@@ -176,7 +177,7 @@ def factorise(policy: nn.Module, observations: Float[Tensor, "N D"]) -> Factors 
         pairs = [(call, signals[id(call)]) for call in group if id(call) in signals]
         if pairs:
             blocks.extend(_layer_factors(name, layers[name], pairs))
-    factors = Factors(tuple(blocks), out.shape[0], out.shape[1], out.dtype)
+    factors = Factors(tuple(blocks), out.shape[0], out.shape[1], out.dtype, out.device)
     return factors if _explains_gradient(factors, out, layers, trainable) else None
 
 
@@ -269,7 +270,8 @@ def _explains_gradient(
     factors: Factors, out: Float[Tensor, "N A"], layers: Mapping[str, Layer], trainable: Mapping[str, Tensor]
 ) -> bool:
     """Whether Jᵀv from the factors is autograd's for a random v, tensor by tensor; false for shared tensors."""
-    v = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype)
+    v = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=out.dtype, device="cpu")
+    v = v.to(out.device)
     found = torch.autograd.grad(out, list(trainable.values()), v, allow_unused=True, materialize_grads=True)
     expected = {id(p): torch.zeros_like(p) for p in trainable.values()}
     if len(set(_owned(layers.values()))) < len(_owned(layers.values())):

@@ -54,11 +54,12 @@ def estimate_entk_rank(
     with untouched(policy):
         factors = factorise(policy, observations)
         if factors is not None:
-            product, size, dtype = factors.product, factors.rows, factors.dtype
+            product, size, like = factors.product, factors.rows, factors
         else:
-            product, size, dtype = _jacobian_product(policy, observations)
-        generator = torch.Generator().manual_seed(seed)
-        return estimate_effective_rank(product, size, generator=generator, dtype=dtype, **options)
+            product, like = _jacobian_product(policy, observations)
+            size = like.numel()
+        options |= {"generator": torch.Generator().manual_seed(seed), "dtype": like.dtype, "device": like.device}
+        return estimate_effective_rank(product, size, **options)
 
 
 @dataclass(frozen=True)
@@ -123,15 +124,16 @@ def entk_jax(
     import jax.numpy as jnp
 
     _check_outputs(outputs)
-    out, push = jax.linearize(lambda p: apply(p, observations), params)
-    pull = jax.linear_transpose(push, params)
-    samples, actions = out.shape
+    with jax.default_matmul_precision("highest"):  # GPUs and TPUs keep fewer digits unless they are told
+        out, push = jax.linearize(lambda p: apply(p, observations), params)
+        pull = jax.linear_transpose(push, params)
+        samples, actions = out.shape
 
-    def column(cotangent: Any) -> Any:
-        return push(*pull(cotangent))
+        def column(cotangent: Any) -> Any:
+            return push(*pull(cotangent))
 
-    units = jnp.eye(samples * actions, dtype=out.dtype).reshape(-1, samples, actions)
-    kernel = jax.lax.map(column, units, batch_size=chunk).reshape(samples, actions, samples, actions)
+        units = jnp.eye(samples * actions, dtype=out.dtype).reshape(-1, samples, actions)
+        kernel = jax.lax.map(column, units, batch_size=chunk).reshape(samples, actions, samples, actions)
     if outputs == "sum":
         return jnp.einsum("icjc->ij", kernel)
     return kernel.reshape(samples * actions, samples * actions)
@@ -164,16 +166,13 @@ def _kernel_by_products(
     policy: nn.Module, observations: Float[Tensor, "N D"], outputs: Outputs
 ) -> Float[Tensor, "n n"]:
     """K column by column as J(Jᵀ e): exact for any module, batch coupling included."""
-    product, size, dtype = _jacobian_product(policy, observations)
-    samples = len(observations)
-    actions = size // samples
+    product, out = _jacobian_product(policy, observations)
+    (samples, actions), size = out.shape, out.numel()
     chunk = _columns_per_chunk(policy, size)
-    kernel = torch.zeros(size, size, dtype=dtype) if outputs == "full" else torch.zeros(samples, samples, dtype=dtype)
+    kernel = out.new_zeros(size, size) if outputs == "full" else out.new_zeros(samples, samples)
     for start in range(0, size, chunk):
-        index = torch.arange(start, min(start + chunk, size))
-        columns = product(
-            torch.zeros(size, len(index), dtype=dtype).index_put_((index, index - start), torch.ones((), dtype=dtype))
-        )
+        index = torch.arange(start, min(start + chunk, size), device=out.device)
+        columns = product(out.new_zeros(size, len(index)).index_put_((index, index - start), out.new_ones(())))
         if outputs == "full":
             kernel[:, index] = columns
         else:
@@ -184,8 +183,8 @@ def _kernel_by_products(
 
 def _jacobian_product(
     policy: nn.Module, observations: Float[Tensor, "N D"]
-) -> tuple[Callable[[Float[Tensor, "n k"]], Float[Tensor, "n k"]], int, torch.dtype]:
-    """V ↦ J(Jᵀ V) by two reverse passes for every column, with n = N·A and K's dtype.
+) -> tuple[Callable[[Float[Tensor, "n k"]], Float[Tensor, "n k"]], Float[Tensor, "N A"]]:
+    """V ↦ J(Jᵀ V) by two reverse passes for every column, n = N·A, and the outputs.
 
     J u is the derivative of v ↦ Jᵀ v along u, so the forward pass is traced once and no forward-mode rules are needed.
     """
@@ -205,7 +204,7 @@ def _jacobian_product(
             pieces.append(images.detach().flatten(1).T)
         return torch.cat(pieces, dim=1)
 
-    return product, out.numel(), out.dtype
+    return product, out.detach()
 
 
 def _columns_per_chunk(policy: nn.Module, size: int) -> int:

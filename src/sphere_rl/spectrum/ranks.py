@@ -91,6 +91,7 @@ def estimate_effective_rank(
     deflated: int = 16,
     steps: int = 24,
     dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
 ) -> RankEstimate:
     """Estimate r_e of a positive semi-definite matrix K [n, n] from products K·V with V [n, k].
 
@@ -98,7 +99,8 @@ def estimate_effective_rank(
     subspace: Σ q_iᵀ f(K) q_i, plus Gaussian probes in the rest, each quadratic form by stochastic Lanczos quadrature
     with ``steps`` steps. Deflation matters: a few eigenvalues hold most of the trace when plasticity is low. The
     standard error is of the ``probes`` by the delta method; the quadrature's own error falls exponentially with
-    ``steps``. Draws only from ``generator``.
+    ``steps``. Draws only from ``generator``, and on its device, so that an estimate does not depend on that of K,
+    ``device``, which is the generator's unless given.
 
     Raises ValueError where K gives what is not finite.
 
@@ -106,10 +108,14 @@ def estimate_effective_rank(
     """
     if probes < 2 or deflated < 0 or steps < 1:
         raise ValueError(f"probes, deflated, steps: got {probes}, {deflated}, {steps}, allowed: ≥ 2, ≥ 0, ≥ 1")
-    basis = torch.randn(size, min(deflated, size), generator=generator, dtype=dtype)
+
+    def draw(count: int) -> Tensor:
+        return torch.randn(size, count, generator=generator, dtype=dtype, device=generator.device).to(device)
+
+    basis = draw(min(deflated, size))
     for _ in range(3 if deflated else 0):  # subspace iteration: the estimate is unbiased whatever the basis
         basis = torch.linalg.qr(product(basis))[0]
-    noise = torch.randn(size, probes, generator=generator, dtype=dtype)
+    noise = draw(probes)
     rest = noise - basis @ (basis.T @ noise)
     forms = _quadratic_forms(product, torch.cat((basis, rest), dim=1), steps)
     leading, sampled = forms[: basis.shape[1]], forms[basis.shape[1] :]

@@ -93,8 +93,9 @@ class Policy(nn.Module):
         super().__init__()
         self.actor, self.clip = actor, normalizer.clip if normalizer else None
         if normalizer is not None:
-            self.register_buffer("mean", torch.as_tensor(normalizer.mean.copy()))
-            self.register_buffer("var", torch.as_tensor(normalizer.var.copy()))
+            device = actor.experts.head.weight.device
+            self.register_buffer("mean", torch.as_tensor(normalizer.mean.copy(), device=device))
+            self.register_buffer("var", torch.as_tensor(normalizer.var.copy(), device=device))
 
     def normalize(self, observation: Tensor) -> Tensor:
         """What the actor sees of raw observations."""

@@ -21,7 +21,7 @@ def bad_number(state: Any, where: str = "") -> str | None:
     elif isinstance(state, list | tuple):
         parts = ((f"{where}[{i}]", value) for i, value in enumerate(state))
     elif isinstance(state, Tensor | np.ndarray):
-        return _bad_entry(torch.as_tensor(state), where)
+        return _bad_entry(state if isinstance(state, Tensor) else torch.from_numpy(state), where)
     else:
         return f"{where} is {state}" if isinstance(state, float) and not isfinite(state) else None
     return next((found for name, value in parts if (found := bad_number(value, name))), None)

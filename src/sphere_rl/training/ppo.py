@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -87,7 +89,7 @@ def summarize(statistics: Float[Tensor, "U S"]) -> dict[str, float]:
     if broken.any():
         first = int(broken.nonzero()[0])
         values = dict(zip(STATISTICS, statistics[first].tolist(), strict=True))
-        names = ", ".join(f"{k} = {v}" for k, v in values.items() if not torch.isfinite(torch.tensor(v)))
+        names = ", ".join(f"{k} = {v}" for k, v in values.items() if not isfinite(v))
         raise TrainingError(f"minibatch {first + 1} of {len(statistics)}: {names}")
     return dict(zip(STATISTICS, statistics.mean(0).tolist(), strict=True))
 

@@ -55,4 +55,5 @@ class Tracker:
 def spread(rollout: Rollout) -> Float[Tensor, "N D"]:
     """Evenly spaced states of a rollout, as many as the probe batch has where there are as many."""
     rows = rollout.observation.flatten(0, 1)
-    return rows[torch.linspace(0, len(rows) - 1, min(STATES, len(rows))).long()]
+    chosen = torch.linspace(0, len(rows) - 1, min(STATES, len(rows)), device="cpu").long()  # the same on all devices
+    return rows[chosen]

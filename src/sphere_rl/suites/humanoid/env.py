@@ -137,7 +137,9 @@ class HumanoidVectorEnv(VectorEnv):
     def get_state(self) -> dict[str, Any]:
         """Everything the future depends on, as tensors and plain numbers."""
         streams = [generator.bit_generator.state for generator in self._generators]
-        return {"streams": streams} | {name: torch.tensor(array) for name, array in self._episode_arrays().items()}
+        return {"streams": streams} | {
+            name: torch.from_numpy(array.copy()) for name, array in self._episode_arrays().items()
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continue from what `get_state` gave, bitwise."""
