@@ -87,8 +87,9 @@ def files_of_page(page: str) -> dict[str, str]:
 
 
 def test_the_documented_method_suite_and_actor_train_and_resume(tmp_path):
-    """The files of docs/extending.md beside a run, as plugins: the package does not have them."""
-    files = files_of_page((ROOT / "docs" / "extending.md").read_text())
+    """The files of the pages on own methods, suites and gates beside a run, as plugins: the package does not have them."""
+    pages = ("own-method", "own-suite", "own-gate")
+    files = files_of_page("\n".join((ROOT / "docs" / f"{page}.md").read_text() for page in pages))
     assert sorted(files) == ["feature_norm.py", "pendula.py", "sigmoid_moe.py"]
     for path, text in files.items():
         (tmp_path / path).write_text(text)
