@@ -1,7 +1,7 @@
 """What the documentation tells readers to type works: Python blocks run, ``sphere`` commands pass the real parser.
 
 A page's Python blocks run in their order, in one namespace that begins with what a reader has (`given`), beside a
-finished run ``runs/x`` (``runs/first``) and a sweep ``runs/s``. Commands find the files that the pages show: blocks that
+finished run ``runs/x`` (``runs/first``) and a sweep ``runs/s``. Commands find the files that pages show: blocks that
 follow a file's name, and TOML that begins with it. ``<!-- not run: REASON -->`` leaves a block at being compiled.
 """
 
