@@ -29,28 +29,29 @@ _documented: set[str] = set()
 def on_files(files: Files, config: Any) -> Files:
     """Add the live pages to the site, and note which names the reference has."""
     for name, runs in LIVE.items():
-        page = Path(_made.name) / name / "index.html"
-        if not page.exists():
-            make_report(ROOT / runs, page)
-        files.append(File.generated(config, f"live/{name}/index.html", abs_src_path=str(page)))
+        folder = Path(_made.name) / name
+        if not folder.exists():
+            make_report(ROOT / runs, folder)
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            files.append(File.generated(config, f"live/{path.relative_to(_made.name)}", abs_src_path=str(path)))
     _documented.clear()
     for file in files.documentation_pages():
         _documented.update(DIRECTIVE.findall(file.content_string))
     return files
 
 
-def make_report(runs: Path, page: Path) -> None:
+def make_report(runs: Path, folder: Path) -> None:
     """Write what ``sphere report`` makes of published runs.
 
     Raises:
         subprocess.CalledProcessError: it failed; the site is not built without its pages.
     """
     if os.environ.get("SPHERE_LIVE") == "0":
-        page.parent.mkdir(parents=True)
-        page.write_text("<!doctype html><title>left out</title>")
+        folder.mkdir()
+        (folder / "index.html").write_text("<!doctype html><title>left out</title>")
         return
     paths = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "sphere_rl.cli", "report", str(runs), "--out", str(page.parent)]
+    command = [sys.executable, "-m", "sphere_rl.cli", "report", str(runs), "--out", str(folder)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": paths})
 
 

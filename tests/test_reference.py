@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,19 @@ def test_every_public_name_is_documented() -> None:
     wanted |= {f"sphere_rl.integrations.sb3.{name}" for name in ("MoEPolicy", "PlasticityCallback")}
     wanted |= {"sphere_rl.integrations.rsl_rl.MoEModel", "sphere_rl.integrations.mixture.plasticity"}
     assert wanted - {*documented()} == set()
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning_and_shows_every_name(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocstrings", reason="the extra docs is not installed")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    quick = {"SPHERE_LIVE": "0", "NO_MKDOCS_2_WARNING": "1"}
+    environ = os.environ | quick
+    built = subprocess.run(command, cwd=DOCS.parent, env=environ, capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr
+    pages = [path.read_text() for path in tmp_path.glob("api*/index.html")]
+    for name in documented():
+        assert any(f'id="{name}"' in page for page in pages), name
 
 
 def test_each_name_stands_once() -> None:
