@@ -6,7 +6,7 @@ import json
 import re
 import subprocess
 import sys
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -67,19 +67,6 @@ def test_stable_baselines3(capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-def test_the_blocks_of_the_page_on_own_code_run():
-    """Those that import what they need: the others are lines out of a training loop."""
-    page = (ROOT / "docs" / "own-code.md").read_text()
-    blocks = [
-        text for text in re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL) if "import " in text
-    ]
-    assert blocks
-    for text in blocks:
-        libraries = re.findall(r"^(?:from|import) (\w+)", text, re.MULTILINE)
-        if all(map(find_spec, libraries)):
-            exec(compile(text, "docs/own-code.md", "exec"), {})
-
-
 def files_of_page(page: str) -> dict[str, str]:
     """Python blocks that are introduced by their file's name."""
     blocks = re.findall(r"^`(\w+\.py)`:\n\n```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
@@ -87,8 +74,9 @@ def files_of_page(page: str) -> dict[str, str]:
 
 
 def test_the_documented_method_suite_and_actor_train_and_resume(tmp_path):
-    """The files of docs/extending.md beside a run, as plugins: the package does not have them."""
-    files = files_of_page((ROOT / "docs" / "extending.md").read_text())
+    """The files of three pages beside a run, as plugins: the package does not have them."""
+    pages = ("own-method", "own-suite", "own-gate")
+    files = files_of_page("\n".join((ROOT / "docs" / f"{page}.md").read_text() for page in pages))
     assert sorted(files) == ["feature_norm.py", "pendula.py", "sigmoid_moe.py"]
     for path, text in files.items():
         (tmp_path / path).write_text(text)

@@ -61,9 +61,13 @@ RUNS: dict[str, Any] = {
 class Results:
     """Tables that share the columns ``run`` and `KEY`.
 
-    runs: one row a folder, with its state, progress and speed, the ``methods`` that it was trained with and the
-    ``settings`` of its label. train, evals, spectra: one row a line of the logs. broken: the runs that cannot be read
-    and are in none of the others, ``run`` and ``reason``.
+    Attributes:
+        root: the folder that was read.
+        runs: one row a run, with its state, progress and speed, the ``methods`` that it was trained with and the
+            ``settings`` of its label.
+        evals: one row a line of ``eval.jsonl``.
+        spectra: one row a line of ``spectrum.jsonl``.
+        broken: the runs that cannot be read and are in none of the others, ``run`` and ``reason``.
     """
 
     root: Path

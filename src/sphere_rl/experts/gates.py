@@ -55,7 +55,9 @@ class TopK:
 class Kind:
     """An architecture of actors and critics: a line about it, and its gate.
 
-    gate: called with the network's options and whether the module is in training mode; ``None`` for one MLP.
+    Attributes:
+        summary: the line of ``sphere list``.
+        gate: called with the network's options and whether the module is in training mode; ``None`` for one MLP.
     """
 
     summary: str

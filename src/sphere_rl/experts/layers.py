@@ -94,8 +94,11 @@ class GroupedLinear(nn.Module):
 class RoutedFeatures:
     """Hidden features of one expert layer, for the routed (sample, expert) pairs only.
 
-    values: after the activation, one row an assignment. The weighted features are φ(x) = [g_1 h_1 ‖ … ‖ g_E h_E]
-    ∈ R^m, m = E·H, and A = ΦᵀΦ/N.
+    The weighted features are φ(x) = [g_1 h_1 ‖ … ‖ g_E h_E] ∈ ℝᵐ, m = E·H, and A = ΦᵀΦ/N.
+
+    Attributes:
+        values: after the activation, one row an assignment.
+        routing: which rows these are.
     """
 
     values: Float[Tensor, "M H"]

@@ -16,8 +16,13 @@ from sphere_rl.kernels.routing import Gating, blocks_of, route
 class Routing:
     """Which expert sees which sample: M assignments sorted by expert, and by sample inside an expert.
 
-    weights: dense routing weights [N, E], zero where not selected. sample: the row of each assignment. gate:
-    its routing weight. counts: assignments of each expert. weights and gate carry gradients to the logits.
+    ``weights`` and ``gate`` carry gradients to the logits.
+
+    Attributes:
+        weights: dense routing weights, zero where not selected.
+        sample: the row of each assignment.
+        gate: its routing weight.
+        counts: assignments of each expert.
     """
 
     weights: Float[Tensor, "N E"]

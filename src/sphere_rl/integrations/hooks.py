@@ -91,9 +91,10 @@ class Tracker:
 
         Let o be all captured output tensors as one vector (all experts' and the router's), y what ``module``
         returns, L = sphere_penalty(Φ(o), scale) with one joint Gram, and g = (∂y/∂o)ᵀ ∂loss/∂y. In each backward
-        pass through y the gradient of o becomes, as by `sphere_rl.regularize`,
+        pass through y the gradient of o becomes, as by `sphere_rl.regularize`, one of
 
-            g + rho · ‖g‖ / ‖∇_o L‖ · ∇_o L      (``rho`` 0.1 by default)      or      g + strength · ∇_o L.
+            g + rho · ‖g‖ / ‖∇_o L‖ · ∇_o L        rho: 0.1 by default
+            g + strength · ∇_o L
 
         How: no expert's gradient may go on before the norm over all of them is known, and no hook on one of them
         can wait for the others. So an operation behind y takes y and o. Its backward pass first finds g by a pass of

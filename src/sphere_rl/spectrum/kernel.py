@@ -32,7 +32,7 @@ CHUNK_BYTES = 2**28
 def entk(policy: nn.Module, observations: Float[Tensor, "N D"], outputs: Outputs = "full") -> Float[Tensor, "n n"]:
     """Return the exact eNTK of ``policy`` on ``observations``, in the policy's dtype.
 
-    outputs "full": [N·A, N·A], rows (state, output); "sum": [N, N], the sum over output coordinates of their
+    ``outputs`` "full": [N·A, N·A], rows (state, output); "sum": [N, N], the sum over output coordinates of their
     kernels (the trace kernel). Every trainable tensor that f depends on takes part, gate included. Raises ValueError
     when f is not [N, A] or nothing is trainable. Source: Jacot et al. 2018; definition as in Luo et al. 2026.
     """
@@ -66,7 +66,13 @@ def estimate_entk_rank(
 class BlockShare:
     """One block of K: the gate, a layer (all its experts) or an expert (all its layers).
 
-    share: tr K_b / tr K, in [0, 1]. effective_rank: r_e(K_b). Gate and layers add to 1, and so do gate and experts.
+    Gate and layers add to 1, and so do gate and experts.
+
+    Attributes:
+        kind: which of the three.
+        name: ``gate``, the layer's name, or the expert's number.
+        share: tr K_b / tr K, in [0, 1].
+        effective_rank: r_e(K_b).
     """
 
     kind: Literal["gate", "layer", "expert"]
