@@ -77,7 +77,7 @@ def test_the_documented_method_suite_and_actor_train_and_resume(tmp_path):
     """The files of three pages beside a run, as plugins: the package does not have them."""
     pages = ("own-method", "own-suite", "own-gate")
     files = files_of_page("\n".join((ROOT / "docs" / f"{page}.md").read_text() for page in pages))
-    assert sorted(files) == ["feature_norm.py", "pendula.py", "sigmoid_moe.py"]
+    assert sorted(files) == ["feature_norm.py", "pendula.py", "pixel_moe.py", "sigmoid_moe.py"]
     for path, text in files.items():
         (tmp_path / path).write_text(text)
 

@@ -175,7 +175,6 @@ def test_sent_actions_belong_to_the_space(dtype: Any) -> None:
         ("Whole", "a task whose Box of actions has real numbers, not Box"),
         ("Mixed", "a task with Box or discrete actions, not Tuple"),
         ("Growing", "a task with observations of Box and Discrete, Dict and Tuple, not Dict('a': Sequence"),
-        ("Image", "a task with a flat Box of observations, not Box(0, 255, (8, 8, 3)"),
         ("Nothing", "an environment that can be made (AssertionError: "),
         ("Given", "an environment that can be made (TypeError: "),
     ],

@@ -151,6 +151,9 @@ class Image(Toy):
 
     observation_space = spaces.Box(0, 255, (8, 8, 3), np.uint8)
 
+    def observe(self) -> Any:
+        return self.np_random.integers(0, 256, (8, 8, 3), np.uint8)
+
 
 class Nothing(Toy):
     """Observations without a number."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts.options import NetworkOptions
@@ -53,15 +53,19 @@ class TopK:
 
 @dataclass(frozen=True)
 class Kind:
-    """An architecture of actors and critics: a line about it, and its gate.
+    """An architecture of actors and critics: a line about it, its gate, and what stands in front of both.
 
     Attributes:
         summary: the line of ``sphere list``.
         gate: called with the network's options and whether the module is in training mode; ``None`` for one MLP.
+        encoder: called with D and the network's options, makes any module of states [N, D] → features [N, F], which
+            gate and experts see in place of the states; ``None``: they see the states. It is built with the global
+            random stream seeded, and trained with the rest.
     """
 
     summary: str
     gate: Callable[[NetworkOptions, bool], Gate] | None = None
+    encoder: Callable[[int, NetworkOptions], nn.Module] | None = None
 
     def check(self, options: NetworkOptions) -> None:
         """Raise `ConfigError` where there are not as many experts as the gate selects."""

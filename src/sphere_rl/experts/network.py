@@ -54,7 +54,8 @@ class MoENetwork(nn.Module):
     """output(x) = Σ_e g_e(x) · expert_e(x), with g from a gate MLP, or g = 1 for a single expert.
 
     ``kind`` is one of `kinds`. Gate and experts are MLPs of the same width and depth with ReLU; weights are
-    LeCun-normal, biases zero, drawn from ``generator``.
+    LeCun-normal, biases zero, drawn from ``generator``. Where the kind has an encoder, x is what that
+    makes of the states.
     """
 
     def __init__(
@@ -76,19 +77,26 @@ class MoENetwork(nn.Module):
         }
         hidden = [width] * options.depth
         routed = num_experts - self.routes.shared
-        self.gate = ExpertMLP(observation_dim, hidden, routed, 1, **build) if gated else None
-        self.experts = ExpertMLP(observation_dim, hidden, output_dim, num_experts, **build)
+        self.observation_dim = observation_dim
+        self.encoder, inputs = encoder_of(kind, observation_dim, options, generator)
+        self.gate = ExpertMLP(inputs, hidden, routed, 1, **build) if gated else None
+        self.experts = ExpertMLP(inputs, hidden, output_dim, num_experts, **build)
 
     def trace(self, observation: Float[Tensor, "N D"]) -> Trace:
         """One forward pass with everything it computed."""
         whole = single_routing(len(observation), device=observation.device, dtype=observation.dtype)
+        seen = self.encoded(observation)
         if self.gate is None:
             routing, logits, gate_features = whole, None, ()
         else:
-            gate = self.gate(observation, whole)
+            gate = self.gate(seen, whole)
             routing, logits, gate_features = self.routes(gate.out), gate.out, gate.features
-        experts = self.experts(observation, routing)
+        experts = self.experts(seen, routing)
         return Trace(experts.out, routing.weights, logits, experts.rows, experts.features, gate_features)
+
+    def encoded(self, observation: Float[Tensor, "N D"]) -> Float[Tensor, "N F"]:
+        """What gate and experts see: the states, or the encoder's features of them."""
+        return observation if self.encoder is None else self.encoder(observation)
 
     def forward(self, observation: Float[Tensor, "N D"]) -> Float[Tensor, "N A"]:
         """The output alone."""
@@ -100,21 +108,17 @@ class MoENetwork(nn.Module):
 
     def _unrouted(self, observation: Tensor) -> Tensor:
         """The output from all experts, those that are not selected with weight 0: a graph that no sample changes."""
-        outputs = self.experts.every(observation)
+        seen = self.encoded(observation)
+        outputs = self.experts.every(seen)
         if self.gate is None:
             return outputs[0]
-        logits, routes = self.gate.every(observation)[0], self.routes
+        logits, routes = self.gate.every(seen)[0], self.routes
         weights = unsorted_weights(logits, routes.gating) if isinstance(routes, TopK) else routes(logits).weights
         return torch.einsum("ne,ena->na", weights, outputs)
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Tell `torch.jit.script`, which looks for this name, that it cannot read the network."""
         raise TypeError("torch.jit.script: cannot read a network of experts; expected torch.export.export or jit.trace")
-
-    @property
-    def observation_dim(self) -> int:
-        """D."""
-        return self.experts.layers[0].weight.shape[2]
 
     @torch.inference_mode()
     def selection(self, observation: Float[Tensor, "N D"]) -> Int[Tensor, "N k"] | None:
@@ -123,7 +127,8 @@ class MoENetwork(nn.Module):
             return None
         parts = []
         for rows in observation.split(4096):  # all at once would hold every hidden layer of a whole rollout
-            logits = self.gate(rows, single_routing(len(rows), device=rows.device, dtype=rows.dtype)).out
+            whole = single_routing(len(rows), device=rows.device, dtype=rows.dtype)
+            logits = self.gate(self.encoded(rows), whole).out
             if self.gating.k >= logits.shape[1]:
                 return None
             parts.append(selected(logits, self.gating.k))
@@ -136,10 +141,16 @@ class MoENetwork(nn.Module):
 
     @property
     def is_plain(self) -> bool:
-        """Whether both are chains of linear layers and ReLU, unseen by forward hooks, with a gate that kernels know."""
-        return isinstance(self.routes, TopK) and all(
-            mlp is None or (type(mlp) is ExpertMLP and mlp.is_chain and not mlp._forward_hooks)
-            for mlp in (self.experts, self.gate)
+        """Whether kernels can compute it: chains of linear layers and ReLU, unseen by forward hooks, with a gate that
+        they know and nothing in front.
+        """
+        return (
+            self.encoder is None
+            and isinstance(self.routes, TopK)
+            and all(
+                mlp is None or (type(mlp) is ExpertMLP and mlp.is_chain and not mlp._forward_hooks)
+                for mlp in (self.experts, self.gate)
+            )
         )
 
     @property
@@ -200,6 +211,29 @@ def kinds() -> dict[str, Kind]:
         if not isinstance(kind, Kind):
             raise ConfigError("actor", name, f"a sphere_rl.experts.Kind, not {type(kind).__name__}")
     return KINDS | dict(others)
+
+
+def encoder_of(
+    kind: str, observation_dim: int, options: NetworkOptions, generator: torch.Generator
+) -> tuple[nn.Module | None, int]:
+    """A new encoder of this kind, whose weights depend on ``generator`` alone, and F, the number of its features.
+
+    Raises:
+        ConfigError: it makes no features [N, F] of states [N, D].
+    """
+    make = kinds()[kind].encoder
+    if make is None:
+        return None, observation_dim
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # modules of PyTorch draw from the global stream
+        torch.default_generator.manual_seed(seed)
+        encoder = make(observation_dim, options)
+        with torch.no_grad():
+            features = encoder.eval()(torch.zeros(2, observation_dim))
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != 2:
+        found = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise ConfigError("actor", kind, f"a kind whose encoder makes [2, F] of two states, not {found}")
+    return encoder.train().to(torch.get_default_device()), features.shape[1]
 
 
 def wide_width(observation_dim: int, output_dim: int, options: NetworkOptions) -> int:

@@ -26,13 +26,13 @@ LARGEST = float(np.finfo(np.float32).max)
 def flattened(task: str, env: gymnasium.Env) -> gymnasium.Env:
     """The environment with observations as a flat box, by Gymnasium's own wrapper.
 
-    Discrete ones are one-hot, those of a Dict stand in the order of its keys. A Box stays as it is.
+    Discrete ones are one-hot, those of a Dict stand in the order of its keys, images row by row. A flat Box stays.
 
     Raises:
         ConfigError: they are not made of boxes and discrete numbers alone.
     """
     space = env.observation_space
-    if isinstance(space, Box):
+    if isinstance(space, Box) and len(space.shape) == 1:
         return env
     if not _is_flattenable(space):
         raise ConfigError("tasks", task, f"a task with observations of Box and Discrete, Dict and Tuple, not {space}")
