@@ -355,8 +355,7 @@ class SuiteContent:
     def _proxy(self) -> Panel:
         known = self.spectra.filter(pl.col("r_e_A").is_not_null() & pl.col("r_e_K").is_not_null())
         caption = "Every measured batch (probe and rollout): the proxy rₑ(A) of the last expert layer against rₑ(K)."
-        if known.height >= 3 and known["r_e_A"].n_unique() > 1 and known["r_e_K"].n_unique() > 1:
-            r = np.corrcoef(known["r_e_A"], known["r_e_K"])[0, 1]
+        if (r := statistics.correlation(known)["pearson_r"]) is not None:
             caption += f" Pearson r = {r:.3f} over {known.height} batches."
         choices = {"": panels.scatter(known, self.order)} if known.height else {}
         return self._panel("proxy", "The proxy and the kernel", f"{caption} {self.facts()}", choices,

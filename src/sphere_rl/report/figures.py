@@ -23,7 +23,7 @@ from numpy import ndarray
 
 from sphere_rl.report.appearance import LINES, MARKERS, color, drawing, fill, index, lighter, plain_names, shade, styled
 from sphere_rl.runs import make_folder, write_atomic
-from sphere_rl.statistics import Estimate
+from sphere_rl.statistics import Estimate, correlation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -282,8 +282,6 @@ def proxy_scatter(table: pl.DataFrame, caption: str, by: str = "method", order: 
 
     ``by``: the column that says a point's method.
     """
-    from scipy.stats import pearsonr
-
     table = table.filter(pl.col("r_e_K").is_not_null() & pl.col("r_e_A").is_not_null())
     if table.height < 3:
         return missing("Fewer than three batches measured", caption)
@@ -297,10 +295,10 @@ def proxy_scatter(table: pl.DataFrame, caption: str, by: str = "method", order: 
         )  # fmt: skip
     axes.set(xlabel="$r_e(A)$, last expert layer", ylabel="$r_e(K)$")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    if table["r_e_A"].n_unique() > 1 and table["r_e_K"].n_unique() > 1:
-        found: Any = pearsonr(table["r_e_A"], table["r_e_K"])
-        low, high = found.confidence_interval() if table.height > 3 else (float("nan"), float("nan"))
-        axes.set_title(f"Pearson r = {found.statistic:.3f} [{low:.3f}, {high:.3f}], {table.height} batches")
+    r, low, high = (correlation(table)[name] for name in ("pearson_r", "low", "high"))
+    if r is not None:
+        interval = "nan, nan" if low is None else f"{low:.3f}, {high:.3f}"
+        axes.set_title(f"Pearson r = {r:.3f} [{interval}], {table.height} batches")
     return _captioned(figure, caption)
 
 
