@@ -39,7 +39,7 @@ def spectra(found: Sequence[Diagnosis], caption: str) -> Figure:
         axes.set(
             xlabel="Index $i$", ylabel=rf"$\lambda_i / \mathrm{{tr}}\,{name}$", title=f"${name}$", ylim=(1e-9, 1.5)
         )
-        axes.legend(fontsize=6, loc="lower left")
+        appearance.make_room(axes.legend(fontsize=6, loc="lower left"), beside=False)
     return figure
 
 
