@@ -113,6 +113,14 @@ class Method:
         """Compute a scalar to add to the critic's loss; perhaps while the actor's hooks run."""
         return None
 
+    def parameter_gradients(self, agent: ActorCritic, network: str, gradients: Mapping[Tensor, Tensor]) -> None:
+        """Add the gradient of a penalty on the parameters alone of the ``actor`` or the ``critic``, in place.
+
+        ``gradients`` has that of the network's loss for each of its parameters; autograd is off. Such a penalty may be
+        an `actor_penalty` as well: this is the same step for less, without a graph as large as the network. The
+        critic's may be asked for while the actor's hooks run.
+        """
+
     def actor_gradients(self, step: ActorStep, gradients: list[Tensor]) -> list[Tensor]:
         """Change the gradients of the actor's loss before they are clipped; the graph of ``step`` is still alive."""
         return gradients

@@ -39,8 +39,8 @@ from sphere_rl.training.agent import Agent
 KL_MARGIN = 1.5
 """An update ends where a minibatch's KL is above this times ``target_kl``."""
 
-ACTOR_HOOKS = ("observe", "actor_penalty", "actor_gradients")
-CRITIC_HOOKS = ("observe", "critic_penalty")
+ACTOR_HOOKS = ("observe", "actor_penalty", "parameter_gradients", "actor_gradients")
+CRITIC_HOOKS = ("observe", "critic_penalty", "parameter_gradients")
 """What methods do with a forward pass and its graph, which a step without autograd does not have."""
 
 STATISTICS = ("policy_loss", "kl", "clip_fraction", "entropy", "actor_grad_norm", "value_loss", "critic_grad_norm")
@@ -128,6 +128,7 @@ def actor_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Tens
     total = sum((p for p in penalties if p is not None), start=loss)
     rules = [method for method in agent.methods if method.overrides("actor_gradients")]
     gradients = agent.actor_gradients.differentiate(total, agent.actor_parameters, retain_graph=bool(rules))
+    add_parameter_gradients(agent, "actor", agent.actor_parameters, gradients)
     for method in rules:
         gradients = method.actor_gradients(step, gradients)
     if went_too_far(statistics, config):
@@ -157,8 +158,19 @@ def critic_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Ten
     penalties = [method.critic_penalty(agent, batch, trace) for method in agent.methods]
     total = sum((p for p in penalties if p is not None), start=config.value_coefficient * loss)
     gradients = agent.critic_gradients.differentiate(total, agent.critic_parameters)
+    add_parameter_gradients(agent, "critic", agent.critic_parameters, gradients)
     norm = apply_gradients(agent.critic_optimizer, agent.critic_parameters, gradients, config.max_grad_norm)
     return [loss.detach(), norm]
+
+
+@torch.no_grad()
+def add_parameter_gradients(
+    agent: Agent, network: str, parameters: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> None:
+    """Add, in place, what methods' penalties on parameters give to the gradients of a loss."""
+    by_parameter = dict(zip(parameters, gradients, strict=True))
+    for method in agent.methods:
+        method.parameter_gradients(agent, network, by_parameter)
 
 
 def apply_gradients(
