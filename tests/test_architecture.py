@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from scripts import architecture
@@ -60,6 +63,39 @@ def test_importing_the_package_loads_no_library() -> None:
     code += "assert all(callable(getattr(sphere_rl, name)) for name in sphere_rl.__all__)"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert len(sphere_rl.__all__) <= 20
+
+
+LONG_FILES = {"tests/test_report.py", "tests/test_sweep.py"}
+"""Each has fixtures of whole folders of runs that take seconds to train, which two files would both have to make."""
+
+
+def code() -> Iterator[Path]:
+    """All Python files of the project."""
+    for folder in ("src", "tests", "benchmarks", "scripts", "examples"):
+        yield from (architecture.ROOT / folder).rglob("*.py")
+
+
+def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its docstring: what a formula and its errors take is no code to be carved."""
+    assert node.end_lineno is not None
+    lines = node.end_lineno - node.lineno + 1
+    if ast.get_docstring(node) is None:
+        return lines
+    text = node.body[0]
+    assert text.end_lineno is not None
+    return lines - (text.end_lineno - text.lineno + 1)
+
+
+def test_files_and_functions_are_short() -> None:
+    texts = {path.relative_to(architecture.ROOT).as_posix(): path.read_text() for path in code()}
+    assert {name for name, text in texts.items() if text.count("\n") > 400} <= LONG_FILES
+    functions = [
+        (name, node.name, length(node))
+        for name, text in texts.items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert [one for one in functions if one[2] > 40] == []
 
 
 def test_the_map_is_drawn_from_these_imports() -> None:

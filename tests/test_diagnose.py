@@ -15,14 +15,17 @@ from conftest import TINY
 
 from sphere_rl import protocol
 from sphere_rl.cli import main
-from sphere_rl.commands import diagnose as module
-from sphere_rl.commands.diagnose import correlation, proxy_table, select, visited_states
 from sphere_rl.config import TrainConfig, override
 from sphere_rl.runs import RunFolder
 from sphere_rl.spectrum import SPECTRAL_METRICS, effective_rank, entk, gram_effective_rank, measure
+from sphere_rl.statistics import correlation
 from sphere_rl.suites import make_suite
+from sphere_rl.terminal.tables import print_columns
+from sphere_rl.training.diagnosis import select
 from sphere_rl.training.policies import Chosen, load_policy
 from sphere_rl.training.probe import probe_observations
+from sphere_rl.training.proxy import batches_of, proxy_table, visited_states
+from sphere_rl.training.saved import config_of
 
 TASKS = ["Pendulum-v1", "Pendulum-v1"]
 UPDATE_ONLY = {"grama_ratio", "grad_norm", "weight_change", "churn"}
@@ -99,7 +102,7 @@ def test_columns_go_on_below_where_a_terminal_is_narrow(
 
     monkeypatch.setattr(Console, "is_terminal", property(lambda _: True))
     monkeypatch.setenv("COLUMNS", "40")
-    module.print_columns("", "row", {f"column-{i}": {"a": i, "b": "x" * 10} for i in range(5)})
+    print_columns("", "row", {f"column-{i}": {"a": i, "b": "x" * 10} for i in range(5)})
     heads = [found for line in capfd.readouterr().out.splitlines() if (found := re.findall(r"column-\d", line))]
     assert heads == [["column-0", "column-1"], ["column-2", "column-3"], ["column-4"]]
 
@@ -126,15 +129,14 @@ def test_proxy_prints_and_draws_pearson_with_its_interval(
     assert "Fisher's z" in capfd.readouterr().out
 
 
-def test_proxy_batches_are_disjoint_and_of_both_kinds(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, seen = RunFolder.existing(run), []
-    original = module._ranks
-    monkeypatch.setattr(module, "_ranks", lambda policy, states: seen.append(states) or original(policy, states))
+def test_proxy_batches_are_disjoint_and_of_both_kinds(run: Path) -> None:
+    folder = RunFolder.existing(run)
     table = proxy_table(folder, select(folder, ["task-01-Pendulum-v1"]), 2)
     assert table["source"].to_list() == ["probe", "probe", "visited", "visited"]
+    policy = load_policy(run, "task-01-Pendulum-v1")
+    seen = [states for _, _, states in batches_of(policy, config_of(folder), ["Pendulum-v1"], 2)]
     assert [batch.shape for batch in seen] == [(64, 3)] * 4
     assert len(np.unique(np.concatenate(seen), axis=0)) > 250  # Pendulum's start states alone may coincide
-    policy = load_policy(run, "task-01-Pendulum-v1")
     observation = policy.normalize(torch.as_tensor(seen[3]))
     features = policy.actor.trace(observation).features[-1].weighted().detach()
     assert table["r_e_A"][3] == pytest.approx(gram_effective_rank(features))

@@ -12,7 +12,7 @@ import torch
 from conformance.agents import batch, make_agent, make_config, only_method
 from torch import Tensor, nn
 
-from sphere_rl.config import TrainConfig
+from sphere_rl.config import TrainConfig, override
 from sphere_rl.experts.heads import GaussianHead
 from sphere_rl.experts.network import KINDS, MoENetwork, Trace, make_actor
 from sphere_rl.experts.options import NetworkOptions
@@ -29,7 +29,14 @@ from sphere_rl.learner.value_step import begin_regression, regression
 from sphere_rl.methods.sphere import Sphere
 from sphere_rl.penalty import sphere_penalty
 from sphere_rl.training.agent import Agent
-from sphere_rl.training.step import actor_loss, actor_step, begin_critic_step, critic_step, direct_actor_step
+from sphere_rl.training.step import (
+    actor_loss,
+    actor_step,
+    begin_critic_step,
+    critic_step,
+    description,
+    direct_actor_step,
+)
 
 pytestmark = pytest.mark.skipif(not SCRIPTED, reason="everything goes through autograd where TorchScript is gone")
 N, D, A = 40, 5, 3
@@ -63,8 +70,32 @@ def by_autograd(agent: Agent, samples: Minibatch) -> list[Tensor]:
 
 
 def directly(agent: Agent, samples: Minibatch, keep: bool = True) -> list[Tensor]:
-    assert all(method.is_direct for method in agent.methods)
-    return direct_actor_step(agent, samples, agent.config, keep)
+    direct = description(agent, samples, torch.arange(len(samples)))
+    assert direct is not None
+    return direct_actor_step(agent, samples, agent.config, keep, direct)
+
+
+@pytest.mark.parametrize(
+    ("methods", "whose"),
+    [
+        (("none",), None), (("shrink_perturb",), None),
+        (("sphere",), "sphere"), (("shrink_perturb", "sphere"), "sphere"),
+        (("sphere", "l2_init"), "autograd"), (("sphere", "cbp"), "autograd"), (("cbp",), "autograd"),
+        (("c_chain",), "autograd"), (("layernorm", "sphere"), "autograd"), (("weight_decay",), "autograd"),
+    ],
+)  # fmt: skip
+def test_a_step_goes_without_autograd_where_one_method_at_most_has_a_hand_in_it(
+    methods: tuple[str, ...], whose: str | None
+) -> None:
+    config = override(TrainConfig(), {"method": methods, "network.num_experts": 4, "network.width": 8})
+    found = description(double_agent(config), minibatch(0), torch.arange(N))
+    assert (found.method and found.method.name if found else "autograd") == whose
+
+
+@pytest.mark.parametrize("change", [{"factor": "gradient"}, {"grouping": "per_expert"}, {"gate_coefficient": 0.1}])
+def test_what_no_description_says_goes_through_autograd(change: dict) -> None:
+    changes = {"method": ("sphere",), "network.width": 8} | {f"sphere.{name}": value for name, value in change.items()}
+    assert description(double_agent(override(TrainConfig(), changes)), minibatch(0), torch.arange(N)) is None
 
 
 def assert_same_training(config: TrainConfig, threads: int = 1, discrete: bool = False, steps: int = 4) -> None:
@@ -156,7 +187,7 @@ def test_discrete_policies_too(mode: str) -> None:
 def test_gradients_that_are_kept_and_gradients_that_are_not(brief: bool) -> None:
     """At the size of these tests both kinds occur; here all are of one."""
     rows, wide = (2, 64) if brief else (300, 8)
-    assert sweeps._is_brief(rows, 2, wide, wide) == brief
+    assert sweeps.is_brief(rows, 2, wide, wide) == brief
     config = make_config("sphere", network=NETWORK | {"width": wide}, sphere={"mode": "grad", "rho": 0.7})
     own, peer = (double_agent(config) for _ in range(2))
     samples = minibatch(3, rows=rows)

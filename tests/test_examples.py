@@ -73,6 +73,27 @@ def files_of_page(page: str) -> dict[str, str]:
     return dict(blocks)
 
 
+GRID = """
+suites = ["pendula"]
+actors = ["sigmoid_moe"]
+methods = ["feature_norm"]
+tasks = ["moon"]
+[train]
+plugin = ["feature_norm", "pendula", "sigmoid_moe"]
+steps_per_task = 128
+num_envs = 2
+num_steps = 64
+minibatch_size = 64
+num_epochs = 1
+width = 8
+depth = 1
+num_experts = 3
+final_eval_episodes = 1
+spectrum_every = -1
+"""
+"""A sweep of these files."""
+
+
 def test_the_documented_method_suite_and_actor_train_and_resume(tmp_path):
     """The files of three pages beside a run, as plugins: the package does not have them."""
     pages = ("own-method", "own-suite", "own-gate")
@@ -103,24 +124,7 @@ def test_the_documented_method_suite_and_actor_train_and_resume(tmp_path):
     listed = run("list", *plugins, "--json")
     for name in ("feature_norm", "pendula", "sigmoid_moe"):
         assert f'"{name}"' in listed
-    (tmp_path / "grid.toml").write_text("""
-suites = ["pendula"]
-actors = ["sigmoid_moe"]
-methods = ["feature_norm"]
-tasks = ["moon"]
-[train]
-plugin = ["feature_norm", "pendula", "sigmoid_moe"]
-steps_per_task = 128
-num_envs = 2
-num_steps = 64
-minibatch_size = 64
-num_epochs = 1
-width = 8
-depth = 1
-num_experts = 3
-final_eval_episodes = 1
-spectrum_every = -1
-""")
+    (tmp_path / "grid.toml").write_text(GRID)
     run("sweep", "--config", "grid.toml", "--out", "runs")
     assert len(list((tmp_path / "runs").glob("*/config.json"))) == 1
     run("report", "runs", "--out", "page")

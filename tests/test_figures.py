@@ -171,3 +171,22 @@ def test_saved_in_three_formats_reproducibly(tmp_path: Path) -> None:
     figures.save(figures.spectrum_decay({"none": [snapshot(0, 2, 1, 1)]}, "caption"), tmp_path / "a" / "s")
     assert [path.read_bytes() for path in paths] == first
     assert (matplotlib.rcParams["font.size"], matplotlib.rcParams["axes.grid"]) == before
+
+
+@pytest.mark.parametrize(("count", "length"), [(40, 0), (3, 60)])
+def test_figures_grow_with_their_legends(count: int, length: int) -> None:
+    """A warning, here an error, would say that the layout has no room for the axes."""
+    names = [f"method-{i}" + "x" * length for i in range(count)]
+    curves = [figures.Curve(name, [0, 1], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], 3) for name in names]
+    points = pl.DataFrame({"r_e_A": np.arange(3.0 * count), "r_e_K": np.arange(3.0 * count), "method": names * 3})
+    decay = {"none": [snapshot(i, 3.0, 2.0, 1.0) for i in range(count)]}
+    few = figures.line_plot(curves[:3], {}, "", "y")
+    for figure in (
+        figures.line_plot(curves, {}, "", "y"),
+        figures.proxy_scatter(points, ""),
+        figures.spectrum_decay(decay, ""),
+    ):
+        figure.draw_without_rendering()
+        box = figure.axes[0].get_window_extent()
+        assert min(box.width, box.height) > 1.5 * figure.dpi  # inches
+    assert (few.get_size_inches() == (7.0, 3.2)).all() == (length == 0)

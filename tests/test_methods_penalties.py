@@ -18,12 +18,16 @@ from conformance.agents import (
 )
 from torch import Tensor
 
+from sphere_rl.experts.network import MoENetwork
 from sphere_rl.methods._layers import hidden_layers, linear_layers
 from sphere_rl.methods.c_chain import policy, policy_change
 from sphere_rl.methods.load_balance import balance_loss, z_loss
-from sphere_rl.methods.parseval import orthogonality
-from sphere_rl.methods.spectral_reg import largest_singular_value
+from sphere_rl.methods.parseval import add_gradient
+from sphere_rl.methods.spectral_reg import power_iteration
 from sphere_rl.training.agent import Agent
+from sphere_rl.training.step import actor_loss, add_parameter_gradients
+from sphere_rl.training.step import actor_step as step_of_actor
+from sphere_rl.training.step import critic_step as step_of_critic
 
 
 def double_agent(method: str, **changes) -> Agent:
@@ -66,62 +70,99 @@ def penalties(agent: Agent) -> list[tuple[Callable[[], Tensor], list[Tensor]]]:
     ]
 
 
-@pytest.mark.parametrize("method", ["l2_init", "parseval", "spectral_reg", "load_balance"])
-def test_gradients(method):
-    agent = double_agent(method)
-    for penalty, parameters in penalties(agent):
-        for _ in range(300 if method == "spectral_reg" else 0):
-            penalty()  # the power iterations converge
-        check_gradient(penalty, parameters, rtol=1e-4 if method == "spectral_reg" else 1e-6)
+def test_gradients_of_load_balance():
+    for penalty, parameters in penalties(double_agent("load_balance")):
+        check_gradient(penalty, parameters)
 
 
-def test_l2_init_is_zero_at_the_start_and_a_mean_square_for_each_tensor():
+def l2_init_by_hand(network: MoENetwork, before: MoENetwork) -> Tensor:
+    pairs = zip(network.parameters(), before.parameters(), strict=True)
+    return 0.1 * torch.stack([(p - p0).square().mean() for p, p0 in pairs]).sum()
+
+
+def parseval_by_hand(network: MoENetwork, _: MoENetwork) -> Tensor:
+    terms = []
+    for matrix in (matrix for layer in hidden_layers(network) for matrix in layer.weight):
+        small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+        terms.append((small @ small.T - 1.5 * torch.eye(len(small), dtype=matrix.dtype)).square().sum())
+    assert len(terms) == 8  # two hidden layers of three experts and a gate
+    return 0.1 * torch.stack(terms).sum()
+
+
+def spectral_reg_by_hand(network: MoENetwork, _: MoENetwork) -> Tensor:
+    terms = []
+    for layer in linear_layers(network):
+        largest = torch.linalg.matrix_norm(layer.weight, 2)
+        terms += [(largest**3 - 1).square().sum(), layer.bias.norm(dim=1).pow(6).sum()]
+    return 0.1 * torch.stack(terms).sum()
+
+
+PARAMETER_PENALTIES = [
+    ("l2_init", {}, l2_init_by_hand, 1e-9),
+    ("parseval", {"scale": 1.5}, parseval_by_hand, 1e-9),
+    ("spectral_reg", {"power": 3}, spectral_reg_by_hand, 1e-4),
+]
+"""Method, options beside strength 0.1, its penalty in plain PyTorch, and how exactly it is computed."""
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "penalty", "rtol"), PARAMETER_PENALTIES, ids=[case[0] for case in PARAMETER_PENALTIES]
+)
+def test_penalties_on_parameters_give_steps_the_gradient_that_autograd_would(method, options, penalty, rtol):
+    changes = {method: {"strength": 0.1} | options, "max_grad_norm": 1e9}
+    agent, samples = double_agent(method, **changes), batch(1, torch.float64)
+    start = make_agent(make_config(method, critic="topk_moe", **changes))
+    for network, zeros in ((name, zeros_of(agent, name)) for name in ("actor", "critic")):
+        for _ in range(300 if method == "spectral_reg" else 0):  # the power iterations converge
+            add_parameter_gradients(agent, network, *zeros)
+    policy_loss, _ = actor_loss(agent.actor.head, agent.actor(samples.observation), samples, agent.config)
+    value = agent.critic(samples.observation).squeeze(-1)
+    value_loss = agent.config.value_coefficient * (value - samples.value_target).square().mean()
+    for loss, network, before, parameters, step in (
+        (policy_loss, agent.actor, start.actor.double(), agent.actor_parameters, step_of_actor),
+        (value_loss, agent.critic, start.critic.double(), agent.critic_parameters, step_of_critic),
+    ):
+        total = loss + penalty(network, before)
+        expected = torch.autograd.grad(total, parameters, materialize_grads=True)
+        step(agent, samples, agent.config)
+        for parameter, gradient in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=rtol, atol=1e-3 * rtol)
+
+
+def zeros_of(agent: Agent, network: str) -> tuple[list[Tensor], list[Tensor]]:
+    """The parameters of a network, and gradients of zero."""
+    parameters = agent.actor_parameters if network == "actor" else agent.critic_parameters
+    return parameters, [torch.zeros_like(p) for p in parameters]
+
+
+def test_l2_init_pulls_at_nothing_where_training_began():
     agent = make_agent(make_config("l2_init", l2_init={"strength": 0.5}))
-    for penalty, _ in penalties(agent):
-        assert penalty().item() == 0.0
+    parameters, gradients = zeros_of(agent, "actor")
+    add_parameter_gradients(agent, "actor", parameters, gradients)
+    assert not any(gradient.count_nonzero() for gradient in gradients)
     with torch.no_grad():
         agent.actor.experts.head.bias[0, 0] += 3.0  # of 3 experts × 1 action
-        agent.critic.experts.head.bias.add_(2.0)
         next(agent.actor.head.parameters()).add_(1.0)  # log σ is a parameter, too
-    values = [penalty().item() for penalty, _ in penalties(agent)]
-    assert values == pytest.approx([0.5 * (9 / 3 + 1), 0.5 * 4])
+    add_parameter_gradients(agent, "actor", parameters, gradients)
+    found = [value for gradient in gradients for value in gradient[gradient != 0].tolist()]
+    assert found == pytest.approx([2 * 0.5 * 3.0 / 3, 2 * 0.5 * 1.0])
 
 
-def test_orthogonality_by_hand():
-    weight = torch.tensor([[[1.0, 2.0, 0.0]], [[0.0, 0.0, 3.0]]])  # W Wᵀ = 5 and 9
-    assert float(orthogonality(weight, 2.0)) == 9 + 49
-    assert float(orthogonality(weight.mT.contiguous(), 2.0)) == 9 + 49  # the smaller side
-    assert float(orthogonality(2**0.5 * torch.eye(3)[None], 2.0)) == pytest.approx(0, abs=1e-10)
-
-
-def test_parseval_covers_hidden_layers_of_experts_and_gate():
-    agent = double_agent("parseval", parseval={"strength": 0.1, "scale": 1.5})
-    expected = 0.0
-    for layer in hidden_layers(agent.actor):
-        for matrix in layer.weight.detach():
-            small = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-            expected += float((small @ small.T - 1.5 * torch.eye(len(small), dtype=matrix.dtype)).square().sum())
-    assert len(hidden_layers(agent.actor)) == 4
-    assert penalties(agent)[0][0]().item() == pytest.approx(0.1 * expected)
-
-
-def test_spectral_reg_finds_every_largest_singular_value():
-    agent = double_agent("spectral_reg", spectral_reg={"strength": 0.1, "power": 3})
-    (penalty, _), _ = penalties(agent)
-    for _ in range(300):
-        penalty()
-    value, expected = penalty().item(), 0.0
-    for layer in linear_layers(agent.actor):
-        largest = torch.linalg.matrix_norm(layer.weight.detach(), 2)
-        expected += float((largest**3 - 1).square().sum() + layer.bias.detach().norm(dim=1).pow(6).sum())
-    assert value == pytest.approx(0.1 * expected, rel=1e-5)
+def test_one_step_of_parseval_by_hand():
+    weight = torch.tensor([[[1.0, 2.0, 0.0]], [[0.0, 0.0, 3.0]]])  # W Wᵀ = 5 and 9: 4λ (5 − 2) W and 4λ (9 − 2) W
+    expected = 1 + torch.tensor([[[6.0, 12.0, 0.0]], [[0.0, 0.0, 42.0]]])
+    for own, wanted in ((weight, expected), (weight.mT.contiguous(), expected.mT)):  # the smaller side
+        gradient = torch.ones_like(own)
+        add_gradient(own, 2.0, 0.5, gradient)
+        torch.testing.assert_close(gradient, wanted)
 
 
 def test_one_power_iteration_by_hand():
     weight, u = torch.tensor([[[2.0, 0.0], [0.0, 1.0]]]), torch.tensor([[0.6, 0.8]])
     # v ∝ (1.2, 0.8), u ∝ (2.4, 0.8): σ = uᵀWv = |W v|
     v = torch.tensor([1.2, 0.8]) / (1.2**2 + 0.8**2) ** 0.5
-    sigma = largest_singular_value(weight, u)
+    sigma, found = power_iteration(weight, u)
+    torch.testing.assert_close(found[0], v)
     assert sigma.item() == pytest.approx(float((weight[0] @ v).norm()))
     torch.testing.assert_close(u[0], torch.tensor([2.4, 0.8]) / (2.4**2 + 0.8**2) ** 0.5)
 

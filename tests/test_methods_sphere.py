@@ -104,7 +104,9 @@ def test_lambda_of_mode_fixed_is_the_scales_own_unless_given(options: dict[str, 
     agent = sphere_agent(mode="fixed", **options)
     method, step = only_method(agent), actor_step(agent, samples())
     assert method.actor_penalty(step).item() == pytest.approx(expected * method.penalty(step.trace).item())
-    assert method.feature_penalty(agent.actor, samples().observation).share == expected
+    described = method.feature_penalty(agent.actor, samples().observation)
+    assert described is not None
+    assert described.share == expected
 
 
 @pytest.mark.parametrize("layers", ["last", "all"])
@@ -125,7 +127,8 @@ def test_modes_fixed_and_loss_are_multiples_of_the_penalty():
     for mode, strength in (("fixed", lambda loss, penalty: 0.25), ("loss", lambda loss, penalty: 0.5 * loss / penalty)):
         agent = sphere_agent(mode=mode, strength=0.25, rho=0.5)
         method, step = only_method(agent), actor_step(agent, samples())
-        assert not method.uses_actor_gradients
+        gradients = [torch.ones(2)]
+        assert method.actor_gradients(step, gradients) is gradients
         penalty = method.penalty(step.trace)
         expected = strength(step.loss.abs().item(), penalty.item())
         added = method.actor_penalty(step)

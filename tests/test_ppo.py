@@ -12,11 +12,12 @@ from sphere_rl.errors import TrainingError
 from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.learner.losses import adapt_learning_rate, normalize, policy_loss, value_loss
 from sphere_rl.learner.minibatch import Minibatch, flatten
+from sphere_rl.learner.policy_step import NO_PENALTY
 from sphere_rl.learner.rollout import Collector, Rollout
 from sphere_rl.suites import make_suite
 from sphere_rl.training.agent import Agent
 from sphere_rl.training.ppo import train_epochs, update
-from sphere_rl.training.step import actor_step, apply_gradients, critic_step, direct_actor_step
+from sphere_rl.training.step import Description, actor_step, apply_gradients, critic_step, direct_actor_step
 
 
 def test_policy_loss_by_hand() -> None:
@@ -75,7 +76,7 @@ def minibatch(rows: int = 8) -> Minibatch:
 
 
 def direct_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[torch.Tensor]:
-    return direct_actor_step(agent, batch, config, keep=False)
+    return direct_actor_step(agent, batch, config, keep=False, direct=Description(NO_PENALTY, None))
 
 
 @pytest.mark.parametrize("step", [direct_step, actor_step])

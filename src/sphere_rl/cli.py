@@ -159,14 +159,7 @@ def evaluate(words: list[str]) -> None:
     """Run deterministic episodes of a run's policies."""
     import json
 
-    from sphere_rl.runs import RunFolder
-    from sphere_rl.runtime import threads, tune_process
-    from sphere_rl.suites import make_suite
-    from sphere_rl.suites.guard import call_limit
     from sphere_rl.terminal.tables import print_table
-    from sphere_rl.training.evaluation import evaluate as run_episodes
-    from sphere_rl.training.policies import policy_for, read_policies
-    from sphere_rl.training.saved import config_of
 
     options = run_parser("evaluate", evaluate.__doc__)
     options.add_argument(
@@ -182,6 +175,23 @@ def evaluate(words: list[str]) -> None:
     options.add_argument("--json", action="store_true", help="one JSON object a task instead of the table (off)")
     add_device(options)
     given = options.parse_args(words)
+    results = evaluated(given)
+    if given.json:
+        print("\n".join(json.dumps(result, allow_nan=False) for result in results))
+    else:
+        print_table(f"{given.run}, {given.episodes} deterministic episodes", results)
+
+
+def evaluated(given: Any) -> list[dict[str, Any]]:
+    """Results of the episodes that flags of ``sphere evaluate`` ask for, a row a task."""
+    from sphere_rl.runs import RunFolder
+    from sphere_rl.runtime import threads, tune_process
+    from sphere_rl.suites import make_suite
+    from sphere_rl.suites.guard import call_limit
+    from sphere_rl.training.evaluation import evaluate as run_episodes
+    from sphere_rl.training.policies import policy_for, read_policies
+    from sphere_rl.training.saved import config_of
+
     folder = RunFolder.existing(given.run)
     config = config_of(folder)
     tune_process(threads(config.torch_threads))
@@ -197,10 +207,7 @@ def evaluate(words: list[str]) -> None:
         with call_limit(config.env_timeout):
             found = run_episodes(policy, suite, task, given.episodes, given.seed, number, **limits)
         results.append({"task": task, "checkpoint": one.path.stem} | found.row())
-    if given.json:
-        print("\n".join(json.dumps(result, allow_nan=False) for result in results))
-    else:
-        print_table(f"{given.run}, {given.episodes} deterministic episodes", results)
+    return results
 
 
 def play(words: list[str]) -> None:

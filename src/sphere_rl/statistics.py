@@ -268,3 +268,20 @@ def _place(row: dict[str, Any], tasks: Sequence[str]) -> int:
 
 
 SCORES = {"seed": pl.Int64, "place": pl.Int64, "task": pl.String, "score": pl.Float64}
+
+
+def correlation(table: pl.DataFrame) -> dict[str, Any]:
+    """Batches, mean ranks and Pearson's r of r_e(A) and r_e(K) with its 95 % interval by Fisher's z.
+
+    r is None where one of them is constant or there are fewer than three batches, the interval where fewer than four.
+    """
+    from scipy.stats import pearsonr
+
+    a, k = table["r_e_A"], table["r_e_K"]
+    row = {"batches": table.height, "r_e_A": a.mean(), "r_e_K": k.mean(), "pearson_r": None, "low": None, "high": None}
+    if table.height > 2 and a.n_unique() > 1 and k.n_unique() > 1:
+        found: Any = pearsonr(a, k)
+        row["pearson_r"] = float(found.statistic)
+        if table.height > 3:
+            row["low"], row["high"] = map(float, found.confidence_interval())
+    return row

@@ -61,7 +61,7 @@ class Found(NamedTuple):
 
 
 @scripted
-def _is_brief(n: int, k: int, out: int, width: int) -> bool:
+def is_brief(n: int, k: int, out: int, width: int) -> bool:
     """Whether gradients of n rows are best made when they are used.
 
     To write one to memory and read it again takes about as long as the arithmetic of 20 rows.
@@ -121,7 +121,7 @@ def descend(
                 signals = torch.ops.aten.threshold_backward(signals, own.inputs[layer + 1][start:end], 0)
             inputs = own.inputs[layer][start:end]
             found.signals[block][layer] = signals
-            if _is_brief(n, k, out, width):
+            if is_brief(n, k, out, width):
                 found.inner[block][layer] = _brief_inner(signals, inputs)
             elif apart:
                 later.append((block, layer, torch.jit.fork(_gradients, signals, inputs)))  # type: ignore[reportArgumentType]

@@ -213,6 +213,14 @@ def _stops(kl: Tensor, rules: Rules) -> bool:
 
 
 @scripted
+def _count(learner: Learner, counts: list[int], rules: Rules) -> list[int]:
+    """Count a step of all parameters; the experts without rows that Adam still moves."""
+    count_step(learner.counters)
+    mlp = learner.mlps[0]
+    return idle_experts(learner.idle, counts, mlp.first, mlp.second, learner.adam.beta2, rules.rest)
+
+
+@scripted
 def _improve(step: _Improvement) -> tuple[list[Tensor], Tensor, Tensor]:
     """Statistics, the penalty, and what it was multiplied by."""
     learner, gating, samples, rules, form, num_lanes, regressions = step
@@ -239,9 +247,7 @@ def _improve(step: _Improvement) -> tuple[list[Tensor], Tensor, Tensor]:
         products[0, 0].add_(gradient.square().sum())
     norm, factors, relative = _clip(products, form, rules.max_norm)
     if not _stops(statistics[1], rules):
-        count_step(learner.counters)
-        mlp = learner.mlps[0]
-        idle = idle_experts(learner.idle, assigned.counts, mlp.first, mlp.second, learner.adam.beta2, rules.rest)
+        idle = _count(learner, assigned.counts, rules)
         if num_lanes > 1:
             elsewhere.append(torch.jit.fork(drift, learner, idle))  # type: ignore[reportArgumentType]
         up(learner, given, blocks, swept, factors, num_lanes)

@@ -143,35 +143,23 @@ class Collector:
     @torch.no_grad()
     def collect(self, actor: Actor, critic: MoENetwork, num_steps: int, generator: torch.Generator) -> Rollout:
         """Take T steps; the normaliser learns from their observations only after the last."""
-        observations, raw, actions, outputs = [], [], [], []
-        rewards, terminations, dones, finals, episodes = [], [], [], [], []
+        steps, raw, finals, episodes = [], [], [], []
         check_spread(actor)
         for t in range(num_steps):
-            observation = self._tensor(self.observation)
-            with torch.inference_mode():
-                output = actor(observation)
-                action = actor.head.sample(output, generator)
-                finite = bool(torch.isfinite(output).all())
-            if not finite:
-                raise TrainingError(f"the policy's output at rollout step {t + 1} of {num_steps} is not finite")
+            number = f"{t + 1} of {num_steps}"
+            observation, output, action = self._act(actor, generator, number)
             raw.append(self.observation)
-            self.observation, reward, terminated, truncated, info = self._step(action, f"{t + 1} of {num_steps}")
+            self.observation, reward, terminated, truncated, info = self._step(action, number)
             done = terminated | truncated
             if done.any():
                 ended = np.flatnonzero(done)
                 finals.append((t, ended, self._tensor(np.stack(info["final_obs"][ended]))))
             episodes += [episode for _, episode in self.recorder.step(reward, done, info)]
-            for store, item in zip(
-                (observations, actions, outputs, rewards, terminations, dones),
-                (observation, action, output, reward, terminated, done),
-                strict=True,
-            ):
-                store.append(item)
+            steps.append((observation, action, output, reward, terminated, done))
+        observations, actions, outputs, rewards, terminations, dones = zip(*steps, strict=True)
         observation, action, output = (torch.stack(x) for x in (observations, actions, outputs))
         value = self._values(critic, observation)
-        next_value = torch.cat((value[1:], critic(self._tensor(self.observation)).T))
-        for t, ended, final in finals:
-            next_value[t, torch.from_numpy(ended)] = critic(final).squeeze(-1)
+        next_value = self._next_values(critic, value, finals)
         if self.normalizer is not None:
             self.normalizer.update(np.concatenate(raw).astype(np.float64))
         reward, done = np.stack(rewards), np.stack(dones)
@@ -191,6 +179,17 @@ class Collector:
             episodes=episodes,
         )
 
+    def _act(self, actor: Actor, generator: torch.Generator, number: str) -> tuple[Tensor, Tensor, Tensor]:
+        """What the policy sees of the present state, its output, and the action sampled from it."""
+        observation = self._tensor(self.observation)
+        with torch.inference_mode():
+            output = actor(observation)
+            action = actor.head.sample(output, generator)
+            finite = bool(torch.isfinite(output).all())
+        if not finite:
+            raise TrainingError(f"the policy's output at rollout step {number} is not finite")
+        return observation, output, action
+
     def _step(self, action: Tensor, number: str) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Step the environments; arrays are copied, for the next step may write into the same ones."""
         observation, reward, terminated, truncated, info = self.envs.step(self.send(action))
@@ -209,6 +208,15 @@ class Collector:
     def _values(critic: MoENetwork, observation: Float[Tensor, "T B D"]) -> Float[Tensor, "T B"]:
         # In slices: all T·B rows at once would hold hundreds of megabytes of hidden features.
         return torch.cat([critic(rows) for rows in observation.flatten(0, 1).split(4096)]).view(observation.shape[:2])
+
+    def _next_values(
+        self, critic: MoENetwork, value: Float[Tensor, "T B"], finals: list[tuple[int, np.ndarray, Tensor]]
+    ) -> Float[Tensor, "T B"]:
+        """Of the states that the steps led to; ``finals``: step, environments and last states of ended episodes."""
+        following = torch.cat((value[1:], critic(self._tensor(self.observation)).T))
+        for t, ended, final in finals:
+            following[t, torch.from_numpy(ended)] = critic(final).squeeze(-1)
+        return following
 
 
 LARGEST_LOG_STD = 40.0

@@ -7,8 +7,8 @@ in the order given.
 Rules that hold for every method: parameters keep their identity (they are changed in place, never replaced by new
 objects); what is replaced or reset starts with fresh Adam moments (`ActorCritic.moments`, `ActorCritic.forget`);
 randomness comes from ``agent.generator``; whatever the next minibatch depends on is in ``state_dict``;
-``critic_penalty`` shares no state with the actor's hooks, and draws nothing at random, because it may run beside them
-on a second thread.
+``critic_penalty`` and the critic's ``parameter_gradients`` share no state with the actor's hooks, and draw nothing at
+random, because they may run beside them on a second thread.
 """
 
 from __future__ import annotations

@@ -54,7 +54,11 @@ class ActorStep:
 
 
 class Method:
-    """A mitigation of plasticity loss. Subclass it in a module of this package; override only what the rule needs."""
+    """A mitigation of plasticity loss. Subclass it in a module of this package; override only what the rule needs.
+
+    `feature_penalty`, and `penalised` for the numbers that come of it, are for speed alone: they say a second time what
+    `actor_penalty` and `actor_gradients` compute, in a form that a step without autograd can take.
+    """
 
     name: ClassVar[str]
     """The module's name; set on discovery."""
@@ -95,18 +99,27 @@ class Method:
         return None
 
     def feature_penalty(self, actor: Actor, observation: Tensor) -> FeaturePenalty | None:
-        """Say what `actor_penalty` and `actor_gradients` would do, where `is_direct` and one of them does something.
+        """Describe all that `actor_penalty` and `actor_gradients` do, so that steps can go without calling them.
 
-        It holds for some minibatches, of which this one is the first.
+        ``None`` where that says too little: they are called, and the step goes through autograd. The description holds
+        for some minibatches, of which ``observation`` [N, D] is the first.
         """
         return None
 
     def penalised(self, improved: Improved) -> None:
-        """The steps with what `feature_penalty` said have been taken."""
+        """Look at the steps that have been taken with what `feature_penalty` said."""
 
     def critic_penalty(self, agent: ActorCritic, batch: Minibatch, trace: Trace) -> Tensor | None:
         """Compute a scalar to add to the critic's loss; perhaps while the actor's hooks run."""
         return None
+
+    def parameter_gradients(self, agent: ActorCritic, network: str, gradients: Mapping[Tensor, Tensor]) -> None:
+        """Add the gradient of a penalty on the parameters alone of the ``actor`` or the ``critic``, in place.
+
+        ``gradients`` has that of the network's loss for each of its parameters; autograd is off. Such a penalty may be
+        an `actor_penalty` as well: this is the same step for less, without a graph as large as the network. The
+        critic's may be asked for while the actor's hooks run.
+        """
 
     def actor_gradients(self, step: ActorStep, gradients: list[Tensor]) -> list[Tensor]:
         """Change the gradients of the actor's loss before they are clipped; the graph of ``step`` is still alive."""
@@ -129,33 +142,9 @@ class Method:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
 
-    @property
-    def acts_between_minibatches(self) -> bool:
-        """Whether `after_minibatch` is overridden."""
-        return getattr(self.after_minibatch, "__func__", None) is not Method.after_minibatch
+    def overrides(self, *hooks: str) -> bool:
+        """Whether one of these hooks is more than the one here, which does nothing and need not be called.
 
-    @property
-    def uses_actor_gradients(self) -> bool:
-        """Whether `actor_gradients` is overridden and active: the graph is kept for it."""
-        return type(self).actor_gradients is not Method.actor_gradients
-
-    @property
-    def is_direct(self) -> bool:
-        """Whether the actor's step can go without autograd: its hooks do nothing, or what `feature_penalty` says."""
-        own = type(self).actor_penalty is not Method.actor_penalty or self.uses_actor_gradients
-        return not (own or self.observes)
-
-    @property
-    def describes_penalty(self) -> bool:
-        """Whether `feature_penalty` is overridden; where two methods do, both go through autograd."""
-        return type(self).feature_penalty is not Method.feature_penalty
-
-    @property
-    def observes(self) -> bool:
-        """Whether `observe` is overridden: both networks go through autograd to be seen."""
-        return type(self).observe is not Method.observe
-
-    @property
-    def uses_critic_penalty(self) -> bool:
-        """Whether `critic_penalty` is overridden: the critic's step goes through autograd for it."""
-        return type(self).critic_penalty is not Method.critic_penalty
+        What a step needs follows from this alone; no method declares it.
+        """
+        return any(getattr(getattr(self, hook), "__func__", None) is not getattr(Method, hook) for hook in hooks)

@@ -5,16 +5,14 @@ Adds λ Σ_p ‖p − p₀‖²/numel(p) over all parameters of the network to i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from sphere_rl.experts.network import Trace
 from sphere_rl.learner.actor_critic import ActorCritic
-from sphere_rl.learner.minibatch import Minibatch
-from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
+from sphere_rl.methods import Method, MethodConfig, check_range
 from sphere_rl.methods._layers import networks
 
 
@@ -42,17 +40,10 @@ class L2Init(Method):
             name: [p.detach().clone() for p in network.parameters()] for name, network in networks(agent).items()
         }
 
-    def actor_penalty(self, step: ActorStep) -> Tensor:
-        """The pull on the actor."""
-        return self._penalty(step.agent, "actor")
-
-    def critic_penalty(self, agent: ActorCritic, batch: Minibatch, trace: Trace) -> Tensor:
-        """The pull on the critic."""
-        return self._penalty(agent, "critic")
-
-    def _penalty(self, agent: ActorCritic, name: str) -> Tensor:
-        pairs = zip(networks(agent)[name].parameters(), self._initial[name], strict=True)
-        return self.config.strength * torch.stack([(p - p0).square().mean() for p, p0 in pairs]).sum()
+    def parameter_gradients(self, agent: ActorCritic, network: str, gradients: Mapping[Tensor, Tensor]) -> None:
+        """∂/∂p of the penalty: 2λ (p − p₀)/numel(p)."""
+        for p, p0 in zip(networks(agent)[network].parameters(), self._initial[network], strict=True):
+            gradients[p].add_((p - p0).mul_(2 * self.config.strength / p.numel()))
 
     def state_dict(self) -> dict[str, Any]:
         """p₀."""

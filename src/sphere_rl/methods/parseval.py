@@ -5,17 +5,15 @@ Adds λ Σ_W ‖W Wᵀ − s I‖_F² over hidden layers to the loss, W with its
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sphere_rl.experts.network import MoENetwork, Trace
 from sphere_rl.learner.actor_critic import ActorCritic
-from sphere_rl.learner.minibatch import Minibatch
-from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
-from sphere_rl.methods._layers import hidden_layers
+from sphere_rl.methods import Method, MethodConfig, check_range
+from sphere_rl.methods._layers import hidden_layers, networks
 
 
 @dataclass(frozen=True)
@@ -38,21 +36,15 @@ class Parseval(Method):
     citation = "Chung et al. 2024, Parseval Regularization for Continual Reinforcement Learning (NeurIPS)"
     Config = ParsevalConfig
 
-    def actor_penalty(self, step: ActorStep) -> Tensor:
-        """λ Σ_W of the actor."""
-        return self._penalty(step.agent.actor)
-
-    def critic_penalty(self, agent: ActorCritic, batch: Minibatch, trace: Trace) -> Tensor:
-        """λ Σ_W of the critic."""
-        return self._penalty(agent.critic)
-
-    def _penalty(self, network: MoENetwork) -> Tensor:
-        terms = [orthogonality(layer.weight, self.config.scale) for layer in hidden_layers(network)]
-        return self.config.strength * torch.stack(terms).sum()
+    def parameter_gradients(self, agent: ActorCritic, network: str, gradients: Mapping[Tensor, Tensor]) -> None:
+        """∂/∂W of λ Σ_W of the network."""
+        for layer in hidden_layers(networks(agent)[network]):
+            add_gradient(layer.weight, self.config.scale, self.config.strength, gradients[layer.weight])
 
 
-def orthogonality(weight: Float[Tensor, "E out in"], scale: float) -> Float[Tensor, ""]:
-    """Σ_e ‖W_e W_eᵀ − s I‖_F², with W_eᵀ W_e where out > in."""
-    gram = weight @ weight.mT if weight.shape[1] <= weight.shape[2] else weight.mT @ weight
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    return (gram - scale * identity).square().sum()
+def add_gradient(weight: Float[Tensor, "E out in"], scale: float, strength: float, to: Tensor) -> None:
+    """Add the gradient of λ Σ_e ‖W_e W_eᵀ − s I‖_F², 4λ (W_e W_eᵀ − s I) W_e; with W_eᵀ W_e where out > in."""
+    wide = weight.shape[1] <= weight.shape[2]
+    gram = weight @ weight.mT if wide else weight.mT @ weight
+    gram.diagonal(dim1=1, dim2=2).sub_(scale)
+    to.baddbmm_(*((gram, weight) if wide else (weight, gram)), alpha=4 * strength)

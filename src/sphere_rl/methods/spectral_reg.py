@@ -6,6 +6,7 @@ iteration in each minibatch that starts from the last one's u; its gradient is u
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from sphere_rl.experts.network import Trace
 from sphere_rl.learner.actor_critic import ActorCritic
-from sphere_rl.learner.minibatch import Minibatch
-from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
+from sphere_rl.methods import Method, MethodConfig, check_range
 from sphere_rl.methods._layers import linear_layers, networks
 
 
@@ -49,20 +48,14 @@ class SpectralReg(Method):
             for name, network in networks(agent).items()
         }
 
-    def actor_penalty(self, step: ActorStep) -> Tensor:
-        """The penalty on the actor."""
-        return self._penalty(step.agent, "actor")
-
-    def critic_penalty(self, agent: ActorCritic, batch: Minibatch, trace: Trace) -> Tensor:
-        """The penalty on the critic."""
-        return self._penalty(agent, "critic")
-
-    def _penalty(self, agent: ActorCritic, name: str) -> Tensor:
-        power, terms = self.config.power, []
-        for layer, u in zip(linear_layers(networks(agent)[name]), self._u[name], strict=True):
-            terms.append((largest_singular_value(layer.weight, u).pow(power) - 1).square().sum())
-            terms.append(layer.bias.square().sum(1).pow(power).sum())
-        return self.config.strength * torch.stack(terms).sum()
+    def parameter_gradients(self, agent: ActorCritic, network: str, gradients: Mapping[Tensor, Tensor]) -> None:
+        """∂/∂W = 2kλ (σ₁^k − 1) σ₁^{k−1} u vᵀ for each expert, and ∂/∂b = 2kλ ‖b‖^{2(k−1)} b."""
+        k, twice = self.config.power, 2 * self.config.power * self.config.strength
+        for layer, u in zip(linear_layers(networks(agent)[network]), self._u[network], strict=True):
+            sigma, v = power_iteration(layer.weight, u)
+            slope = twice * (sigma.pow(k) - 1) * sigma.pow(k - 1)
+            gradients[layer.weight].baddbmm_((slope[:, None] * u)[:, :, None], v[:, None])
+            gradients[layer.bias].add_(twice * layer.bias.square().sum(1, keepdim=True).pow(k - 1) * layer.bias)
 
     def state_dict(self) -> dict[str, Any]:
         """The vectors of the power iterations."""
@@ -75,9 +68,12 @@ class SpectralReg(Method):
                 mine.copy_(theirs)
 
 
-def largest_singular_value(weight: Float[Tensor, "E out in"], u: Float[Tensor, "E out"]) -> Float[Tensor, "E"]:
-    """σ₁ of each matrix after one power iteration, which moves ``u`` in place."""
-    with torch.no_grad():
-        v = F.normalize(torch.einsum("eoi,eo->ei", weight, u), dim=1)
-        u.copy_(F.normalize(torch.einsum("eoi,ei->eo", weight, v), dim=1))
-    return torch.einsum("eo,eoi,ei->e", u.clone(), weight, v)  # a clone: the graph may outlive this u
+@torch.no_grad()
+def power_iteration(
+    weight: Float[Tensor, "E out in"], u: Float[Tensor, "E out"]
+) -> tuple[Float[Tensor, "E"], Float[Tensor, "E in"]]:
+    """σ₁ = uᵀWv of each matrix after one power iteration, which moves ``u`` in place, and v."""
+    v = F.normalize(torch.einsum("eoi,eo->ei", weight, u), dim=1)
+    image = torch.einsum("eoi,ei->eo", weight, v)
+    u.copy_(F.normalize(image, dim=1))
+    return (u * image).sum(1), v

@@ -133,13 +133,10 @@ class Sphere(Method):
         self._metrics = {"sphere_penalty": penalty.detach(), "sphere_strength": strength}
         return strength * penalty
 
-    @property
-    def uses_actor_gradients(self) -> bool:
-        """Only mode grad works on gradients."""
-        return self.config.mode == "grad"
-
     def actor_gradients(self, step: ActorStep, gradients: list[Tensor]) -> list[Tensor]:
         """Mode grad: g ← g + ρ·‖g‖ / (‖g_penalty‖ + 1e-8) · g_penalty."""
+        if self.config.mode != "grad":
+            return gradients
         begun, self._begun = self._begun, None
         norm = total_norm(gradients)
         penalty, own, own_norm = begun() if begun else self._differentiate(step)
@@ -152,15 +149,11 @@ class Sphere(Method):
         add_scaled_(gradients, own, scale)
         return gradients
 
-    @property
-    def is_direct(self) -> bool:
-        """All but the ablations."""
-        config = self.config
-        return config.factor == "feature" and config.grouping == "joint" and not config.gate_coefficient
-
-    def feature_penalty(self, actor: Actor, observation: Tensor) -> FeaturePenalty:
-        """The penalty and its strength, as the hooks have it."""
+    def feature_penalty(self, actor: Actor, observation: Tensor) -> FeaturePenalty | None:
+        """The penalty and its strength, as the hooks have it; of the ablations there is no such form."""
         config, depth = self.config, actor.options.depth
+        if config.factor != "feature" or config.grouping != "joint" or config.gate_coefficient:
+            return None
         layers = [config.layers == "all" or layer == depth - 1 for layer in range(depth)]
         share = config.fixed_strength if config.mode == "fixed" else config.rho
         factor = self._schedule.observe(partial(actor.trace, observation))

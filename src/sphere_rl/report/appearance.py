@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#666666")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
@@ -72,6 +73,18 @@ def fill(own: str, protocol: str) -> dict[str, Any]:
     if protocol == "rl":
         return {"facecolor": lighter(own, RL), "edgecolor": own, "hatch": HATCHES[1]}
     return {"facecolor": own, "edgecolor": own, "hatch": HATCHES[0]}
+
+
+def make_room(legend: Legend, beside: bool = True) -> None:
+    """Let the figure grow until its layout can hold this legend: in its height, and ``beside`` axes in half its width.
+
+    A figure that holds it keeps its size. In any other the layout would leave less than nothing to the axes, and fail.
+    """
+    figure: Any = legend.get_figure(root=True)
+    box, (width, height) = legend.get_window_extent(), figure.get_size_inches()
+    if beside:
+        width += max(0.0, box.width / figure.dpi - width / 2)
+    figure.set_size_inches(width, max(height, box.height / figure.dpi + 0.8))  # 0.8: what is above and below axes
 
 
 def plain_names(figure: Figure) -> None:

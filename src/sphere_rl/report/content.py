@@ -1,4 +1,4 @@
-"""What the page says about one suite: every table and figure, from the tables of its runs."""
+"""What the page says about one suite: its figures with their captions, from the tables of its runs."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
-import numpy as np
 import polars as pl
 
 from sphere_rl import statistics
-from sphere_rl.errors import ConfigError, RunFolderError
 from sphere_rl.extras import missing
-from sphere_rl.report import figures, geometry, panels, tables
-from sphere_rl.report.geometry import Snapshot
+from sphere_rl.report import panels
 from sphere_rl.report.panels import Panel
-from sphere_rl.results import Results
+from sphere_rl.report.suite import SuiteRuns
 from sphere_rl.spectrum import SPECTRAL_METRICS
 
 DIRECTIONS = ("1st", "2nd", "3rd", "4th", "5th or later")
@@ -36,214 +33,18 @@ NOT_METRICS = {
 }
 FIRST_METRICS = ("r_e_K", "r_e_A")
 BARS = {"barmode": "group", "xaxis": {"showgrid": False}}
-PLAIN, SPHERE = ("none",), ("sphere",)
-"""Recorded methods of plain PPO, and of SPHERE without others."""
-NUMBERS = ("rl", "crl", "crl_iqm", "gap", "retention", "forgetting", "forward_transfer")
 INSTALL = str(missing("sklearn", "sklearn", "t-SNE")) + ", then make the report again"
 
 
-def arms(results: Results) -> tuple[tuple[str, str], ...]:
-    """(actor, method) of every run, by actor, plain PPO first: the order of tables, and of colours."""
-    found = {(row["actor"], row["method"]): row["methods"] for row in results.runs.iter_rows(named=True)}
-    return tuple(sorted(found, key=lambda arm: (arm[0], tuple(found[arm]) != PLAIN, arm[1])))
-
-
 @dataclass(frozen=True)
-class SuiteContent:
-    """One suite, or one task sequence of it: a part of `Results.by_sequence` and its name."""
-
-    name: str
-    results: Results
-    known: tuple[tuple[str, str], ...] = ()
-    """(actor, method) of the whole page, in the order of their colours; by default this part's own."""
-
-    @property
-    def runs(self) -> pl.DataFrame:
-        """One row a run folder."""
-        return self.results.runs
-
-    @cached_property
-    def evals(self) -> pl.DataFrame:
-        """Evaluations with their ``label``, ``place`` in the sequence, and ``position`` in its steps."""
-        again = (pl.col("phase") == "retention") & (len(self.tasks) < 2)  # of one task: its final episodes once more
-        return self._placed(self.results.evals.filter(~again))
-
-    @cached_property
-    def spectra(self) -> pl.DataFrame:
-        """Spectrum lines, with ``label``, ``place`` and ``position`` as above."""
-        return self._placed(self.results.spectra)
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Tasks in training order."""
-        (tasks,) = self.results.tasks.values()
-        return tasks
-
-    @property
-    def suite(self) -> str:
-        """The suite's name."""
-        return self.runs["suite"][0]
-
-    @property
-    def steps(self) -> int:
-        """Environment steps on a task; the largest where runs differ (their labels say so)."""
-        return int(self.runs["steps_per_task"].max())  # type: ignore[arg-type]
-
-    @cached_property
-    def score(self) -> str:
-        """Column that is scored: success at the last step, or the return where the tasks know no success."""
-        return "success_final" if self.evals["success_final"].is_not_null().any() else "mean_return"
-
-    @property
-    def score_name(self) -> str:
-        """The score in words."""
-        return "Success" if self.score == "success_final" else "Return"
-
-    @cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        """Headline numbers, a row a (actor, method), those of plain PPO first.
-
-        Added: ``label``; ``methods``, the names that the runs recorded; ``settings`` that tell it from its peers;
-        ``r_e_K``, the mean over tasks as last measured on each in CRL.
-        """
-        scored = statistics.headline(self.evals, self.results.tasks, self.score)
-        found = {(row["actor"], row["method"]): row for row in scored}
-        complete = []
-        for actor, method in arms(self.results):
-            label = self._label(actor, method)
-            one = self.runs.filter((pl.col("actor") == actor) & (pl.col("method") == method)).row(0, named=True)
-            made = {"label": label, "methods": tuple(one["methods"]), "settings": tuple(one["settings"])}
-            rank = {"r_e_K": tables.final_rank(*self._of(label), self.tasks)}
-            empty = {"suite": self.suite, "actor": actor, "method": method} | dict.fromkeys(NUMBERS)
-            complete.append(empty | found.get((actor, method), {}) | made | rank)
-        return complete
-
-    def _of(self, label: str) -> tuple[pl.DataFrame, pl.DataFrame]:
-        """Evaluations and spectrum lines of one label."""
-        chosen = pl.col("label") == label
-        return self.evals.filter(chosen), self.spectra.filter(chosen)
-
-    @cached_property
-    def labels(self) -> list[str]:
-        """Labels in the order of the headline."""
-        return [row["label"] for row in self.rows]
-
-    @cached_property
-    def order(self) -> list[str]:
-        """Labels by colour: the page's methods, those that this part does not have as empty places."""
-        own = {(row["actor"], row["method"]): row["label"] for row in self.rows}
-        return [own.get(arm, "") for arm in (self.known or own)]
-
-    @cached_property
-    def plain(self) -> list[dict[str, Any]]:
-        """Rows of plain PPO."""
-        return [row for row in self.rows if row["methods"] == PLAIN]
-
-    @cached_property
-    def variants(self) -> list[dict[str, Any]]:
-        """Rows of SPHERE alone, whatever they are called."""
-        return [row for row in self.rows if row["methods"] == SPHERE]
-
-    @cached_property
-    def pair(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """Plain PPO and SPHERE, as far as they are there: under the same actor if they can be."""
-        plain = next(iter(self.plain), None)
-        ours = self.variants or [row for row in self.rows if set(SPHERE) <= {*row["methods"]}]
-        same = [row for row in ours if plain and row["actor"] == plain["actor"]]
-        return plain, next(iter(same or ours), None)
-
-    @cached_property
-    def differences(self) -> list[dict[str, Any]]:
-        """What each method gains over plain PPO under the same actor and settings, paired by seed and task."""
-        found = []
-        for row in self.rows:
-            same = (other for other in self.plain if other["actor"] == row["actor"])
-            plain = next((other for other in same if {*other["settings"]} <= {*row["settings"]}), None)
-            if plain and row["methods"] != PLAIN:
-                ours, theirs = self._of(row["label"]), self._of(plain["label"])
-                names = {"label": row["label"], "actor": row["actor"], "method": row["method"]}
-                numbers = statistics.differences(ours[0], theirs[0], self.tasks, self.score)
-                numbers["r_e_K"] = tables.rank_gain(ours, theirs, self.tasks)
-                found.append(names | {"reference": plain["label"]} | numbers)
-        return found
-
-    @cached_property
-    def by_task(self) -> list[dict[str, Any]]:
-        """Every task by method and protocol."""
-        return tables.by_task(self.rows, self.evals, self.spectra, self.tasks)
-
-    @property
-    def snapshots(self) -> dict[str, list[Snapshot]]:
-        """For each label the policies at the ends of the tasks, of the CRL run of its lowest seed."""
-        return {label: taken for label, taken in self._geometry.items() if isinstance(taken, list)}
-
-    @property
-    def absent(self) -> dict[str, str]:
-        """For each label without snapshots the reason."""
-        return {label: why for label, why in self._geometry.items() if isinstance(why, str)}
-
-    @cached_property
-    def unreadable(self) -> dict[str, str]:
-        """Runs whose policies could not be read for the snapshots, and the reason."""
-        return {}
-
-    @cached_property
-    def _geometry(self) -> dict[str, list[Snapshot] | str]:
-        found: dict[str, list[Snapshot] | str] = dict.fromkeys(self.labels, "no CRL policy at the end of a task yet")
-        crl = self.runs.filter(pl.col("protocol") == "crl").sort("seed", maintain_order=True)
-        for row in crl.iter_rows(named=True):
-            label = self._label(row["actor"], row["method"])
-            folder = self.results.folder(row["run"])
-            if isinstance(found[label], str) and not folder.checkpoints.is_dir():
-                found[label] = "its policies are not published"
-            elif isinstance(found[label], str):
-                try:
-                    found[label] = geometry.snapshots(folder.path) or found[label]
-                except ConfigError as error:  # a task that is not known here
-                    found[label] = str(error)
-                except RunFolderError as error:  # a broken checkpoint
-                    found[label] = self.unreadable[row["run"]] = str(error)
-        return found
-
-    @cached_property
-    def loads(self) -> dict[str, tuple[list[int], np.ndarray]]:
-        """For each label with a gate: steps, and the share of probe states of each expert, of its lowest CRL seed."""
-        lines = self.crl_probe.filter(pl.col("expert_load").list.len() > 1)
-        found = {}
-        for label in self.labels:
-            part = lines.filter(pl.col("label") == label).sort("seed", "position")
-            part = part.filter(pl.col("run") == part["run"].first()) if part.height else part
-            if part.height:
-                found[label] = (part["position"].to_list(), np.array(part["expert_load"].to_list()))
-        return found
-
-    @cached_property
-    def crl_probe(self) -> pl.DataFrame:
-        """Spectrum lines of the probe batch in CRL runs."""
-        return self.spectra.filter((pl.col("protocol") == "crl") & (pl.col("batch") == "probe"))
-
-    @cached_property
-    def starts(self) -> dict[float, str]:
-        """Where in the sequence's steps each task begins."""
-        return {float(i * self.steps): task for i, task in enumerate(self.tasks)}
-
-    @cached_property
-    def embeddings(self) -> dict[str, list[tuple[str, np.ndarray, np.ndarray]]]:
-        """t-SNE of every snapshot's features, with each state's dominant direction; empty without scikit-learn."""
-        if not find_spec("sklearn"):
-            return {}
-        return {label: [(s.task, *geometry.embedding(s)) for s in row] for label, row in self.snapshots.items()}
+class SuiteContent(SuiteRuns):
+    """One suite's runs, and the figures of them."""
 
     def facts(self) -> str:
         """Seeds and steps, for captions."""
         seeds = ", ".join(map(str, sorted(self.runs["seed"].unique())))
         tasks = f"{len(self.tasks)} task{'s' if len(self.tasks) != 1 else ''}"
         return f"{self.suite}: {tasks} × {self.steps:,} steps, seed{'s' if ',' in seeds else ''} {seeds}."
-
-    def curves(self, table: pl.DataFrame, column: str) -> list[figures.Curve]:
-        """A curve for each label that has one, in the headline's order; it breaks where a task ends."""
-        found = figures.curves(table, "position", column, ["label"], part="place")
-        return sorted(found, key=lambda curve: self.labels.index(curve.label))
 
     @cached_property
     def panels(self) -> list[Panel]:
@@ -263,22 +64,6 @@ class SuiteContent:
             "that gradients move the policy along one direction only. The shape is of these three alone (rₑ 1 to 3); "
             f"rₑ(K), of all of them, can be higher where it is flatter. Lowest seed of each method. {self.facts()}"
         )
-
-    def ablation(self) -> list[list[str]]:
-        """Rows of the ablation table: plain PPO and every variant of SPHERE alone; none where there are not two."""
-        chosen = [*self.plain, *self.variants] if len(self.variants) > 1 else []
-        return [[row["label"], *(str(row[name] or "–") for name in ("rl", "crl"))] for row in chosen]
-
-    def rho_points(self) -> dict[float, dict[str, Any]]:
-        """Headline numbers and label by ρ: the most runs of SPHERE whose recorded settings differ in ρ alone."""
-        alike: dict[str, dict[float, dict[str, Any]]] = {}
-        for row in self.variants:
-            own = self.runs.filter((pl.col("actor") == row["actor"]) & (pl.col("method") == row["method"]))
-            settings = self.results.trained(own["run"][0])
-            rho = settings.pop("sphere.rho")
-            alike.setdefault(repr((row["actor"], settings)), {})[rho] = {k: row[k] for k in ("rl", "crl", "label")}
-        found = max(alike.values(), key=len, default={})
-        return found if len(found) > 1 else {}
 
     def _success(self) -> Panel:
         caption = f"Mean {self.score_name.lower()} at the end of training on each task, with 95 % bootstrap intervals "
@@ -355,8 +140,7 @@ class SuiteContent:
     def _proxy(self) -> Panel:
         known = self.spectra.filter(pl.col("r_e_A").is_not_null() & pl.col("r_e_K").is_not_null())
         caption = "Every measured batch (probe and rollout): the proxy rₑ(A) of the last expert layer against rₑ(K)."
-        if known.height >= 3 and known["r_e_A"].n_unique() > 1 and known["r_e_K"].n_unique() > 1:
-            r = np.corrcoef(known["r_e_A"], known["r_e_K"])[0, 1]
+        if (r := statistics.correlation(known)["pearson_r"]) is not None:
             caption += f" Pearson r = {r:.3f} over {known.height} batches."
         choices = {"": panels.scatter(known, self.order)} if known.height else {}
         return self._panel("proxy", "The proxy and the kernel", f"{caption} {self.facts()}", choices,
@@ -383,28 +167,3 @@ class SuiteContent:
         axes = {axis: {"title": {"text": text}} | layout.get(axis, {}) for axis, text in (("xaxis", x), ("yaxis", y))}
         return Panel(f"{name}-{self.name}", title, caption, name, choices, choose, {**layout, **axes},
                      "" if choices else reason)  # fmt: skip
-
-    @property
-    def architectures(self) -> list[dict[str, Any]]:
-        """Rows of plain PPO without settings of their own, one an actor; none where there is but one actor."""
-        found: dict[str, dict[str, Any]] = {}
-        for row in self.plain:
-            if not row["settings"]:
-                found.setdefault(row["actor"], row)
-        return list(found.values()) if len(found) > 1 else []
-
-    def learned(self, protocol: str) -> pl.DataFrame:
-        """Evaluations during training and at its end, on the task at hand."""
-        return self.evals.filter((pl.col("protocol") == protocol) & pl.col("phase").is_in(["train", "final"]))
-
-    def _placed(self, table: pl.DataFrame) -> pl.DataFrame:
-        places = {task: i for i, task in enumerate(self.tasks)} or {"": 0}
-        place = pl.col("task").replace_strict(places, default=None, return_dtype=pl.Int64)
-        place = pl.when(pl.col("protocol") == "crl").then(pl.col("task_index")).otherwise(place)
-        label = pl.struct("actor", "method").map_elements(
-            lambda row: self._label(row["actor"], row["method"]), return_dtype=pl.String
-        )
-        return table.with_columns(place=place, position=place * self.steps + pl.col("task_step"), label=label)
-
-    def _label(self, actor: str, method: str) -> str:
-        return method if self.runs["actor"].n_unique() == 1 else f"{actor} {method}"

@@ -21,9 +21,21 @@ import polars as pl
 from jaxtyping import Float
 from numpy import ndarray
 
-from sphere_rl.report.appearance import LINES, MARKERS, color, drawing, fill, index, lighter, plain_names, shade, styled
+from sphere_rl.report.appearance import (
+    LINES,
+    MARKERS,
+    color,
+    drawing,
+    fill,
+    index,
+    lighter,
+    make_room,
+    plain_names,
+    shade,
+    styled,
+)
 from sphere_rl.runs import make_folder, write_atomic
-from sphere_rl.statistics import Estimate
+from sphere_rl.statistics import Estimate, correlation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -179,7 +191,7 @@ def line_plot(
     mark_tasks(axes, boundaries)
     axes.set(xlabel="Environment steps", ylabel=ylabel)
     _scale(axes, ylabel)
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title="method (seeds)")
+    make_room(axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title="method (seeds)"))
     return _captioned(figure, caption)
 
 
@@ -242,7 +254,7 @@ def spectrum_decay(
                 color=color(method, i, order), alpha=shade, label=snapshot.task,
             )  # fmt: skip
         axes.set(title=method, xlabel="Index $i$", ylabel=r"$\lambda_i / \mathrm{tr}\,K$" if not i else "")
-        axes.legend(fontsize=6)
+        make_room(axes.legend(fontsize=6), beside=False)
     return _captioned(figure, caption)
 
 
@@ -282,8 +294,6 @@ def proxy_scatter(table: pl.DataFrame, caption: str, by: str = "method", order: 
 
     ``by``: the column that says a point's method.
     """
-    from scipy.stats import pearsonr
-
     table = table.filter(pl.col("r_e_K").is_not_null() & pl.col("r_e_A").is_not_null())
     if table.height < 3:
         return missing("Fewer than three batches measured", caption)
@@ -296,11 +306,11 @@ def proxy_scatter(table: pl.DataFrame, caption: str, by: str = "method", order: 
             marker=MARKERS[place % len(MARKERS)], alpha=0.7, label=str(label), rasterized=True,
         )  # fmt: skip
     axes.set(xlabel="$r_e(A)$, last expert layer", ylabel="$r_e(K)$")
-    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    if table["r_e_A"].n_unique() > 1 and table["r_e_K"].n_unique() > 1:
-        found: Any = pearsonr(table["r_e_A"], table["r_e_K"])
-        low, high = found.confidence_interval() if table.height > 3 else (float("nan"), float("nan"))
-        axes.set_title(f"Pearson r = {found.statistic:.3f} [{low:.3f}, {high:.3f}], {table.height} batches")
+    make_room(axes.legend(loc="upper left", bbox_to_anchor=(1, 1)))
+    r, low, high = (correlation(table)[name] for name in ("pearson_r", "low", "high"))
+    if r is not None:
+        interval = "nan, nan" if low is None else f"{low:.3f}, {high:.3f}"
+        axes.set_title(f"Pearson r = {r:.3f} [{interval}], {table.height} batches")
     return _captioned(figure, caption)
 
 

@@ -21,14 +21,13 @@ from sphere_rl.runs.checkpoint import task_checkpoints
 from sphere_rl.spectrum import effective_rank, entk
 from sphere_rl.spectrum.ranks import gram_eigenvalues
 from sphere_rl.suites import make_suite
+from sphere_rl.training.diagnosis import MAX_ROWS
 from sphere_rl.training.policies import placed, read_policies
 from sphere_rl.training.probe import probe_batch
 from sphere_rl.training.saved import config_of
 
 ITERATIONS = 500
 """Of t-SNE, half of them with exaggerated attraction: a few hundred states have settled by then."""
-MAX_ROWS = 1024
-"""Rows of K at most; with many outputs fewer states are used, so that its eigenvalues take a second, not a minute."""
 
 
 @dataclass(frozen=True, eq=False)

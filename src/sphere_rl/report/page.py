@@ -16,9 +16,10 @@ import polars as pl
 
 from sphere_rl.errors import RunFolderError
 from sphere_rl.report import commands, drawings, tables
-from sphere_rl.report.content import SuiteContent, arms
+from sphere_rl.report.content import SuiteContent
 from sphere_rl.report.export import DIFFERENCES, NUMBERS, write_tables
 from sphere_rl.report.geometry import Snapshot
+from sphere_rl.report.suite import arms
 from sphere_rl.results import Results, load_results
 from sphere_rl.runs import file_name, make_folder, read_sweep, write_atomic
 from sphere_rl.spectrum.vanishing import notices

@@ -10,6 +10,7 @@ import gzip
 import json
 import re
 import zlib
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ class PublishedRun(RunFolder):
         return status
 
     def _record(self) -> dict[str, Any]:
+        return dict(self._content)
+
+    @cached_property
+    def _content(self) -> dict[str, Any]:
+        """The configuration's file, read once: what is published does not change while it is looked at."""
         data = super()._record()
         check_kinds(str(self.config_path), data, {"status": OBJECT}, ())
         return data

@@ -5,11 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sphere_rl.errors import CommandLineError
 from sphere_rl.terminal.parsers import ArgumentParser, integer, positive
 from sphere_rl.terminal.waiting import waiting
+
+if TYPE_CHECKING:
+    from sphere_rl.sweep.plan import Grid
 
 SINGULAR = {"--protocol", "--actor", "--method", "--seed", "--suites"}
 """Flags of ``sphere train`` that a sweep has as axes."""
@@ -17,21 +20,10 @@ SINGULAR = {"--protocol", "--actor", "--method", "--seed", "--suites"}
 
 def command(words: list[str], report: Callable[[list[str]], object] | None = None) -> int | None:
     """Train a grid of runs on this machine or a Ray cluster; ``report`` is called with words of ``sphere report``."""
-    from sphere_rl.sweep.plan import Grid, load_grid, plan, preset_path, record, state, tell_idle_in
+    from sphere_rl.sweep.plan import plan, record, state, tell_idle_in
 
     given, rest = parse(words)
-    file = preset_path(given.preset) if given.preset else given.config
-    grid = load_grid(file) if file else {}
-    flags = {name: getattr(given, name) for name in ("suites", "protocols", "actors", "methods", "seeds", "tasks")}
-    chosen = {name: tuple(values) for name, values in flags.items() if values is not None}
-    grid |= chosen  # in every stage, too
-    grid["stages"] = tuple({**stage, **chosen} for stage in grid.get("stages", ()))
-    extra = tuple((axis[0], tuple(axis[1:])) for axis in given.grid)
-    if empty := [name for name, values in extra if not values]:
-        raise CommandLineError(f"--grid {empty[0]}: expected at least one value after the option's name")
-    grid["options"] = grid.get("options", ()) + extra
-    grid["train"] = (*grid.get("train", ()), *rest)
-    whole = Grid(**grid)
+    whole = grid_of(given, rest)
     runs = plan(whole, given.out)
     tell_idle_in(whole, runs)
     if given.dry_run:
@@ -56,6 +48,24 @@ def command(words: list[str], report: Callable[[list[str]], object] | None = Non
     for run in failed:
         print(f"  {run.name}: {reason(run, run.log)}  ({run.log})")
     return 3
+
+
+def grid_of(given: Any, rest: Sequence[str]) -> Grid:
+    """The grid of a file, if there is one, with what flags say of it; ``rest``: words for ``sphere train``."""
+    from sphere_rl.sweep.plan import Grid, load_grid, preset_path
+
+    file = preset_path(given.preset) if given.preset else given.config
+    grid = load_grid(file) if file else {}
+    flags = {name: getattr(given, name) for name in ("suites", "protocols", "actors", "methods", "seeds", "tasks")}
+    chosen = {name: tuple(values) for name, values in flags.items() if values is not None}
+    grid |= chosen  # in every stage, too
+    grid["stages"] = tuple({**stage, **chosen} for stage in grid.get("stages", ()))
+    extra = tuple((axis[0], tuple(axis[1:])) for axis in given.grid)
+    if empty := [name for name, values in extra if not values]:
+        raise CommandLineError(f"--grid {empty[0]}: expected at least one value after the option's name")
+    grid["options"] = grid.get("options", ()) + extra
+    grid["train"] = (*grid.get("train", ()), *rest)
+    return Grid(**grid)
 
 
 def parse(words: list[str]) -> tuple[Any, list[str]]:

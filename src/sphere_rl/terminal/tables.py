@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -24,6 +25,17 @@ def print_table(title: str, rows: list[dict[str, Any]], piped: int = 400) -> Non
         table.add_row(*map(cell, row.values()))
     console.print(f"[bold]{escape(title)}[/]")
     console.print(table)
+
+
+def print_columns(title: str, head: str, columns: Mapping[str, Mapping[str, Any]]) -> None:
+    """A table with one column for each key, as many at a time as the terminal is wide."""
+    console, names = Console(), list(columns)
+    rows = list(dict.fromkeys(name for cells in columns.values() for name in cells))
+    space = (console.width if console.is_terminal else 400) - max(map(len, (head, *rows))) - 5  # 5: borders
+    fit = max(1, space // (3 + max(len(str(text)) for name in names for text in (name, *columns[name].values()))))
+    for start in range(0, len(names), fit):
+        shown = names[start : start + fit]
+        print_table(title, [{head: row} | {name: columns[name].get(row) for name in shown} for row in rows])
 
 
 def cell(value: Any) -> str:

@@ -52,7 +52,7 @@ def update(agent: Agent, rollout: Rollout, config: TrainConfig) -> dict[str, flo
 
 def train_epochs(agent: Agent, batch: Minibatch, config: TrainConfig) -> tuple[list[Float[Tensor, "S"]], int]:
     """All minibatches of all epochs: `STATISTICS` of each, and how many epochs ``target_kl`` left unfinished."""
-    apart, statistics = any(method.acts_between_minibatches for method in agent.methods), []
+    apart, statistics = any(method.overrides("after_minibatch") for method in agent.methods), []
     for epoch in range(config.num_epochs):
         order = torch.randperm(len(batch), generator=agent.generator, device=agent.device).split(config.minibatch_size)
         last = epoch == config.num_epochs - 1

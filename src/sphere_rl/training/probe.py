@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,16 @@ from sphere_rl.suites.guard import make_envs
 from sphere_rl.suites.spaces import check_numbers
 
 if TYPE_CHECKING:
+    from gymnasium.vector import VectorEnv
+
     from sphere_rl.config import TrainConfig
 
 STATES = 256
 ENVS, STEPS = 2, 100
+"""Environments that states are visited in, and the steps taken in each at least."""
 
 Arguments = tuple[tuple[str, Any], ...]
+Act = Callable[[ndarray], Any]
 
 
 def probe_batch(config: TrainConfig, task: str) -> Float[ndarray, "N D"]:
@@ -77,13 +81,35 @@ def probe_observations(
 def _visited(suite: Suite, task: str, count: int, seed: int, arguments: Mapping[str, Any]) -> Float[ndarray, "n D"]:
     """States drawn without replacement from random episodes of a task."""
     seed = derive_seed(seed, "probe", task)
+
+    def at_random(envs: VectorEnv) -> Act:
+        envs.action_space.seed(seed)
+        return lambda _: envs.action_space.sample()
+
+    states = visit(suite, task, seed, -(-count // ENVS), arguments, at_random, f"task {task} under random actions")
+    return states[np.sort(np.random.default_rng(seed).choice(len(states), count, replace=False))]
+
+
+def visit(
+    suite: Suite,
+    task: str,
+    seed: int,
+    steps: int,
+    arguments: Mapping[str, Any],
+    acting: Callable[[VectorEnv], Act],
+    where: str,
+) -> Float[ndarray, "n D"]:
+    """Every raw observation of `ENVS` environments in this many steps, `STEPS` at least; the same each time.
+
+    ``acting``: told the environments, how their next actions follow from observations [ENVS, D]. ``where``: what the
+    error names before an observation that is not a number.
+    """
     with global_streams(seed):
         envs = make_envs(suite, task, ENVS, seed, 1, arguments)
-        envs.action_space.seed(seed)
+        act = acting(envs)
         seen = [np.array(envs.reset()[0])]
-        for _ in range(max(STEPS, -(-count // ENVS))):
-            seen.append(np.array(envs.step(envs.action_space.sample())[0]))
-            check_numbers(f"task {task} under random actions: the observation", seen[-1])
+        for _ in range(max(STEPS, steps)):
+            seen.append(np.array(envs.step(act(seen[-1]))[0]))
+            check_numbers(f"{where}: the observation", seen[-1])
         envs.close()
-    states = np.concatenate([observation.reshape(ENVS, -1) for observation in seen]).astype(np.float32)
-    return states[np.sort(np.random.default_rng(seed).choice(len(states), count, replace=False))]
+    return np.concatenate([observation.reshape(ENVS, -1) for observation in seen]).astype(np.float32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -30,13 +31,17 @@ from sphere_rl.learner.losses import (
 )
 from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.learner.optimizer import ExpertAdam
-from sphere_rl.learner.policy_step import NO_PENALTY, Rules, improve, is_plain
+from sphere_rl.learner.policy_step import NO_PENALTY, FeaturePenalty, Rules, improve, is_plain
 from sphere_rl.learner.value_step import Regression, begin_regression, regression
-from sphere_rl.methods import ActorStep
+from sphere_rl.methods import ActorStep, Method
 from sphere_rl.training.agent import Agent
 
 KL_MARGIN = 1.5
 """An update ends where a minibatch's KL is above this times ``target_kl``."""
+
+ACTOR_HOOKS = ("observe", "actor_penalty", "parameter_gradients", "actor_gradients")
+CRITIC_HOOKS = ("observe", "critic_penalty", "parameter_gradients")
+"""What methods do with a forward pass and its graph, which a step without autograd does not have."""
 
 STATISTICS = ("policy_loss", "kl", "clip_fraction", "entropy", "actor_grad_norm", "value_loss", "critic_grad_norm")
 
@@ -54,10 +59,10 @@ def minibatch_steps(
         if went_too_far(before[-1], config):
             return before
         return before + minibatch_steps(agent, batch, order[-1:], config, keep)
-    direct = is_direct(agent)
+    direct = description(agent, batch, order[0])
     critic = critic_regression(agent, batch, config, keep) if direct else None
-    if critic is not None:
-        return direct_steps(agent, batch, order, config, keep, [critic])
+    if direct is not None and critic is not None:
+        return direct_steps(agent, batch, order, config, keep, direct, [critic])
     found = []
     for index in order:
         found.append(minibatch_step(agent, batch[index], config, keep, direct))
@@ -76,13 +81,39 @@ def went_too_far(statistics: Float[Tensor, "S"] | Sequence[Tensor], config: Trai
     return config.target_kl > 0 and float(statistics[STATISTICS.index("kl")]) > KL_MARGIN * config.target_kl
 
 
-def minibatch_step(agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool, direct: bool) -> Float[Tensor, "S"]:
-    """A step of each where one needs autograd; ``direct``: the actor's does not.
+class Description(NamedTuple):
+    """All that methods add to an actor's steps without autograd, and whose it is."""
+
+    penalty: FeaturePenalty
+    method: Method | None
+
+
+def description(agent: Agent, batch: Minibatch, first: Int[Tensor, "_"]) -> Description | None:
+    """How the actor's steps go without autograd; ``None`` where they cannot. ``first``: rows of the first of them.
+
+    The network must be plain and its optimiser Adam, and no more than one method may have a hand in the step: one that
+    looks at no forward pass and says by its `feature_penalty` what it does.
+    """
+    if not is_plain(agent.actor) or type(agent.actor_optimizer) is not ExpertAdam:
+        return None
+    found = [method for method in agent.methods if method.overrides(*ACTOR_HOOKS)]
+    if not found:
+        return Description(NO_PENALTY, None)
+    if len(found) > 1 or found[0].overrides("observe") or not found[0].overrides("feature_penalty"):
+        return None
+    penalty = found[0].feature_penalty(agent.actor, batch.observation[first])
+    return None if penalty is None else Description(penalty, found[0])
+
+
+def minibatch_step(
+    agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool, direct: Description | None
+) -> Float[Tensor, "S"]:
+    """A step of each where one needs autograd; ``direct``: how the actor's goes without.
 
     The critic's goes on, with two lanes, beside what the actor cannot share between them: its gate and its loss.
     """
     of_critic = begin_critic_step(agent, batch, config, keep)
-    of_actor = direct_actor_step(agent, batch, config, keep) if direct else actor_step(agent, batch, config)
+    of_actor = direct_actor_step(agent, batch, config, keep, direct) if direct else actor_step(agent, batch, config)
     return torch.stack([*of_actor, *of_critic()])
 
 
@@ -95,8 +126,9 @@ def actor_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Tens
     step = ActorStep(agent, batch, trace, loss, agent.actor_parameters)
     penalties = [method.actor_penalty(step) for method in agent.methods]
     total = sum((p for p in penalties if p is not None), start=loss)
-    rules = [method for method in agent.methods if method.uses_actor_gradients]
+    rules = [method for method in agent.methods if method.overrides("actor_gradients")]
     gradients = agent.actor_gradients.differentiate(total, agent.actor_parameters, retain_graph=bool(rules))
+    add_parameter_gradients(agent, "actor", agent.actor_parameters, gradients)
     for method in rules:
         gradients = method.actor_gradients(step, gradients)
     if went_too_far(statistics, config):
@@ -126,8 +158,19 @@ def critic_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Ten
     penalties = [method.critic_penalty(agent, batch, trace) for method in agent.methods]
     total = sum((p for p in penalties if p is not None), start=config.value_coefficient * loss)
     gradients = agent.critic_gradients.differentiate(total, agent.critic_parameters)
+    add_parameter_gradients(agent, "critic", agent.critic_parameters, gradients)
     norm = apply_gradients(agent.critic_optimizer, agent.critic_parameters, gradients, config.max_grad_norm)
     return [loss.detach(), norm]
+
+
+@torch.no_grad()
+def add_parameter_gradients(
+    agent: Agent, network: str, parameters: Sequence[Tensor], gradients: Sequence[Tensor]
+) -> None:
+    """Add, in place, what methods' penalties on parameters give to the gradients of a loss."""
+    by_parameter = dict(zip(parameters, gradients, strict=True))
+    for method in agent.methods:
+        method.parameter_gradients(agent, network, by_parameter)
 
 
 def apply_gradients(
@@ -157,7 +200,7 @@ def begin_critic_step(
 def critic_regression(agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool) -> Regression | None:
     """The critic's step where nothing but the value loss of plain layers is differentiated."""
     critic, optimizer = agent.critic, agent.critic_optimizer
-    needed = any(method.uses_critic_penalty or method.observes for method in agent.methods)
+    needed = any(method.overrides(*CRITIC_HOOKS) for method in agent.methods)
     if needed or critic.gate is not None or not is_plain(critic) or type(optimizer) is not ExpertAdam:
         return None
     return regression(
@@ -165,17 +208,12 @@ def critic_regression(agent: Agent, batch: Minibatch, config: TrainConfig, keep:
     )
 
 
-def is_direct(agent: Agent) -> bool:
-    """Whether the actor's steps need no autograd."""
-    plain = is_plain(agent.actor) and type(agent.actor_optimizer) is ExpertAdam
-    described = [method for method in agent.methods if method.describes_penalty]
-    return plain and len(described) <= 1 and all(method.is_direct for method in agent.methods)
-
-
-def direct_actor_step(agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool) -> list[Tensor]:
-    """The same step without a graph, where methods do no more than their `feature_penalty` says."""
+def direct_actor_step(
+    agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool, direct: Description
+) -> list[Tensor]:
+    """The same step without a graph."""
     order = [torch.arange(len(batch), device=agent.device)]
-    (statistics,) = direct_steps(agent, batch, order, replace(config, learning_rate_schedule="constant"), keep)
+    (statistics,) = direct_steps(agent, batch, order, replace(config, learning_rate_schedule="constant"), keep, direct)
     return list(statistics.unbind())
 
 
@@ -185,13 +223,11 @@ def direct_steps(
     order: Sequence[Int[Tensor, "_"]],
     config: TrainConfig,
     keep: bool,
+    direct: Description,
     regressions: Sequence[Regression] = (),
 ) -> list[Float[Tensor, "S"]]:
     """Steps of the actor on minibatches without a graph. A critic's may be taken beside each; its statistics follow."""
     assert isinstance(agent.actor_optimizer, ExpertAdam)
-    first = batch.observation[order[0]]
-    found = {method: method.feature_penalty(agent.actor, first) for method in agent.methods}
-    penalties = {method: penalty for method, penalty in found.items() if penalty is not None}
     follow = config.learning_rate_schedule == "kl"
     improved = improve(
         agent.actor,
@@ -202,12 +238,12 @@ def direct_steps(
             config.clip, config.entropy_coefficient, config.max_grad_norm,
             config.kl_target if follow else 0.0, config.learning_rate_bounds, KL_MARGIN * config.target_kl,
         ),
-        next(iter(penalties.values()), NO_PENALTY),
+        direct.penalty,
         keep,
         regressions,
     )  # fmt: skip
-    for method in penalties:
-        method.penalised(improved)
+    if direct.method is not None:
+        direct.method.penalised(improved)
     if follow:
         agent.set_learning_rate(improved.rate)
     return list(improved.statistics.unbind())

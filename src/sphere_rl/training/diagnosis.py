@@ -1,0 +1,90 @@
+"""What a run's policies are like, from its checkpoints alone, on the states that training measures on, too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+
+from sphere_rl.runs import RunFolder, checkpoint
+from sphere_rl.spectrum import block_view, entk, measure
+from sphere_rl.spectrum.ranks import gram_eigenvalues
+from sphere_rl.suites import make_suite
+from sphere_rl.training.policies import Chosen, placed, read_policies
+from sphere_rl.training.probe import probe_batch
+from sphere_rl.training.saved import config_of
+
+if TYPE_CHECKING:
+    from sphere_rl.spectrum.kernel import BlockShare
+
+MAX_ROWS = 1024
+"""Rows of K at most; with many outputs fewer states are used, so that its eigenvalues take a second, not a minute."""
+
+
+def select(folder: RunFolder, names: Sequence[str] | None) -> list[Chosen]:
+    """The named checkpoints, or the ends of the tasks, and the latest where training has gone on since.
+
+    Raises:
+        RunFolderError: one of them is missing or broken, or there is none yet.
+    """
+    if names:
+        return list(dict.fromkeys(placed(folder, checkpoint.find(folder, name)) for name in names))
+    latest = placed(folder, checkpoint.find(folder, "latest"))
+    finished = [placed(folder, path) for path in checkpoint.task_checkpoints(folder)]
+    gone_on = latest.global_step > max((one.global_step for one in finished), default=-1)
+    return [*finished, latest] if gone_on else finished
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What one checkpoint's policy is like on the probe batch.
+
+    metrics: `sphere_rl.spectrum.measure` on all ``states``; feature_eigenvalues: of A on them, descending.
+    blocks and kernel_eigenvalues: of the full K, descending, on an even spread of ``kernel_states`` of them, fewer
+    where K would have more than `MAX_ROWS` rows. No blocks where an encoder, whose part is none of them, is in front.
+    """
+
+    checkpoint: str
+    global_step: int
+    task_index: int
+    task: str
+    states: int
+    kernel_states: int
+    metrics: dict[str, float | list[float]]
+    blocks: tuple[BlockShare, ...]
+    kernel_eigenvalues: Float[ndarray, "n"]
+    feature_eigenvalues: Float[ndarray, "k"]
+
+    def row(self) -> dict[str, Any]:
+        """As plain data, the metrics by their names."""
+        row = {name: value.tolist() if isinstance(value, ndarray) else value for name, value in vars(self).items()}
+        return row | row.pop("metrics") | {"blocks": [asdict(block) for block in self.blocks]}
+
+
+def diagnose(folder: RunFolder, chosen: Chosen, device: str = "cpu") -> Diagnosis:
+    """Measure one checkpoint. Metrics of an update (churn, gradients) are in ``spectrum.jsonl`` alone."""
+    config = config_of(folder)
+    task = config.task_sequence[chosen.task_index]
+    policy = read_policies(folder, make_suite(config.suite), [(task, chosen)], device)[chosen.path]
+    raw = probe_batch(config, task)
+    observations = policy.normalize(torch.as_tensor(raw, device=device))
+    with torch.no_grad():
+        trace = policy.actor.trace(observations)
+    count = min(len(raw), MAX_ROWS // trace.output.shape[1])
+    part = observations[torch.linspace(0, len(raw) - 1, count, device="cpu").round().long()]
+    return Diagnosis(
+        checkpoint=chosen.path.stem,
+        global_step=chosen.global_step,
+        task_index=chosen.task_index,
+        task=task,
+        states=len(raw),
+        kernel_states=count,
+        metrics=measure(policy.actor, observations),
+        blocks=block_view(policy.actor, part) if policy.actor.encoder is None else (),
+        kernel_eigenvalues=torch.linalg.eigvalsh(entk(policy.actor, part).double()).flip(0).clamp(min=0).cpu().numpy(),
+        feature_eigenvalues=gram_eigenvalues(trace.features[-1].weighted()).flip(0).cpu().numpy(),
+    )
