@@ -8,8 +8,8 @@ from sphere_rl.numbers import number
 from sphere_rl.terminal.parsers import ArgumentParser
 
 TASKS = ("handle-press-side", "drawer-close")
-STEPS_PER_TASK = 81_920
-OPTIONS = {"num-steps": 512, "eval-every": 20_480, "final-eval-episodes": 20, "checkpoint-every": 20_480}
+STEPS_PER_TASK, SHORT = 81_920, 16_384
+OPTIONS = {"num-steps": 512, "final-eval-episodes": 20}
 """Shorter rollouts than the CW10 preset: as many updates of each sample, more often."""
 
 
@@ -17,31 +17,36 @@ def command(words: list[str]) -> int | None:
     """Train with and without SPHERE on a short MetaWorld sequence, about five minutes."""
     options = ArgumentParser(prog="sphere demo", description=command.__doc__)
     options.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of the runs (runs/demo)")
+    options.add_argument(
+        "--short", action="store_true", help="a fifth of the steps: about a minute, to see that all works"
+    )
     given = options.parse_args(words)
+    steps = SHORT if given.short else STEPS_PER_TASK
     print(
         f"Two agents, a Top-2 mixture of ten experts with and without SPHERE, learn {' and then '.join(TASKS)}:\n"
-        f"{number(STEPS_PER_TASK)} environment steps each, one seed. It shows that everything works and proves\n"
+        f"{number(steps)} environment steps each, one seed. It shows that everything works and proves\n"
         "nothing about the paper, whose tasks get 1 000 000 steps and five seeds each. Ctrl-C stops it, the same\n"
         "command goes on.\n",
         flush=True,
     )
     from sphere_rl import report, sweep
 
-    code = sweep.command([*sweep_words(), "--out", str(given.out)])
+    code = sweep.command([*sweep_words(steps), "--out", str(given.out)])
     if code:
         return code
-    print_tables(given.out)
+    print_tables(given.out, steps)
     return report.command([str(given.out), "--out", str(given.out / "page")])
 
 
-def sweep_words() -> list[str]:
-    """The demo as words of ``sphere sweep``."""
+def sweep_words(steps: int) -> list[str]:
+    """The demo as words of ``sphere sweep``, with so many steps a task and four evaluations in them."""
     words = ["--suite", "cw10", "--tasks", *TASKS, "--methods", "none", "sphere", "--seeds", "0"]
-    words += ["--steps-per-task", str(STEPS_PER_TASK)]
+    every = steps // 4
+    words += ["--steps-per-task", str(steps), "--eval-every", str(every), "--checkpoint-every", str(every)]
     return words + [word for name, value in OPTIONS.items() for word in (f"--{name}", str(value))]
 
 
-def print_tables(runs: Path) -> None:
+def print_tables(runs: Path, steps: int) -> None:
     """Success, return, effective ranks and speed, by task and method."""
     import numpy as np
 
@@ -72,4 +77,4 @@ def print_tables(runs: Path) -> None:
                     }
                 )
     rows.sort(key=lambda row: TASKS.index(row["task"]))
-    print_table(f"After {number(STEPS_PER_TASK)} steps a task, one seed, 20 deterministic episodes", rows)
+    print_table(f"After {number(steps)} steps a task, one seed, 20 deterministic episodes", rows)
