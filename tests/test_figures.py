@@ -12,6 +12,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from sphere_rl.report import appearance, figures
+from sphere_rl.report.curves import Curve, curves
 from sphere_rl.report.geometry import Snapshot, dominant_direction
 from sphere_rl.statistics import Estimate
 
@@ -56,7 +57,7 @@ def test_a_method_has_one_colour_in_every_figure() -> None:
     """Also where figures do not have the methods before it: here sphere is the second of the page."""
     order = ["none", "sphere"]
     blue, orange = (color.lower() for color in appearance.COLORS[:2])
-    curve = figures.Curve("sphere", [1, 2], [0.1, 0.2], [0.1, 0.2], [0.1, 0.2], 1)
+    curve = Curve("sphere", [1, 2], [0.1, 0.2], [0.1, 0.2], [0.1, 0.2], 1)
     line = figures.line_plot([curve], {}, "", "y", order=order).axes[0].lines[0]
     assert to_hex(line.get_color()) == orange
     spectrum = figures.spectrum_decay({"sphere": [snapshot(0, 2, 1, 1)]}, "", order=order).axes[0].lines[0]
@@ -74,9 +75,9 @@ def test_a_method_has_one_colour_in_every_figure() -> None:
 def test_curves_are_means_and_ranges_over_seeds() -> None:
     table = pl.DataFrame({"m": ["a"] * 4 + ["b"], "seed": [0, 1, 0, 1, 0], "x": [2, 2, 1, 1, 1],
                           "y": [0.2, 0.6, 0.0, 0.1, None]})  # fmt: skip
-    (curve,) = figures.curves(table, "x", "y", ["m"])
-    assert curve == figures.Curve("a", [1, 2], [0.05, 0.4], [0.0, 0.2], [0.1, 0.6], 2)
-    (curve,) = figures.curves(table.with_columns(task=pl.col("x") - 1), "x", "y", ["m"], part="task")
+    (curve,) = curves(table, "x", "y", ["m"])
+    assert curve == Curve("a", [1, 2], [0.05, 0.4], [0.0, 0.2], [0.1, 0.6], 2)
+    (curve,) = curves(table.with_columns(task=pl.col("x") - 1), "x", "y", ["m"], part="task")
     assert curve.x == [1, None, 2]  # two tasks: nothing joins them
     assert curve.mean == [0.05, None, 0.4]
     (line,) = figures.line_plot([curve], {}, "", "y").axes[0].lines
@@ -84,7 +85,7 @@ def test_curves_are_means_and_ranges_over_seeds() -> None:
 
 
 def test_line_plot_draws_curves_and_boundaries() -> None:
-    curve = figures.Curve("none", [0, 5, 10], [0.0, 0.5, 0.4], [0.0] * 3, [1.0] * 3, 2)
+    curve = Curve("none", [0, 5, 10], [0.0, 0.5, 0.4], [0.0] * 3, [1.0] * 3, 2)
     figure = figures.line_plot([curve, curve], {0.0: "push", 5.0: "pull"}, "caption", "y")
     (axes,) = figure.axes
     drawn = [np.asarray(line.get_ydata()) for line in axes.lines if len(np.asarray(line.get_xdata())) == 3]
@@ -177,12 +178,12 @@ def test_saved_in_three_formats_reproducibly(tmp_path: Path) -> None:
 def test_figures_grow_with_their_legends(count: int, length: int) -> None:
     """A warning, here an error, would say that the layout has no room for the axes."""
     names = [f"method-{i}" + "x" * length for i in range(count)]
-    curves = [figures.Curve(name, [0, 1], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], 3) for name in names]
+    lines = [Curve(name, [0, 1], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], 3) for name in names]
     points = pl.DataFrame({"r_e_A": np.arange(3.0 * count), "r_e_K": np.arange(3.0 * count), "method": names * 3})
     decay = {"none": [snapshot(i, 3.0, 2.0, 1.0) for i in range(count)]}
-    few = figures.line_plot(curves[:3], {}, "", "y")
+    few = figures.line_plot(lines[:3], {}, "", "y")
     for figure in (
-        figures.line_plot(curves, {}, "", "y"),
+        figures.line_plot(lines, {}, "", "y"),
         figures.proxy_scatter(points, ""),
         figures.spectrum_decay(decay, ""),
     ):

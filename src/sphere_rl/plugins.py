@@ -24,6 +24,7 @@ from typing import Any
 from sphere_rl.errors import ConfigError, described
 
 _modules: dict[str, ModuleType] = {}
+"""Of the whole process, as Python's own modules are: a name means one module until the process ends."""
 
 
 def load(names: Iterable[str]) -> None:

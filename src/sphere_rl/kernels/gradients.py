@@ -6,6 +6,11 @@ have none now are zeroed. Every tensor is a whole gradient, zeros included; whoe
 zeros (`pieces`, `active_experts`), whoever does not needs to know nothing.
 
 A tensor that others have changed in place since (by autograd's version counter) counts as non-zero everywhere.
+
+What is known of a gradient is an attribute of its tensor, and the store of a backward pass is one of the thread that
+runs it, because autograd stands between who asks and who answers, and passes neither on. Both are safe to be without:
+of a tensor without the attribute nothing is known, and a pass on another thread makes tensors of its own. Stores find
+their memory by a weight's address; if another weight of that shape has come there, it gets that memory, zeroed.
 """
 
 from __future__ import annotations
@@ -51,12 +56,12 @@ class GradientStore:
 
     def differentiate(self, loss: Tensor, parameters: Sequence[Tensor], *, retain_graph: bool = False) -> list[Tensor]:
         """∂loss/∂parameters, as `torch.autograd.grad` gives them; zero where the loss does not depend on one."""
-        _present.store = self
+        before, _present.store = _present.store, self
         self._given.clear()
         try:
             return list(torch.autograd.grad(loss, parameters, retain_graph=retain_graph, materialize_grads=True))
         finally:
-            _present.store = None
+            _present.store = before
 
     def _tensor_for(self, weight: Tensor, active: tuple[int, ...]) -> Tensor | None:
         """A tensor that is zero but for the active experts' parts, or None where this pass already has used it."""

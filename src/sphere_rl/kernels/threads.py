@@ -4,6 +4,10 @@ PyTorch's own threads split one operation. A mixture's operations are too small 
 no faster on two cores, but two of them side by side do. So inside `two_lanes` independent work is shared: half of the
 experts of a pass (`sphere_rl.kernels.mlp`), the critic's step beside the actor's. All operations are the same as
 without, so results are bitwise equal.
+
+That there are two is known to the thread that is inside `two_lanes` and to no other, and gone with it: what runs on
+the second lane, or beside a run in the same process, sees one. Kernels ask (`lanes`) instead of being told, because
+between them and the run lie autograd and the hooks of methods, which pass nothing on.
 """
 
 from __future__ import annotations
@@ -28,7 +32,6 @@ class _Present(threading.local):
 
 
 _present = _Present()
-_pool: ThreadPoolExecutor | None = None
 
 
 @contextmanager
@@ -37,18 +40,20 @@ def two_lanes(threads: int) -> Iterator[None]:
     if threads < 2:
         yield
         return
-    before, second = torch.get_num_threads(), _second_lane()
+    before = torch.get_num_threads()
     torch.set_num_threads(threads // 2)
-    second.submit(torch.set_num_threads, threads // 2).result()  # each thread has its own number
-    _present.second = second
-    try:
-        yield
-    finally:
-        for task in _present.tasks:
-            with suppress(Exception):  # whoever asks for the result meets it
-                _result_of(task)()
-        _present.second, _present.tasks = None, ()
-        torch.set_num_threads(before)
+    # Each thread has its own settings; PyTorch's inter-op threads inherit those of the one that makes them.
+    with ThreadPoolExecutor(1, "second lane", initializer=partial(torch.set_flush_denormal, True)) as second:
+        second.submit(torch.set_num_threads, threads // 2).result()
+        _present.second = second
+        try:
+            yield
+        finally:
+            for task in _present.tasks:
+                with suppress(Exception):  # whoever asks for the result meets it
+                    _result_of(task)()
+            _present.second, _present.tasks = None, ()
+            torch.set_num_threads(before)
 
 
 def lanes() -> int:
@@ -109,11 +114,3 @@ def split_rows(rows: list[int], num_lanes: int) -> tuple[list[int], list[int]]:
     if num_lanes == 1:
         return [position for position, _ in enumerate(rows)], none
     return halves([own + 32 for own in rows])  # 32: the weights, read for the first row
-
-
-def _second_lane() -> ThreadPoolExecutor:
-    global _pool
-    if _pool is None:
-        # Each thread has its own setting; PyTorch's inter-op threads inherit that of the one that makes them.
-        _pool = ThreadPoolExecutor(1, "second lane", initializer=lambda: torch.set_flush_denormal(True))
-    return _pool

@@ -19,6 +19,9 @@ class ExpertAdam(torch.optim.Adam):
     An expert whose gradient has been exactly zero for `REST` steps, or always, has no first moment left: Adam would not
     move it. It is passed over, and when it has samples again its second moment is first multiplied by β₂ for each step
     that was passed over, so that it goes on where Adam would.
+
+    Views of parameters and moments are kept with the addresses that they were made of. They hold that memory
+    themselves, so that no other tensor can come to these addresses while they are compared.
     """
 
     grad_scale: Tensor | None = None

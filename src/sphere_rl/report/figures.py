@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from itertools import cycle
 from pathlib import Path
@@ -34,6 +33,7 @@ from sphere_rl.report.appearance import (
     shade,
     styled,
 )
+from sphere_rl.report.curves import Curve
 from sphere_rl.runs import make_folder, write_atomic
 from sphere_rl.statistics import Estimate, correlation
 
@@ -46,18 +46,6 @@ if TYPE_CHECKING:
 FORMATS = ("png", "svg", "pdf")
 MISSING = "missing"
 """Group id of the figures that hold no data."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One line of a figure: mean over seeds with the range of the seeds; ``None`` where the line breaks."""
-
-    label: str
-    x: Sequence[int | float | None]
-    mean: Sequence[int | float | None]
-    low: Sequence[int | float | None]
-    high: Sequence[int | float | None]
-    seeds: int
 
 
 def save(figure: Figure, path: Path | str) -> list[Path]:
@@ -79,27 +67,6 @@ def save(figure: Figure, path: Path | str) -> list[Path]:
             figure.savefig(drawn, format=kind, dpi=200, bbox_inches=box, metadata=metadata[kind])
             write_atomic(stem.with_name(f"{stem.name}.{kind}"), drawn.getvalue())
     return [stem.with_name(f"{stem.name}.{kind}") for kind in FORMATS]
-
-
-def curves(table: pl.DataFrame, x: str, y: str, by: Sequence[str], part: str | None = None) -> list[Curve]:
-    """Mean and range over seeds of ``y`` at each ``x``, one curve for each value of ``by``; nulls are left out.
-
-    A curve breaks (``None``) wherever ``part`` changes, such as the place of a task in the sequence.
-    """
-    found = []
-    keys = [x] if part is None else [part, x]
-    names = (x, "mean", "low", "high")
-    for key, group in table.filter(pl.col(y).is_not_null()).group_by(by, maintain_order=True):
-        line = group.group_by(keys).agg(
-            pl.col(y).mean().alias("mean"), pl.col(y).min().alias("low"), pl.col(y).max().alias("high")
-        )
-        columns: dict[str, list[Any]] = {name: [] for name in names}
-        parts = [line] if part is None else line.sort(part).partition_by(part, maintain_order=True)
-        for i, piece in enumerate(parts):
-            for name in names:
-                columns[name] += [None, *piece.sort(x)[name]] if i else piece.sort(x)[name].to_list()
-        found.append(Curve(" · ".join(map(str, key)), *columns.values(), seeds=group["seed"].n_unique()))
-    return found
 
 
 @styled

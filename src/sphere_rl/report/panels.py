@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 
 from sphere_rl.report.appearance import index, shade
-from sphere_rl.report.figures import Curve
+from sphere_rl.report.curves import Curve
 from sphere_rl.report.geometry import Snapshot
 from sphere_rl.statistics import Estimate
 

@@ -12,7 +12,8 @@ import polars as pl
 
 from sphere_rl import statistics
 from sphere_rl.errors import ConfigError, RunFolderError
-from sphere_rl.report import figures, geometry, tables
+from sphere_rl.report import geometry, tables
+from sphere_rl.report.curves import Curve, curves
 from sphere_rl.report.geometry import Snapshot
 from sphere_rl.results import Results
 
@@ -226,9 +227,9 @@ class SuiteRuns:
             return {}
         return {label: [(s.task, *geometry.embedding(s)) for s in row] for label, row in self.snapshots.items()}
 
-    def curves(self, table: pl.DataFrame, column: str) -> list[figures.Curve]:
+    def curves(self, table: pl.DataFrame, column: str) -> list[Curve]:
         """A curve for each label that has one, in the headline's order; it breaks where a task ends."""
-        found = figures.curves(table, "position", column, ["label"], part="place")
+        found = curves(table, "position", column, ["label"], part="place")
         return sorted(found, key=lambda curve: self.labels.index(curve.label))
 
     def ablation(self) -> list[list[str]]:

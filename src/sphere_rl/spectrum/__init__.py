@@ -1,7 +1,7 @@
 """What is known of an actor's plasticity on a batch of states: its eNTK, effective ranks and every other metric.
 
 `measure` computes all of them; `SPECTRAL_METRICS` says what each one is. The parts live beside this module: `ranks`
-(spectra of matrices), `ntk` (the kernel), `metrics` (the rest).
+(spectra of matrices), `kernel` (the eNTK), `plasticity` (the rest).
 """
 
 from __future__ import annotations

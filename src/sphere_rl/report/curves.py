@@ -1,0 +1,42 @@
+"""Lines of a table: mean over seeds with their range, for figures and for the page's panels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a figure: mean over seeds with the range of the seeds; ``None`` where the line breaks."""
+
+    label: str
+    x: Sequence[int | float | None]
+    mean: Sequence[int | float | None]
+    low: Sequence[int | float | None]
+    high: Sequence[int | float | None]
+    seeds: int
+
+
+def curves(table: pl.DataFrame, x: str, y: str, by: Sequence[str], part: str | None = None) -> list[Curve]:
+    """Mean and range over seeds of ``y`` at each ``x``, one curve for each value of ``by``; nulls are left out.
+
+    A curve breaks (``None``) wherever ``part`` changes, such as the place of a task in the sequence.
+    """
+    found = []
+    keys = [x] if part is None else [part, x]
+    names = (x, "mean", "low", "high")
+    for key, group in table.filter(pl.col(y).is_not_null()).group_by(by, maintain_order=True):
+        line = group.group_by(keys).agg(
+            pl.col(y).mean().alias("mean"), pl.col(y).min().alias("low"), pl.col(y).max().alias("high")
+        )
+        columns: dict[str, list[Any]] = {name: [] for name in names}
+        parts = [line] if part is None else line.sort(part).partition_by(part, maintain_order=True)
+        for i, piece in enumerate(parts):
+            for name in names:
+                columns[name] += [None, *piece.sort(x)[name]] if i else piece.sort(x)[name].to_list()
+        found.append(Curve(" · ".join(map(str, key)), *columns.values(), seeds=group["seed"].n_unique()))
+    return found
