@@ -129,7 +129,9 @@ def test_sigterm_is_heard_once_and_the_run_goes_on_bitwise(tmp_path: Path) -> No
     status = folder.status()
     assert status["state"] == "interrupted"
     newest = checkpoint.run_checkpoints(folder)[-1]
-    assert 0 <= status["global_step"] - int(newest.stem.removeprefix("step-")) <= settings.checkpoint_every
+    step = int(newest.stem.removeprefix("step-"))
+    assert 0 <= status["global_step"] - step < settings.checkpoint_every
+    assert f"stopped at step {status['global_step']:,}; the run goes on from step {step:,}\n" in errors
     with folder:
         resume_alone_in_here(folder)
     assert run_difference(train(settings, tmp_path / "whole"), folder) is None
