@@ -161,9 +161,13 @@ def test_runs_of_a_machine_that_is_lost_go_on_on_another(
     sweep.ends_as(whole)
 
 
-def test_an_address_that_nobody_answers_at_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("address", ["127.0.0.1:x", "127.0.0.1:1", "127.0.0.1:99999", "no such host:6379"])
+def test_an_address_that_nobody_answers_at_is_one_line(
+    address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["--suite", "gym", "--tasks", "toy_envs:Drawing-v0", *WORDS[2:], "--out", str(tmp_path / "out")]
-    assert main(["sweep", *words, "--engine", "ray", "--address", "127.0.0.1:x"]) == 2
+    assert main(["sweep", *words, "--engine", "ray", "--address", address]) == 2
     line = capsys.readouterr().err
-    assert line.startswith("sphere: --address: '127.0.0.1:x' is not allowed; expected the address of a Ray cluster")
+    assert line.startswith(f"sphere: --address: '{address}' is not allowed; expected the address of a Ray cluster")
     assert line.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import site
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -25,6 +26,7 @@ from sphere_rl.sweep.plan import PlannedRun
 LIBRARIES = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
 """Whose thread pools are pinned to the run's own number of threads."""
 STOP_SECONDS = 60
+ANSWER_SECONDS = 10
 RETRIES = 10
 """How often a run is started again, from its checkpoint, whose process was killed or whose worker Ray lost."""
 
@@ -110,16 +112,23 @@ def killed(code: int) -> bool:
 def ray(address: str | None, jobs: int | None) -> Engine:
     """A task of Ray for each run; ``address`` of a cluster, or a Ray of this machine with room for ``jobs`` runs.
 
+    Ray's own ``RAY_ADDRESS``, which it sets in what it is given as a job, stands for an address that is not given.
+
     Raises:
         MissingExtraError: Ray is not installed.
-        CommandLineError: when called: nobody answers at the address.
+        CommandLineError: nobody answers at the address.
     """
     require("ray", "engine")
     import ray
     from ray.exceptions import RayError
 
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:  # before anything is written
+        connect(address, None)
+
     def run_all(runs: Sequence[PlannedRun], watcher: Watcher) -> dict[str, int]:
-        connect(address, None if address or not jobs else jobs * max(run.threads for run in runs))
+        if not ray.is_initialized():
+            connect(address, jobs and jobs * max(run.threads for run in runs))
         task, codes = ray.remote(carry_out), dict[str, int]()
         try:
             waiting = {}
@@ -157,10 +166,18 @@ def connect(address: str | None, cores: int | None) -> None:
         ray.init(address="local", num_cpus=cores, **quiet)
         return
     try:
+        knock(address)
         ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
         expected = f"the address of a Ray cluster that answers ({described(error)})"
         raise CommandLineError(f"--address: {address!r} is not allowed; expected {expected}") from None
+
+
+def knock(address: str) -> None:
+    """Raise `OSError` or `OverflowError` where nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
 
 
 def process_of(run: PlannedRun, share: int = 1) -> tuple[str, tuple[str, ...], str, int, str]:
