@@ -103,7 +103,7 @@ def draw(samples: list[dict[str, Any]], path: Path) -> None:
         ):
             axis.plot(steps, [row[name] * factor for row in samples], linewidth=1)
             axis.set_ylabel(label)
-            axis.set_ylim(bottom=0)
+            axis.set_ylim(0, 1.15 * max(row[name] * factor for row in samples))
         axes[1].set_xlabel("environment steps (millions)")
         figure.savefig(path, dpi=120)
 

@@ -41,7 +41,8 @@ def cluster() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    made.nodes = [made.add_node(wait=False, num_cpus=1) for _ in range(2)]
+    for _ in range(2):
+        made.add_node(wait=False, num_cpus=1)
     yield made
     made.shutdown()
 
@@ -156,7 +157,7 @@ def test_runs_of_a_machine_that_is_lost_go_on_on_another(
     sweep: Sweep, cluster: Any, whole: dict[str, RunFolder]
 ) -> None:
     before = {pid for folder in sweep.folders for pid in processes_of(folder)}
-    cluster.remove_node(cluster.nodes[0], allow_graceful=False)
+    cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
     wait_until(lambda: len(before - {pid for folder in sweep.folders for pid in processes_of(folder)}) == 1, 60)
     sweep.ends_as(whole)
 
