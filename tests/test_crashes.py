@@ -23,31 +23,46 @@ from comparing import run_difference
 from conformance.agents import EAGER
 from killing import SERVER, resume_alone
 from PIL import Image
-from toy_runs import WORDS, config, train
+from toy_runs import GYM, WORDS, config, train
 
 from sphere_rl.cli import main
 from sphere_rl.config import TrainConfig, to_dict
+from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.methods import methods
 from sphere_rl.report.page import write_page
 from sphere_rl.runs import LOGS, RunFolder, checkpoint
+from sphere_rl.training.sizes import checkpoint_bytes
 
 KILLS = int(os.environ.get("SPHERE_KILLS", "20"))
 SHORT = 4 * len(methods()) > KILLS
-"""Too few for every method."""
+"""Too few for every method: those with the largest state, each killed a share of the times."""
+SHARE = 4 if SHORT else KILLS
 MOMENTS = random.Random(KILLS)
 
 
 def matrix() -> Iterator[TrainConfig]:
     """Every method again and again, each time in another protocol, with other parts on."""
+    names = largest_first() if SHORT else list(methods())
     for round_ in count():
-        for place, method in enumerate(methods()):
+        for place, method in enumerate(names):
             odd = bool((round_ + place) % 2)
-            yield config(
-                "", tasks=["CartPole-v1", "CartPole-v1"], method=[method], protocol="rl" if odd else "crl",
+            yield settings_of(method, protocol="rl" if odd else "crl",
                 normalize_observations=odd, normalize_rewards=not odd, eval_every=32, eval_episodes=1,
                 final_eval_episodes=1, spectrum_every=32 if odd else -1, seed=round_,
-                **{method: EAGER[method]} if method in EAGER else {},
             )  # fmt: skip
+
+
+def settings_of(method: str, **changes: Any) -> TrainConfig:
+    eager = {method: EAGER[method]} if method in EAGER else {}
+    return config("", tasks=["CartPole-v1", "CartPole-v1"], method=[method], **eager, **changes)
+
+
+def largest_first() -> list[str]:
+    """Methods by the size of a run's checkpoint: what they keep beside the networks, or in the optimisers."""
+    envs = GYM.make("CartPole-v1", 1, 0, 1)
+    spaces = Spaces.of(envs)
+    envs.close()
+    return sorted(methods(), key=lambda name: -checkpoint_bytes(settings_of(name), spaces)[0])
 
 
 def readable(folder: RunFolder) -> None:
@@ -60,12 +75,12 @@ def readable(folder: RunFolder) -> None:
 
 
 def resume_with_kills(folder: RunFolder) -> int:
-    """Resume a run in processes that are killed within a time that grows, until it has finished."""
+    """Resume a run in processes that are killed within a time that grows, until it has finished; `SHARE` at most."""
     kills = 0
     while folder.status().get("state") != "finished":
         process = SERVER.Process(target=resume_alone, args=(folder.path,))
         process.start()
-        process.join(MOMENTS.uniform(0, 0.4) * 1.5**kills)
+        process.join(MOMENTS.uniform(0, 0.4) * 1.5**kills if kills < SHARE else None)
         if process.is_alive():
             process.kill()
             kills += 1
@@ -129,7 +144,9 @@ def test_sigterm_is_heard_once_and_the_run_goes_on_bitwise(tmp_path: Path) -> No
     status = folder.status()
     assert status["state"] == "interrupted"
     newest = checkpoint.run_checkpoints(folder)[-1]
-    assert 0 <= status["global_step"] - int(newest.stem.removeprefix("step-")) <= settings.checkpoint_every
+    step = int(newest.stem.removeprefix("step-"))
+    assert 0 <= status["global_step"] - step < settings.checkpoint_every
+    assert f"stopped at step {status['global_step']:,}; the run goes on from step {step:,}\n" in errors
     with folder:
         resume_alone_in_here(folder)
     assert run_difference(train(settings, tmp_path / "whole"), folder) is None

@@ -1,20 +1,29 @@
 """Disks that are full, read-only or gone: one line with path and reason, and nothing that was there is lost.
 
-A small tmpfs is mounted where this process may do so; elsewhere ``/dev/full``, which has no room ever, stands for it.
+A small tmpfs is mounted where this process may do so; elsewhere ``/dev/full``, which has no room ever, stands for it. A
+quota is that of a Btrfs in a file, where there are its tools.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import resource
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from comparing import run_difference
+from killing import SERVER, resume_alone
+from rich.console import Console
 from toy_runs import WORDS, config, train
 
 from sphere_rl import protocol
@@ -22,6 +31,7 @@ from sphere_rl.cli import main
 from sphere_rl.config import to_dict
 from sphere_rl.errors import StorageError
 from sphere_rl.runs import LOGS, RunFolder, checkpoint, write_atomic
+from sphere_rl.training.display import Bars
 
 TASK = ("--tasks", "toy_envs:Drawing-v0")
 
@@ -39,6 +49,29 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     mount("-t", "tmpfs", "-o", "size=2m", "tmpfs", str(path))
     yield path
     subprocess.run(["umount", "-l", str(path)], check=False)
+
+
+@pytest.fixture
+def quota(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a disk with room, of which 4 MB may be used."""
+    if not shutil.which("mkfs.btrfs"):
+        pytest.skip("there is no mkfs.btrfs")
+    image, path = tmp_path / "image", tmp_path / "quota"
+    path.mkdir()
+    with image.open("wb") as file:
+        file.truncate(128 * 2**20)
+    subprocess.run(["mkfs.btrfs", "--quiet", str(image)], check=True, stdout=subprocess.DEVNULL)
+    mount("-o", "loop", str(image), str(path))
+    try:
+        btrfs("quota", "enable", path)
+        btrfs("qgroup", "limit", "4M", path)
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=False)
+
+
+def btrfs(*words: str | Path) -> None:
+    subprocess.run(["btrfs", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
 
 
 class Do:
@@ -96,6 +129,39 @@ def test_a_full_disk_stops_the_run_in_one_line_and_room_lets_it_go_on(disk: Path
     (disk / "filler").unlink()
     resume_and(folder, 10**6, lambda: None)
     assert run_difference(RunFolder(whole), folder) is None
+
+
+def test_a_quota_that_is_used_up_stops_the_run_in_one_line_and_room_lets_it_go_on(quota: Path, tmp_path: Path) -> None:
+    def use_up() -> None:
+        with (quota / "filler").open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(os.urandom(4096))
+
+    folder = started(quota / "run")
+    with pytest.raises(StorageError, match=rf"^{quota}/run/\S+: cannot be written \(Disk quota exceeded\)$"):
+        resume_and(folder, 5, use_up)
+    assert checkpoint.newest(folder) is not None
+    (quota / "filler").unlink()
+    btrfs("filesystem", "sync", quota)
+    resume_and(folder, 10**6, lambda: None)
+    whole = started(tmp_path / "whole")
+    resume_and(whole, 10**6, lambda: None)
+    assert run_difference(whole, folder) is None
+
+
+def test_a_limit_of_a_file_is_said_as_that(tmp_path: Path) -> None:
+    """As `ulimit -f` sets it: no file may have more than 64 kB, which logs do not and checkpoints do."""
+    folder = started(tmp_path / "run", network={"width": 96, "depth": 2, "num_experts": 3})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(StorageError, match=r"step-0*64.pt: cannot be written \(File too large\)"):
+            resume_and(folder, 2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, before[1])))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert folder.status()["state"] == "failed"
+    assert [path.stem for path in checkpoint.run_checkpoints(folder)] == ["step-000000000032"]
+    resume_and(folder, 10**6, lambda: None)
+    assert folder.status()["state"] == "finished"
 
 
 def test_the_status_says_so_where_it_can_be_written(disk: Path) -> None:
@@ -183,6 +249,59 @@ def test_a_read_only_disk_is_refused_before_anything(
     words = ["resume", str(out)] if command == "resume" else ["train", *WORDS, *TASK, "--out", str(out)]
     assert main([*words, "--quiet"]) == 2
     assert capsys.readouterr().err == f"sphere: {out}: cannot be written (Read-only file system)\n"
+
+
+# Slow
+
+
+def test_a_slow_disk_holds_up_the_run_and_not_its_display(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, drawn, sync = io.StringIO(), list[bool](), os.fsync
+
+    def slow(file: int) -> None:
+        if len(drawn) < 4:
+            before = len(screen.getvalue())
+            time.sleep(0.5)
+            drawn.append(len(screen.getvalue()) > before)
+        sync(file)
+
+    settings, folder = config("Drawing", steps_per_task=256), started(tmp_path / "run")
+    monkeypatch.setattr(os, "fsync", slow)
+    with folder:
+        protocol.resume(folder, lambda step: [Bars(settings, Console(file=screen, force_terminal=True), "run", step)])
+    monkeypatch.undo()
+    assert drawn == [True] * 4
+    assert run_difference(train(settings, tmp_path / "whole"), folder) is None
+
+
+def resume_slowly(path: Path, after: int, waiting: Event) -> None:
+    """What a process does: resume a run whose disk needs a minute for what it is given after so many times."""
+    sync, left = os.fsync, iter(range(after))
+
+    def slow(file: int) -> None:
+        if next(left, None) is None:
+            waiting.set()
+            time.sleep(60)
+        sync(file)
+
+    os.fsync = slow
+    resume_alone(path)
+
+
+def test_a_run_that_is_killed_while_the_disk_takes_its_time_is_resumed_bitwise(tmp_path: Path) -> None:
+    """At the status, the logs, a checkpoint and its folder's entry."""
+    folder = started(tmp_path / "run")
+    for after in (0, 5, 7, 8):
+        waiting = SERVER.Event()
+        process = SERVER.Process(target=resume_slowly, args=(folder.path, after, waiting))
+        process.start()
+        assert waiting.wait(120)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    resume_and(folder, 10**6, lambda: None)
+    whole = started(tmp_path / "whole")
+    resume_and(whole, 10**6, lambda: None)
+    assert run_difference(whole, folder) is None
 
 
 # Gone

@@ -24,6 +24,7 @@ from sphere_rl.runs import RunFolder, checkpoint
 from sphere_rl.sweep import command, default_jobs, parse
 from sphere_rl.sweep.cost import _kind, reason, speeds, steps_left
 from sphere_rl.sweep.display import LiveTable, last_row
+from sphere_rl.sweep.engines import RETRIES, again
 from sphere_rl.sweep.plan import Grid, load_grid, plan, preset_path, state, tell_idle_in
 from sphere_rl.sweep.shared import share, sources
 from sphere_rl.training.policies import load_policy
@@ -338,13 +339,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("kill", "code", "all_at_once"),
-    [(signal.SIGINT, 130, False), (signal.SIGKILL, -9, False), (signal.SIGKILL, -9, True)],
-    ids=["interrupt", "kill", "kill the run, too"],
-)
+    [
+        (signal.SIGINT, 130, False), (signal.SIGTERM, 130, False), (signal.SIGKILL, -9, False),
+        (signal.SIGKILL, -9, True),
+    ],
+    ids=["interrupt", "terminate", "kill", "kill the run, too"],
+)  # fmt: skip
 def test_killed_sweep_is_finished_by_the_same_command(
     tmp_path: Path, whole: Path, kill: signal.Signals, code: int, all_at_once: bool
 ) -> None:
-    """Ctrl-C stops the run politely, SIGKILL takes it along; what the second sweep finishes is bitwise the whole.
+    """Ctrl-C and SIGTERM stop the run politely, SIGKILL takes it along; the second sweep ends bitwise as the whole.
 
     All at once, as when a machine goes down, not even the run's status can say that it was stopped.
     """
@@ -362,6 +366,35 @@ def test_killed_sweep_is_finished_by_the_same_command(
     assert command([*GYM, "--methods", "none", *LONG, "--out", str(folder.parent)]) == 0
     assert (folder / "eval.jsonl").read_bytes() == whole.read_bytes()
     assert last_row(folder / "train.jsonl")["global_step"] == 2048
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_whose_process_is_killed_is_started_again(tmp_path: Path, whole: Path) -> None:
+    folder = tmp_path / "out" / whole.parent.name
+    sweep = sweep_process(folder.parent, *LONG)
+    wait_until(lambda: (folder / "train.jsonl").is_file() and len(RunFolder(folder).read("train")) > 2)
+    os.kill(children_of(sweep.pid)[0], signal.SIGKILL)
+    assert sweep.wait(120) == 0
+    assert (folder / "eval.jsonl").read_bytes() == whole.read_bytes()
+
+
+def test_what_is_started_again(tmp_path: Path) -> None:
+    assert again(tmp_path, -signal.SIGKILL, RETRIES - 1)
+    assert not again(tmp_path, -signal.SIGKILL, RETRIES)
+    assert not again(tmp_path, 3, 0)
+    with RunFolder(tmp_path):  # another sweep's
+        assert again(tmp_path, 2, 0)
+        assert not again(tmp_path, 0, 0)
+    RunFolder(tmp_path).set_status("finished", 64, "task")
+    assert again(tmp_path, 2, 0)
+    assert not again(tmp_path, 0, 0)
+
+
+def test_a_sweep_into_a_file_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    assert cli.main(["sweep", *GYM, "--out", str(tmp_path / "thesis.tex")]) == 2
+    assert capsys.readouterr().err == f"sphere: {tmp_path}/thesis.tex: cannot be written (File exists)\n"
 
 
 SEQUENCE = {"protocols": ("rl", "crl"), "tasks": ("Pendulum-v1", "Pendulum-v1"), "methods": ("sphere",)}

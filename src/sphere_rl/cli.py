@@ -147,11 +147,16 @@ def resume(words: list[str]) -> None:
 
 @contextlib.contextmanager
 def resumable(folder: Any) -> Any:
-    """After an interruption, say how to go on."""
+    """After an interruption, say how to go on, and from which step."""
+    from sphere_rl.runs import checkpoint
+
     try:
         yield
     except KeyboardInterrupt:
-        print(f"\ncontinue with: sphere resume {folder.path}", file=sys.stderr)
+        where = f"stopped at step {folder.status().get('global_step', 0):,}; the run goes on from"
+        step = checkpoint.newest_step(folder)
+        where += " its beginning" if step is None else f" step {step:,}"
+        print(f"\n{where}\ncontinue with: sphere resume {folder.path}", file=sys.stderr)
         raise
 
 

@@ -80,12 +80,12 @@ PATIENCE = 1.0
 
 
 class RunFolder:
-    """One run's folder, locked for writing while used as a context manager."""
+    """One run's folder, locked for writing while used as a context manager, which waits for so many seconds."""
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, patience: float = PATIENCE) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
-        self._lock = FileLock(self.path / ".lock", timeout=PATIENCE)
+        self._lock = FileLock(self.path / ".lock", timeout=patience)
 
     @classmethod
     def existing(cls, path: Path | str) -> RunFolder:

@@ -83,6 +83,12 @@ def run_checkpoints(folder: RunFolder) -> list[Path]:
     return sorted(folder.checkpoints.glob("step-*.pt"))
 
 
+def newest_step(folder: RunFolder) -> int | None:
+    """Environment steps at the newest checkpoint, by its name; ``None`` where none was written yet."""
+    paths = run_checkpoints(folder)
+    return int(paths[-1].stem.removeprefix("step-")) if paths else None
+
+
 def latest_run(folder: RunFolder) -> dict[str, Any] | None:
     """The state of `newest`, or ``None`` where no checkpoint was written yet."""
     found = newest(folder)

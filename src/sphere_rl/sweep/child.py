@@ -12,14 +12,13 @@ import signal
 import sys
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from sphere_rl.errors import RunFolderError
-from sphere_rl.runs import RunFolder, make_folder
+from sphere_rl.runs import RunFolder
 
 PR_SET_PDEATHSIG = 1
 """From Linux' prctl.h; the setting outlives exec."""
-LOCK_SECONDS = 60
+LOCK_SECONDS = 300
+"""Longer than a server of network files keeps the locks of a machine that it has lost, 90 seconds as a rule."""
 
 
 def main(parent: int, folder: Path, words: list[str]) -> int:
@@ -28,12 +27,8 @@ def main(parent: int, folder: Path, words: list[str]) -> int:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if os.getppid() != parent:
             return 130
-    make_folder(folder)
-    try:
-        with FileLock(folder / ".lock", timeout=LOCK_SECONDS):
-            run = RunFolder(folder)
-    except Timeout:
-        raise RunFolderError(f"{folder}: another process is using this run folder") from None
+    with RunFolder(folder, LOCK_SECONDS) as run:
+        pass
     if not run.config_path.is_file():
         command = ["train", *words, "--out", str(folder), "--quiet"]
     elif run.status().get("state") == "finished":

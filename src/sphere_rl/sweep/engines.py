@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import site
+import socket
 import subprocess
 import sys
 import sysconfig
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from sphere_rl.errors import RunFolderError
+from sphere_rl.errors import CommandLineError, RunFolderError, described
 from sphere_rl.extras import require
 from sphere_rl.runs import RunFolder
 from sphere_rl.runtime import cores
-from sphere_rl.sweep.plan import PlannedRun, state
+from sphere_rl.sweep.plan import PlannedRun
 
 LIBRARIES = ("OMP", "MKL", "OPENBLAS", "NUMEXPR", "VECLIB_MAXIMUM")
 """Whose thread pools are pinned to the run's own number of threads."""
 STOP_SECONDS = 60
+ANSWER_SECONDS = 10
 RETRIES = 10
-"""How often Ray starts a run again whose worker was lost; it goes on from its last checkpoint."""
+"""How often a run is started again, from its checkpoint, whose process was killed or whose worker Ray lost."""
 
 
 @runtime_checkable
@@ -51,6 +54,7 @@ def local(jobs: int) -> Engine:
     def run_all(runs: Sequence[PlannedRun], watcher: Watcher) -> dict[str, int]:
         waiting, codes, share = deque(runs), dict[str, int](), max(1, cores() // min(jobs, len(runs)))
         running: dict[subprocess.Popen[bytes], PlannedRun] = {}
+        kills = Counter[str]()
         try:
             while waiting or running:
                 for run in take(waiting, jobs - len(running)):
@@ -59,7 +63,8 @@ def local(jobs: int) -> Engine:
                 time.sleep(0.1)
                 for process in [process for process in running if process.poll() is not None]:
                     run = running.pop(process)
-                    if process.returncode and outrun(run):
+                    if again(run.folder, process.returncode, kills[run.name]):
+                        kills[run.name] += killed(process.returncode)
                         waiting.append(run)
                         continue
                     codes[run.name] = process.returncode
@@ -86,28 +91,44 @@ def take(waiting: deque[PlannedRun], most: int) -> list[PlannedRun]:
     return taken
 
 
-def outrun(run: PlannedRun) -> bool:
-    """Whether another sweep has taken the run between the start of our process and its own, or is done with it."""
+def again(folder: Path, code: int, kills: int) -> bool:
+    """Whether a run whose process ended with ``code`` has to be started again, after so many that were killed.
+
+    It does if it was killed, as by a machine that is short of memory, or if another sweep has taken the run between the
+    start of our process and its own, or is done with it.
+    """
+    if killed(code):
+        return kills < RETRIES
     with suppress(RunFolderError):
-        return RunFolder(run.folder).in_use or state(run) == "finished"
+        return code != 0 and (RunFolder(folder).in_use or RunFolder(folder).status().get("state") == "finished")
     return False
+
+
+def killed(code: int) -> bool:
+    """Whether a process was killed without a word; one that was asked to stop by SIGTERM exits with 130."""
+    return code == -signal.SIGKILL
 
 
 def ray(address: str | None, jobs: int | None) -> Engine:
     """A task of Ray for each run; ``address`` of a cluster, or a Ray of this machine with room for ``jobs`` runs.
 
+    Ray's own ``RAY_ADDRESS``, which it sets in what it is given as a job, stands for an address that is not given.
+
     Raises:
         MissingExtraError: Ray is not installed.
+        CommandLineError: nobody answers at the address.
     """
     require("ray", "engine")
     import ray
     from ray.exceptions import RayError
 
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:  # before anything is written
+        connect(address, None)
+
     def run_all(runs: Sequence[PlannedRun], watcher: Watcher) -> dict[str, int]:
-        cores = None if address or not jobs else jobs * max(run.threads for run in runs)
-        ray.init(
-            address=address, num_cpus=cores, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-        )
+        if not ray.is_initialized():
+            connect(address, jobs and jobs * max(run.threads for run in runs))
         task, codes = ray.remote(carry_out), dict[str, int]()
         try:
             waiting = {}
@@ -130,6 +151,33 @@ def ray(address: str | None, jobs: int | None) -> Engine:
         return codes
 
     return run_all
+
+
+def connect(address: str | None, cores: int | None) -> None:
+    """Connect to the Ray at an address; without one, start a Ray of this machine, with so many cores.
+
+    Raises:
+        CommandLineError: nobody answers there.
+    """
+    import ray
+
+    quiet: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:  # and not whatever Ray happens to run here
+        ray.init(address="local", num_cpus=cores, **quiet)
+        return
+    try:
+        knock(address)
+        ray.init(address=address, **quiet)
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
+        expected = f"the address of a Ray cluster that answers ({described(error)})"
+        raise CommandLineError(f"--address: {address!r} is not allowed; expected {expected}") from None
+
+
+def knock(address: str) -> None:
+    """Raise `OSError` or `OverflowError` where nobody listens at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and "/" not in host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
 
 
 def process_of(run: PlannedRun, share: int = 1) -> tuple[str, tuple[str, ...], str, int, str]:
@@ -167,11 +215,16 @@ def start(folder: str, words: Sequence[str], log: str, threads: int, path: str =
 
 def carry_out(folder: str, words: Sequence[str], log: str, threads: int, path: str) -> int:
     """Carry one run out in a worker of Ray, to its exit code."""
-    process = start(folder, words, log, threads, path)
-    try:
-        return process.wait()
-    finally:
-        stop([process])
+    kills = 0
+    while True:
+        process = start(folder, words, log, threads, path)
+        try:
+            code = process.wait()
+        finally:
+            stop([process])
+        if not again(Path(folder), code, kills):
+            return code
+        kills += killed(code)
 
 
 def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -18,12 +18,10 @@ from itertools import product, repeat
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock
-
 from sphere_rl.config import TrainConfig, convert, idle_options, tell_idle, to_dict
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods import methods
-from sphere_rl.runs import RunFolder, file_name, make_folder, read_sweep, write_atomic
+from sphere_rl.runs import RunFolder, file_name, read_sweep, write_atomic
 from sphere_rl.suites.env_args import FLAG, word_of
 from sphere_rl.terminal.arguments import named_options, parse_train
 from sphere_rl.training.saved import config_of
@@ -198,6 +196,8 @@ def load_grid(path: Path) -> dict[str, Any]:
     return found
 
 
+PATIENCE = 60.0
+"""Seconds that a sweep waits for another one that writes into ``sweep.json``."""
 PRESETS = Path(__file__).parents[1] / "presets"
 AXES = ("suites", "protocols", "actors", "methods", "seeds", "tasks")
 TABLES: dict[str, type] = dict.fromkeys(AXES, list) | {"grid": dict, "train": dict, "arms": dict, "stages": list}
@@ -222,9 +222,12 @@ def _stage(table: Any) -> dict[str, Any]:
 
 
 def record(out: Path, command: str, runs: Sequence[PlannedRun]) -> None:
-    """Add the command and its runs to ``sweep.json``, for the report and for whoever asks how this came about."""
-    make_folder(out)
-    with FileLock(out / ".lock"):  # two sweeps may share a folder
+    """Add the command and its runs to ``sweep.json``, for the report and for whoever asks how this came about.
+
+    Raises:
+        RunFolderError: ``out`` is no folder, or one that cannot be written to.
+    """
+    with RunFolder(out, PATIENCE):  # two sweeps may share a folder
         old = read_sweep(out) or {"commands": [], "runs": []}
         new = {
             "commands": list(dict.fromkeys([*old["commands"], command])),
