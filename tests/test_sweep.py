@@ -100,7 +100,8 @@ def tell(words: list[str], methods: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "runs", "steps"), [("replication", 12, 507_904), ("pilot", 22, 262_144), ("comparison", 6, 131_072)]
+    ("name", "runs", "steps"),
+    [("replication", 12, 507_904), ("pilot", 22, 262_144), ("comparison", 6, 131_072), ("claim", 6, 1_000_000)],
 )
 def test_presets_are_grids_that_can_be_planned(name: str, runs: int, steps: int, tmp_path: Path) -> None:
     found = plan(Grid(**load_grid(preset_path(name))), tmp_path)
@@ -128,7 +129,7 @@ def test_a_preset_is_named_and_flags_win(tmp_path: Path, capsys: pytest.CaptureF
     assert cli.main(["sweep", *words]) == 2
     assert "cw10-crl-topk_moe-none-seed7" in capsys.readouterr().err  # that is the run it planned
     assert cli.main(["sweep", "--preset", "nope"]) == 2
-    message = "sphere: preset: 'nope' is not allowed; expected one of comparison, pilot, replication\n"
+    message = "sphere: preset: 'nope' is not allowed; expected one of claim, comparison, pilot, replication\n"
     assert capsys.readouterr().err == message
     assert cli.main(["sweep", "--preset", "pilot", "--config", "x.toml"]) == 2
     assert "not allowed with argument" in capsys.readouterr().err
