@@ -158,8 +158,9 @@ class HumanoidVectorEnv(VectorEnv):
         return Readings(self._qpos, self._qvel, last[:, self._forces], sensors, self._memory)
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Stop the threads."""
-        self._rollout.close()
+        """Stop the threads, if there are any yet."""
+        if hasattr(self, "_rollout"):
+            self._rollout.close()
 
     def _simulate(self, actions: Float[np.ndarray, "B J"]) -> None:
         if actions.shape != self.action_space.shape:
