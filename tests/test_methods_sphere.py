@@ -81,10 +81,10 @@ def test_every_variant(options):
 
 @pytest.mark.parametrize("actor", ["dense", "dense_moe", "shared_moe", "ds_moe"])
 def test_other_actors(actor):
-    agent = sphere_agent(actor)
+    agent = sphere_agent(actor)  # free, as it comes
     method, data = only_method(agent), samples()
     trace = agent.actor.trace(data.observation)
-    assert method.penalty(trace).item() == pytest.approx(spread(trace.features[-1].weighted()).item(), rel=1e-9)
+    assert method.penalty(trace).item() == pytest.approx(spread(trace.features[-1].weighted(), "free").item(), rel=1e-9)
     check_gradient(lambda: method.penalty(agent.actor.trace(data.observation)), agent.actor_parameters, rtol=1e-5)
 
 
@@ -98,7 +98,7 @@ def norm(tensors: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize(
     ("options", "expected"),
-    [({}, 1e-3), ({"scale": "free"}, 0.1), ({"scale": "free", "strength": 1e-3}, 1e-3), ({"strength": 0.2}, 0.2)],
+    [({"scale": "literal"}, 1e-3), ({}, 0.1), ({"scale": "free", "strength": 1e-3}, 1e-3), ({"strength": 0.2}, 0.2)],
 )
 def test_lambda_of_mode_fixed_is_the_scales_own_unless_given(options: dict[str, Any], expected: float):
     agent = sphere_agent(mode="fixed", **options)

@@ -20,7 +20,10 @@ from sphere_rl.cli import main
 from sphere_rl.runs import RunFolder, checkpoint
 
 pytest.importorskip("ray", reason="ray is not installed")
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+    pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"),  # JAX's, where another test has loaded it
+]
 
 HERE = Path(__file__).parent
 METHODS = ("none", "sphere")
