@@ -118,12 +118,13 @@ def main() -> None:
     options.add_argument("--drawn", action="store_true", help="only draw what was sampled")
     given, words = options.parse_known_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    run, process = given.run or given.out / "run", None
+    run, pid, process = given.run or given.out / "run", given.pid, None
     if not given.drawn:
-        if given.pid is None:
+        if pid is None:
             line = [sys.executable, "-m", "sphere_rl.cli", "train", *words, "--out", str(run), "--quiet"]
             process = subprocess.Popen(line)
-        watch(process.pid if process else given.pid, run, given.out, given.every, given.hours)
+            pid = process.pid
+        watch(pid, run, given.out, given.every, given.hours)
     samples = [json.loads(line) for line in (given.out / "samples.jsonl").read_text().splitlines()]
     draw(paced(samples), given.out / "soak.png")
     print(summary(paced(samples)))

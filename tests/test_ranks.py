@@ -1,5 +1,7 @@
 """Effective ranks against hand arithmetic and their laws; the estimate against the exact value."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -104,7 +106,7 @@ def spectrum_matrix(values: torch.Tensor, seed: int) -> torch.Tensor:
     return basis * values @ basis.T
 
 
-def estimate(kernel: torch.Tensor, seed: int, **options: int):
+def estimate(kernel: torch.Tensor, seed: int, **options: Any):
     generator = torch.Generator().manual_seed(seed)
     return estimate_effective_rank(
         lambda v: kernel.to(v.dtype) @ v, len(kernel), generator=generator, dtype=kernel.dtype, **options
