@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Any
+
+from sphere_rl import protocol
+from sphere_rl.config import TrainConfig, to_dict
+from sphere_rl.runs import RunFolder
 
 
 class Stopped(Exception):
@@ -21,3 +27,15 @@ class StopAfter:
             raise Stopped
 
     def close(self) -> None: ...
+
+
+def train_in_pieces(settings: TrainConfig, path: Path) -> tuple[RunFolder, int]:
+    """A run that is stopped at its first row, then at the second after that, and so on, to its end; how often begun."""
+    begun = 0
+    with RunFolder(path) as folder:
+        folder.create(to_dict(settings))
+        while folder.status().get("state") != "finished":
+            begun += 1
+            with contextlib.suppress(Stopped):
+                protocol.resume(folder, lambda step, rows=begun: [StopAfter(rows)])
+    return folder, begun

@@ -114,16 +114,18 @@ def test_words(command: str, words: list[str], occupied: Path) -> None:
     assert contents(occupied) == before
 
 
-VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_subnormal=False)
-    | st.text(max_size=5)
-    | st.sampled_from(SETTINGS),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
-    max_leaves=4,
-)
+def nested(extra: st.SearchStrategy[Any], letters: int, items: int, leaves: int) -> st.SearchStrategy[Any]:
+    """Plain values, some of ``extra`` among them, and lists and dictionaries of them."""
+    text = st.text(max_size=letters)
+    plain = st.none() | st.booleans() | st.integers() | st.floats(allow_subnormal=False) | text | extra
+    return st.recursive(
+        plain,
+        lambda inner: st.lists(inner, max_size=items) | st.dictionaries(text, inner, max_size=2),
+        max_leaves=leaves,
+    )
+
+
+VALUES = nested(st.sampled_from(SETTINGS), letters=5, items=3, leaves=4)
 
 
 def toml(value: Any) -> str:
@@ -171,16 +173,7 @@ READERS = st.sampled_from(
     [["evaluate", "--episodes", "1"], ["evaluate", "--checkpoint", "latest", "--episodes", "1"], ["resume", "--quiet"],
      ["diagnose", "--checkpoint", "latest"], ["diagnose"]]
 )  # fmt: skip
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats(allow_subnormal=False)
-    | st.text(max_size=4)
-    | st.just(10**400),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
-    max_leaves=3,
-)
+JSON = nested(st.just(10**400), letters=4, items=2, leaves=3)
 
 
 def damaged(data: st.DataObject, content: bytes) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,11 @@ import pytest
 import torch
 import toy_envs
 from comparing import run_difference
-from stopping import StopAfter, Stopped
+from stopping import train_in_pieces
 from toy_runs import WORDS, config, train
 
 from sphere_rl import protocol
 from sphere_rl.cli import main
-from sphere_rl.config import to_dict
 from sphere_rl.errors import TrainingError
 from sphere_rl.runs import LOGS, RunFolder, checkpoint
 from sphere_rl.training.agent import Agent
@@ -194,12 +192,6 @@ def test_a_run_that_went_back_is_resumed_bitwise(tmp_path: Path, monkeypatch: py
     broken = {seen[2], seen[5]}
     whole = train(settings, tmp_path / "whole")
     assert len(whole.status()["rollbacks"]) >= 1
-    with RunFolder(tmp_path / "stopped") as folder:
-        folder.create(to_dict(settings))
-        stops = 0
-        while folder.status().get("state") != "finished":
-            stops += 1
-            with contextlib.suppress(Stopped):
-                protocol.resume(folder, lambda step, rows=stops: [StopAfter(rows)])
-    assert stops > 2
+    folder, begun = train_in_pieces(settings, tmp_path / "stopped")
+    assert begun > 2
     assert run_difference(whole, folder) is None

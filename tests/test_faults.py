@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import threading
 from pathlib import Path
@@ -13,12 +12,12 @@ import pytest
 import torch
 import toy_envs
 from comparing import run_difference
-from stopping import StopAfter, Stopped
+from stopping import train_in_pieces
 from toy_runs import CPU, GYM, WORDS, config, networks, train
 
 from sphere_rl import protocol
 from sphere_rl.cli import main
-from sphere_rl.config import override, to_dict
+from sphere_rl.config import override
 from sphere_rl.errors import TrainingError
 from sphere_rl.learner.rollout import Collector
 from sphere_rl.runs import RunFolder
@@ -131,15 +130,9 @@ def test_runs_of_environments_that_draw_from_global_streams_are_repeated_and_res
     assert [row["value_loss"] for row in unmeasured.read("train")] == [row["value_loss"] for row in whole.read("train")]
     other = train(override(settings, {"seed": 1}), tmp_path / "other")
     assert other.read("train")[0]["value_loss"] != whole.read("train")[0]["value_loss"]
-    with RunFolder(tmp_path / "stopped") as folder:
-        folder.create(to_dict(settings))
-        rows = 0
-        while folder.status().get("state") != "finished":
-            rows += 1
-            with contextlib.suppress(Stopped):
-                protocol.resume(folder, lambda step, rows=rows: [StopAfter(rows)])
-    assert rows > 3
-    assert run_difference(whole, RunFolder(tmp_path / "stopped")) is None
+    folder, begun = train_in_pieces(settings, tmp_path / "stopped")
+    assert begun > 3
+    assert run_difference(whole, folder) is None
 
 
 def test_an_evaluation_repeats_and_leaves_the_global_streams_as_they_were() -> None:

@@ -63,4 +63,4 @@ def load(folder: Path, device: str = "cpu") -> Policy:
         policy.load_state_dict(load_file(path))
     except (SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise RunFolderError(f"{folder}: not an exported policy ({described(error, longest=200)})") from None
-    return policy.to(device).eval()
+    return policy.eval()

@@ -156,7 +156,7 @@ def read_policy(folder: RunFolder, path: Path, device: str = "cpu") -> tuple[Pol
         _restore_normalizer(agent, saved["normalizer"])
         if found := bad_number({"actor": saved["actor"], "normalizer": saved["normalizer"]}):
             raise RunFolderError(f"{path}: holds a policy that is no use ({found})")
-        return Policy(agent.actor, agent.normalizer).to(device).eval(), spaces
+        return Policy(agent.actor, agent.normalizer).eval(), spaces
 
 
 def _restore_normalizer(agent: Agent, saved: dict[str, Any] | None) -> None:
