@@ -79,7 +79,7 @@ def compare(task: str, threads: int, rounds: int, clock: str) -> tuple[float, fl
         for action in actions[:1]:  # physics alone, through the environment's own pool
             state = env.get_state()
             began = now()
-            env._simulate(action)
+            env.simulate(action)
             physics += (now() - began) * TURN
             env.set_state(state)
         spent.append((mine, bare, physics))

@@ -98,6 +98,36 @@ def test_files_and_functions_are_short() -> None:
     assert [one for one in functions if one[2] > 40] == []
 
 
+def private_names(tree: ast.AST) -> set[str]:
+    """What a file makes and calls its own, by a leading underscore: functions, classes, variables and attributes."""
+    nodes = list(ast.walk(tree))
+    names = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    return {name for name in names if re.match("_[a-z]", name)} - {"_replace"}  # which all named tuples have
+
+
+def test_private_names_stay_in_their_files() -> None:
+    trees = {path.relative_to(architecture.ROOT).as_posix(): ast.parse(path.read_text()) for path in code()}
+    ours = {name for path, tree in trees.items() if path.startswith("src/") for name in private_names(tree)}
+    reached = [
+        (path, node.lineno, node.attr)
+        for path, tree in trees.items()
+        for foreign in [ours - private_names(tree)]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr in foreign and ast.unparse(node.value) != "self"
+    ]
+    imported = [
+        (path, node.lineno, name.name)
+        for path, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sphere_rl")
+        for name in node.names
+        if name.name in ours
+    ]
+    assert reached + imported == []
+
+
 def test_the_map_is_drawn_from_these_imports() -> None:
     assert architecture.PAGE.read_text() == architecture.page(architecture.PAGE.read_text()), (
         "python scripts/architecture.py draws it anew"

@@ -214,9 +214,9 @@ def test_actions_map_linearly_onto_joint_ranges_and_are_clipped() -> None:
     env.place(np.tile(pose, (3, 1)), np.zeros((3, 25)))
     hold = 2 * (pose[7:] - low) / (high - low) - 1
     env.step(np.stack([hold, np.full(19, 1.0), np.full(19, 7.0)]))
-    np.testing.assert_allclose(env._controls[0, 0], pose[7:], atol=1e-12)
-    np.testing.assert_allclose(env._controls[1, 0], high)
-    np.testing.assert_array_equal(env._controls[1], env._controls[2])
+    np.testing.assert_allclose(env.controls[0, 0], pose[7:], atol=1e-12)
+    np.testing.assert_allclose(env.controls[1, 0], high)
+    np.testing.assert_array_equal(env.controls[1], env.controls[2])
     assert np.abs(env.readings().forces[0]).max() < 2.0 < np.abs(env.readings().forces[1]).max()
     env.close()
 

@@ -259,10 +259,10 @@ def test_c_chain_gradient():
         method.actor_penalty(actor_step(agent, batch(seed, torch.float64)))
     with torch.no_grad():
         agent.actor.experts.head.weight.mul_(1.1)
-    reference = method._reference
+    reference = method.state_dict()
 
     def penalty() -> Tensor:
-        method._reference = reference
+        method.load_state_dict(reference)
         return method.actor_penalty(actor_step(agent, batch(3, torch.float64)))
 
     check_gradient(penalty, agent.actor_parameters, rtol=1e-5)

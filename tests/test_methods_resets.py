@@ -306,11 +306,11 @@ def test_trac_by_hand():
 def test_trac_keeps_its_reference_when_moments_are_reset():
     agent = trained("trac")
     optimizer: Any = agent.actor_optimizer
-    reference = [r.clone() for r in optimizer._reference]
+    reference = [r.clone() for r in optimizer.reference]
     for parameter in agent.actor_parameters:
         assert len(agent.moments(parameter)) == 2
         agent.forget(parameter)
-    assert difference(reference, optimizer._reference) is None
+    assert difference(reference, optimizer.reference) is None
     agent.set_learning_rate(0.5)
     assert optimizer.param_groups[0]["lr"] == 0.5
 
@@ -322,10 +322,10 @@ def test_trac_starts_anew_on_tensors_that_are_replaced():
     train(agent, 1)
     begin(agent, 1)
     optimizer: Any = agent.actor_optimizer
-    head, references = agent.actor.experts.head.weight, [r.clone() for r in optimizer._reference]
+    head, references = agent.actor.experts.head.weight, [r.clone() for r in optimizer.reference]
     fresh = head.detach().clone()
     train(agent, 2)
-    for parameter, before, after in zip(agent.actor_parameters, references, optimizer._reference, strict=True):
+    for parameter, before, after in zip(agent.actor_parameters, references, optimizer.reference, strict=True):
         expected = fresh if parameter is head else before
         assert torch.equal(after, expected) or parameter is agent.actor.experts.head.bias
     assert (head - fresh).abs().max() < 1e-5, "the tuner begins with tiny steps"

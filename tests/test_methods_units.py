@@ -234,10 +234,10 @@ def test_cbp_replaces_a_constant_unit_without_changing_the_output():
     agent.set_learning_rate(0.0)
     train(agent, 1)
     before, state = agent.actor(samples), snapshot(agent)
-    statistics = cbp._statistics["actor"][1]
+    statistics = cbp.statistics["actor"][1]
     statistics.utility[0, 4] = 0.0
     statistics.credit += 1.0
-    chosen = [torch.zeros_like(s.age, dtype=torch.bool) for s in cbp._statistics["actor"]]
+    chosen = [torch.zeros_like(s.age, dtype=torch.bool) for s in cbp.statistics["actor"]]
     chosen[1] = choose(statistics, cbp.config)
     assert chosen[1].nonzero().tolist() == [[0, 4]]
     fold(statistics, layer, chosen[1], 0.99)

@@ -22,7 +22,7 @@ from sphere_rl import cli, protocol
 from sphere_rl.errors import CommandLineError, ConfigError
 from sphere_rl.runs import RunFolder, checkpoint
 from sphere_rl.sweep import command, default_jobs, parse
-from sphere_rl.sweep.cost import _kind, reason, speeds, steps_left
+from sphere_rl.sweep.cost import reason, speed_class, speeds, steps_left
 from sphere_rl.sweep.display import LiveTable, last_row
 from sphere_rl.sweep.engines import RETRIES, again
 from sphere_rl.sweep.plan import Grid, load_grid, plan, preset_path, state, tell_idle_in
@@ -435,7 +435,7 @@ def test_a_first_task_that_is_not_over_is_trained(tmp_path: Path) -> None:
 
 def test_strengths_have_the_same_speed_and_modes_have_not() -> None:
     def kinds(*options: tuple[str, tuple[str, ...]]) -> int:
-        return len({_kind(run.config) for run in plan(grid(methods=("sphere",), options=options), Path("out"))})
+        return len({speed_class(run.config) for run in plan(grid(methods=("sphere",), options=options), Path("out"))})
 
     assert kinds(("sphere.rho", ("0.01", "0.1", "1.0"))) == 1
     assert kinds(("sphere.mode", ("loss", "grad"))) == 2

@@ -99,7 +99,7 @@ def due_steps(config: TrainConfig) -> list[int]:
     found = []
     for iteration in range(config.iterations_per_task):
         tracker.begin_iteration(agent, iteration * config.steps_per_iteration)
-        if tracker._before is not None:
+        if tracker.due:
             found.append((iteration + 1) * config.steps_per_iteration)
     return found
 
@@ -109,7 +109,7 @@ def test_the_probe_batch_is_the_same_for_all_methods_and_seeds(tiny: TrainConfig
     for changes in ({}, {"seed": 7, "method": ["redo"], "actor": "dense"}, {"protocol": "rl", "num_envs": 4}):
         config = override(tiny, changes)
         agent = Agent(config, Spaces(3, 1, False), seed=config.seed)
-        batches.append(Tracker(config)._probe(agent, "Pendulum-v1"))
+        batches.append(Tracker(config).probe(agent, "Pendulum-v1"))
     assert batches[0].shape == (256, 3)
     assert all(torch.equal(batches[0], batch) for batch in batches)
 
@@ -132,10 +132,10 @@ def test_the_probe_batch_is_drawn_from_what_the_policy_learns(tiny: TrainConfig)
 def test_the_probe_batch_passes_the_agents_normaliser(tiny: TrainConfig) -> None:
     agent = Agent(override(tiny, {"normalize_observations": True}), Spaces(3, 1, False), seed=0)
     tracker = Tracker(tiny)
-    raw = tracker._probe(Agent(tiny, Spaces(3, 1, False), seed=0), "Pendulum-v1")
+    raw = tracker.probe(Agent(tiny, Spaces(3, 1, False), seed=0), "Pendulum-v1")
     assert agent.normalizer is not None
     agent.normalizer.update(raw.double().numpy())
-    seen = tracker._probe(agent, "Pendulum-v1")
+    seen = tracker.probe(agent, "Pendulum-v1")
     assert np.allclose(seen.mean(0), 0, atol=1e-5)
     assert np.allclose(seen.std(0, correction=0), 1, atol=1e-3)
 
@@ -148,5 +148,5 @@ def test_a_row_is_what_measure_says_of_the_saved_policy(tiny: TrainConfig, tmp_p
     agent = Agent(tiny, Spaces(**state["spaces"]), seed=1)
     agent.load_state_dict(state["agent"])
     assert row["task_step"] == 512
-    found = measure(agent.actor, Tracker(tiny)._probe(agent, "Pendulum-v1"))
+    found = measure(agent.actor, Tracker(tiny).probe(agent, "Pendulum-v1"))
     assert {name: row[name] for name in found} == found

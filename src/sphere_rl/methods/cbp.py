@@ -72,7 +72,10 @@ class UnitStatistics:
 
 
 class Cbp(Method):
-    """Hidden units of actor and critic; an expert's units are its own layer, the gate's too."""
+    """Hidden units of actor and critic; an expert's units are its own layer, the gate's too.
+
+    statistics: what `start` begins, of every layer by the network's name.
+    """
 
     summary = "continual backpropagation: replace the least useful mature units, a few at a time"
     citation = "Dohare et al. 2024, Loss of Plasticity in Deep Continual Learning (Nature)"
@@ -80,12 +83,13 @@ class Cbp(Method):
 
     def __init__(self, config: CbpConfig) -> None:
         super().__init__(config)
+        self.statistics: dict[str, list[UnitStatistics]] = {}
         self._features: dict[str, tuple[RoutedFeatures, ...]] = {}
         self._replaced = 0
 
     def start(self, agent: ActorCritic) -> None:
         """Statistics at zero."""
-        self._statistics = {
+        self.statistics = {
             name: [UnitStatistics.of(layer) for layer in unit_layers(network)]
             for name, network in networks(agent).items()
         }
@@ -99,11 +103,11 @@ class Cbp(Method):
         """Update the statistics with these features and the new weights; replace what is due."""
         for name, network in networks(agent).items():
             layers, chosen = unit_layers(network), []
-            for layer, features, statistics in zip(layers, self._features[name], self._statistics[name], strict=True):
+            for layer, features, statistics in zip(layers, self._features[name], self.statistics[name], strict=True):
                 accumulate(statistics, layer, features, self.config)
                 chosen.append(choose(statistics, self.config))
             if number := int(torch.stack([mask.sum() for mask in chosen]).sum()):
-                for layer, mask, statistics in zip(layers, chosen, self._statistics[name], strict=True):
+                for layer, mask, statistics in zip(layers, chosen, self.statistics[name], strict=True):
                     fold(statistics, layer, mask, self.config.decay)
                 recycle(agent, layers, chosen)
                 self._replaced += number
@@ -115,13 +119,13 @@ class Cbp(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """All statistics."""
-        layers = {name: [vars(s) for s in layers] for name, layers in self._statistics.items()}
+        layers = {name: [vars(s) for s in layers] for name, layers in self.statistics.items()}
         return {"layers": layers, "replaced": self._replaced}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore them."""
         self._replaced = state["replaced"]
-        for name, layers in self._statistics.items():
+        for name, layers in self.statistics.items():
             for mine, theirs in zip(layers, state["layers"][name], strict=True):
                 for key, tensor in vars(mine).items():
                     tensor.copy_(theirs[key])

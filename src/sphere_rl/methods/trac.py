@@ -52,12 +52,15 @@ class Trac(Method):
 
 
 class TracAdam(torch.optim.Adam):
-    """Adam whose steps are added up to Δ and scaled; all its parameters share one scale."""
+    """Adam whose steps are added up to Δ and scaled; all its parameters share one scale.
+
+    reference: θ_ref, a tensor a parameter.
+    """
 
     def __init__(self, parameters: Sequence[Tensor], tuner: TracConfig, *, lr: float, eps: float) -> None:
         super().__init__(parameters, lr=lr, eps=eps, fused=True)
         self._parameters, self._tuner = list(parameters), tuner
-        self._reference = [p.detach().clone() for p in parameters]
+        self.reference = [p.detach().clone() for p in parameters]
         size = len(tuner.betas)
         # The scalars are float64 on the CPU: one number a step comes back from the device.
         self._s, self._variance, self._sigma = np.zeros(size), np.zeros(size), np.full(size, tuner.eps)
@@ -70,17 +73,17 @@ class TracAdam(torch.optim.Adam):
         gradients = [p.grad for p in self._parameters if p.grad is not None]  # all have one
         super().step(closure)
         scale = self._s.sum() + self._tuner.eps
-        moved = [(b - ref) / scale for b, ref in zip(before, self._reference, strict=True)]
+        moved = [(b - ref) / scale for b, ref in zip(before, self.reference, strict=True)]
         self._tune(float(torch.stack([(d * g).sum() for d, g in zip(moved, gradients, strict=True)]).sum()))
         scale = max(float(self._s.sum()), 0.0)
-        for p, b, d, ref in zip(self._parameters, before, moved, self._reference, strict=True):
+        for p, b, d, ref in zip(self._parameters, before, moved, self.reference, strict=True):
             p.copy_(ref + scale * (d + (p - b)))
 
     def _follow_replacements(self) -> None:
         """A tensor that a method has replaced, so that Adam counts its steps from zero again, is its own new start."""
         if self.state:
             counts = torch.stack([self.state[p]["step"] for p in self._parameters]).tolist()
-            for p, reference, count in zip(self._parameters, self._reference, counts, strict=True):
+            for p, reference, count in zip(self._parameters, self.reference, counts, strict=True):
                 if count == 0:
                     reference.copy_(p)
 
@@ -97,7 +100,7 @@ class TracAdam(torch.optim.Adam):
         """Adam's state and the tuner's."""
         scalars = {"s": self._s, "variance": self._variance, "sigma": self._sigma}
         tuner = {key: torch.from_numpy(value.copy()) for key, value in scalars.items()}
-        return {**super().state_dict(), "tuner": tuner, "reference": self._reference}
+        return {**super().state_dict(), "tuner": tuner, "reference": self.reference}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
@@ -105,5 +108,5 @@ class TracAdam(torch.optim.Adam):
         super().load_state_dict(adam)
         tuner = {key: value.numpy().copy() for key, value in state_dict["tuner"].items()}
         self._s, self._variance, self._sigma = tuner["s"], tuner["variance"], tuner["sigma"]
-        for mine, theirs in zip(self._reference, state_dict["reference"], strict=True):
+        for mine, theirs in zip(self.reference, state_dict["reference"], strict=True):
             mine.copy_(theirs)

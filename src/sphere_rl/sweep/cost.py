@@ -38,12 +38,12 @@ def speeds(runs: Sequence[PlannedRun]) -> dict[str, float]:
     known: dict[str, float] = {}
     for run in runs:
         if (measured := _measured(run)) is not None:
-            known.setdefault(_kind(run.config), measured)
+            known.setdefault(speed_class(run.config), measured)
     for run in runs:
-        kind = _kind(run.config)
+        kind = speed_class(run.config)
         if kind not in known:
             known[kind] = calibrate(run)
-    return {run.name: known[_kind(run.config)] for run in runs}
+    return {run.name: known[speed_class(run.config)] for run in runs}
 
 
 def calibrate(run: PlannedRun) -> float:
@@ -83,7 +83,7 @@ def room(runs: Sequence[PlannedRun]) -> str:
     kinds: dict[str, tuple[int, int]] = {}
     total, one = 0, list[int]()
     for run in runs:
-        kind = _kind(run.config)
+        kind = speed_class(run.config)
         if kind not in kinds:
             envs = make_envs(make_suite(run.config.suite), run.config.task_sequence[0], 1, 0, 1, run.config.environment)
             kinds[kind] = checkpoint_bytes(run.config, Spaces.of(envs))
@@ -96,16 +96,16 @@ def room(runs: Sequence[PlannedRun]) -> str:
     return f"checkpoints of {' to '.join(sizes)}, {kept}: {size(total)} on disk"
 
 
+def speed_class(config: TrainConfig) -> str:
+    """Runs of a kind have one speed: they differ in seed, protocol, tasks and strengths, that is real numbers, only."""
+    return repr(_without_numbers(to_dict(replace(config, seed=0, protocol="crl", tasks=()))))
+
+
 def _measured(run: PlannedRun) -> float | None:
     folder = RunFolder(run.folder)
     rows = folder.read("train", ("steps_per_second",)) if folder.config_path.is_file() else []
     found = sorted(row["steps_per_second"] for row in rows)
     return found[len(found) // 2] if found else None
-
-
-def _kind(config: TrainConfig) -> str:
-    """Runs of a kind have one speed: they differ in seed, protocol, tasks and strengths, that is real numbers, only."""
-    return repr(_without_numbers(to_dict(replace(config, seed=0, protocol="crl", tasks=()))))
 
 
 def _without_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:

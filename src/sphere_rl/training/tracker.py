@@ -37,17 +37,23 @@ class Tracker:
         named = agent.actor.named_parameters()
         self._before = {name: parameter.detach().clone() for name, parameter in named} if due else None
 
+    @property
+    def due(self) -> bool:
+        """Whether the iteration that has begun is measured."""
+        return self._before is not None
+
     def measurements(self, agent: Agent, rollout: Rollout, task: str) -> Iterator[dict[str, Any]]:
         """After the update: every metric on the probe batch and on the rollout, where this iteration is measured."""
         if self._before is None:
             return
         gradients = {n: p.grad for n, p in agent.actor.named_parameters() if p.grad is not None}
-        for batch, observations in (("probe", self._probe(agent, task)), ("rollout", spread(rollout))):
+        for batch, observations in (("probe", self.probe(agent, task)), ("rollout", spread(rollout))):
             metrics = measure(agent.actor, observations, gradients=gradients, previous=self._before)
             yield {"batch": batch, **metrics}
         self._before = None
 
-    def _probe(self, agent: Agent, task: str) -> Float[Tensor, "N D"]:
+    def probe(self, agent: Agent, task: str) -> Float[Tensor, "N D"]:
+        """The probe batch of a task as the agent sees it, normalised where it normalises."""
         raw = torch.as_tensor(probe_batch(self.config, task), device=agent.device)
         return Policy(agent.actor, agent.normalizer).normalize(raw)
 

@@ -40,6 +40,7 @@ class HumanoidVectorEnv(VectorEnv):
     function of state and action, the constraint solver starting cold: threads, neighbours in the batch and the past
     leave no trace. Env i of seed s draws from ``SeedSequence([s, i])``; its stream continues over resets.
 
+    `controls` [B, substeps, J] is what the servos were told in the last step, in radians.
     `foot_mesh` is a mesh file whose hull the feet collide as, instead of the built-in one: see `read_foot_mesh`.
     """
 
@@ -83,7 +84,7 @@ class HumanoidVectorEnv(VectorEnv):
         self._qvel = self._state[:, 1 + self.model.nq :]
         self._states = np.zeros((self.num_envs, SUBSTEPS, width))
         self._measured = np.zeros((self.num_envs, SUBSTEPS, self.model.nsensordata))
-        self._controls = np.zeros((self.num_envs, SUBSTEPS, ACTION_DIM))
+        self.controls = np.zeros((self.num_envs, SUBSTEPS, ACTION_DIM))
         self._memory = np.stack([self.task.draw(g, self.task.start()) for g in self._generators])
         self._steps = np.zeros(self.num_envs, dtype=np.int64)
         self._returns = np.zeros(self.num_envs)
@@ -106,7 +107,7 @@ class HumanoidVectorEnv(VectorEnv):
         `episode_length`; where an episode ended, `final_obs` [B, D] with its mask `_final_obs`, and `final_info`.
         A step that both terminates and is the thousandth counts as terminated.
         """
-        self._simulate(np.asarray(actions, dtype=np.float64))
+        self.simulate(np.asarray(actions, dtype=np.float64))
         if self.task.advance is not None:
             self._memory = self.task.advance(self.readings())
         readings = self.readings()
@@ -162,18 +163,19 @@ class HumanoidVectorEnv(VectorEnv):
         if hasattr(self, "_rollout"):
             self._rollout.close()
 
-    def _simulate(self, actions: Float[np.ndarray, "B J"]) -> None:
+    def simulate(self, actions: Float[np.ndarray, "B J"]) -> None:
+        """The physics of a step alone: what the servos are told, in `controls`, and where the bodies are after it."""
         if actions.shape != self.action_space.shape:
             raise ValueError(f"actions: shape {actions.shape} is not {self.action_space.shape}")
         if not np.isfinite(actions).all():
             raise ValueError(f"actions: not finite in env {np.argwhere(~np.isfinite(actions))[0][0]}")
         share = (np.clip(actions, -1.0, 1.0) + 1) / 2
-        self._controls[:] = (self._control_low + share * (self._control_high - self._control_low))[:, None]
+        self.controls[:] = (self._control_low + share * (self._control_high - self._control_low))[:, None]
         self._rollout.rollout(
             self._models,
             self._data,
             self._state,
-            self._controls,
+            self.controls,
             skip_checks=True,
             nstep=SUBSTEPS,
             state=self._states,
