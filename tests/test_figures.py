@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 
 from sphere_rl.report import appearance, figures
 from sphere_rl.report.curves import Curve, curves
-from sphere_rl.report.geometry import Snapshot, dominant_direction
+from sphere_rl.report.geometry import Snapshot, dominant_direction, ellipsoid
 from sphere_rl.statistics import Estimate
 
 ROWS = [
@@ -107,7 +107,7 @@ def test_semi_axes_are_eigenvalues_with_the_sum_three() -> None:
 
 
 def test_ellipsoid_lies_on_its_surface() -> None:
-    x, y, z = figures.ellipsoid(np.array([1.0, 0.5, 0.25]))
+    x, y, z = ellipsoid(np.array([1.0, 0.5, 0.25]))
     assert np.allclose(x**2 + (y / 0.5) ** 2 + (z / 0.25) ** 2, 1)
     assert x.max() == pytest.approx(1, abs=0.01)
 

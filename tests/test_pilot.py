@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from pilot import Arm, qualified
+import re
+from pathlib import Path
+
+from pilot import Arm, arms, qualified
+
+from sphere_rl.results import load_results
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
 
 
 def test_dead_features_and_lost_returns_disqualify() -> None:
@@ -13,3 +20,20 @@ def test_dead_features_and_lost_returns_disqualify() -> None:
     other = Arm("layernorm", 10, [90.0, 90.0], [99.0, 99.0], [1.0, 1.0])
     assert qualified([none, dead, lost, good, other]) == [good]
     assert good.mean_rank == 21.0
+
+
+def test_the_page_has_the_numbers_of_the_published_runs() -> None:
+    section = (RESULTS / "index.md").read_text().partition("## The pilot")[2].partition("\n## ")[0]
+    rows = [[re.sub(r"[*`]", "", cell).strip() for cell in line.split("|")[1:-1]] for line in section.splitlines()
+            if line.startswith(("| `", "| **`"))]  # fmt: skip
+    found = arms(load_results(RESULTS / "pilot"))
+    assert [[row[0], *row[2:]] for row in sorted(rows)] == [
+        [a.name, str(a.lowest_rank), several(a.returns, 0), several(a.ranks, 1), several(a.success, 2)]
+        for a in sorted(found, key=lambda arm: arm.name)
+    ]
+    best = max(qualified(found), key=lambda arm: arm.mean_rank)
+    assert [row[0] for row in rows if "chosen" in row[1]] == [best.name]
+
+
+def several(values: list[float], digits: int) -> str:
+    return ", ".join(f"{value:.{digits}f}" for value in values)

@@ -41,7 +41,9 @@ TRAIN = (
     "--steps-per-task 256 --eval-every 128 --eval-episodes 1 --final-eval-episodes 1 --checkpoint-every 256 "
     "--spectrum-every -1 --quiet"
 ).split()
-DRAWN = ("geometry", "rank", "success", "features", "proxy", "learning", "spectrum", "routing")
+DRAWN = (
+    "geometry", "rank", "success", "features", "proxy", "learning", "spectrum", "routing", "profile", "foresight",
+)  # fmt: skip
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 

@@ -146,6 +146,49 @@ def test_differences_of_two_methods_by_hand() -> None:
     )
     assert found["gap"].value == pytest.approx(after["gap"].value - before["gap"].value)
     assert found["retention"] is None
+    assert found["improvement"] is not None  # not paired: of three and two seeds 4.5 of 6 pairs, and all 6
+    assert (found["improvement"].value, found["improvement"].seeds) == (pytest.approx((0.75 + 1) / 2), 2)
+
+
+def test_probability_of_improvement_is_mann_whitneys() -> None:
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.integers(0, 5, (6, 3)) / 4, rng.integers(0, 5, (4, 3)) / 4  # with ties
+    expected = np.mean([scipy.stats.mannwhitneyu(ours[:, t], theirs[:, t]).statistic / 24 for t in range(3)])
+    for protocol in ("rl", "crl"):
+        found, back = statistics.improvement(ours, theirs, protocol), statistics.improvement(theirs, ours, protocol)
+        assert found is not None
+        assert back is not None
+        assert (found.value, found.seeds) == (pytest.approx(expected), 4)
+        assert back.value == pytest.approx(1 - expected)
+        assert found.low is not None
+        assert found.high is not None
+        assert 0 <= found.low < found.value < found.high <= 1
+
+
+def test_draws_of_an_improvement_are_of_whole_agents_in_a_sequence() -> None:
+    """Agents that are good on one task and bad on the other, either way: in CRL each draw of ours is worth a half."""
+    ours, theirs = np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([[0.5, 0.5], [0.5, 0.5]])
+    assert statistics.improvement(ours, theirs, "crl") == statistics.Estimate(0.5, 0.5, 0.5, 2)
+    apart = statistics.improvement(ours, theirs, "rl")
+    assert apart is not None
+    assert (apart.value, apart.low, apart.high) == (0.5, 0.0, 1.0)
+    alone = statistics.improvement(ours[:1], theirs, "crl")
+    assert alone == statistics.Estimate(0.5, None, None, 1)
+    assert statistics.improvement(np.full((2, 1), np.nan), theirs[:, :1], "crl") is None
+
+
+def test_performance_profile_by_hand() -> None:
+    thresholds = np.array([0.0, 0.3, 0.5, 0.9])
+    found = statistics.profile(SCORES, thresholds, "crl")
+    assert found is not None
+    share, low, high = found
+    assert share.tolist() == [1.0, 0.5, 0.25, 0.0]  # of 0.1, 0.9, 0.3 and 0.5, those above; a score is not above itself
+    assert low.tolist() == [1.0, 0.5, 0.0, 0.0]  # whole seeds are drawn: (0.1, 0.9) twice, or (0.3, 0.5) twice
+    assert high.tolist() == [1.0, 0.5, 0.5, 0.0]
+    one = statistics.profile(SCORES[:1], thresholds, "crl")
+    assert one is not None
+    assert one.tolist() == [[1.0, 0.5, 0.5, 0.0]] * 3
+    assert statistics.profile(np.zeros((0, 2)), thresholds, "crl") is None
 
 
 def test_stratified_interval_is_that_of_a_loop() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy import ndarray
 
 CONFIDENCE = 0.95
@@ -65,22 +65,26 @@ def estimate(
 
 
 def bootstrap(
-    scores: Float[ndarray, "S T"], protocol: str, statistic: Statistic = mean, *, seed: int = 0
-) -> Float[ndarray, "B"] | None:
-    """Draws of the statistic under resampling of seeds; ``None`` for a single seed, whose spread is unknown."""
+    scores: Float[ndarray, "*k S T"], protocol: str, statistic: Statistic = mean, *, seed: int = 0
+) -> Float[ndarray, "*k B"] | None:
+    """Draws of the statistic under resampling of seeds; ``None`` for a single seed, whose spread is unknown.
+
+    Leading axes are several matrices of the same runs, which share their draws.
+    """
     from scipy.stats import bootstrap as resample
 
-    if len(scores) < 2:
+    if scores.shape[-2] < 2:
         return None
 
     def of_tasks(*tasks: Float[ndarray, "*b S"], axis: int = -1) -> Float[ndarray, "*b"]:
         return statistic(np.concatenate(tasks, axis))
 
     result = resample(
-        tuple(scores.T),
+        tuple(np.moveaxis(scores, -1, 0)),
         of_tasks,
         paired=protocol == "crl",
         vectorized=True,
+        axis=-1,
         n_resamples=RESAMPLES,
         method="percentile",
         rng=np.random.default_rng(seed),
@@ -108,6 +112,54 @@ def paired_scores(ours: pl.DataFrame, theirs: pl.DataFrame) -> pl.DataFrame:
     """Return ours − theirs for every (seed, task) that both have: columns seed, place, score."""
     both = ours.join(theirs, on=["seed", "place"], suffix="_theirs")
     return both.select("seed", "place", score=pl.col("score") - pl.col("score_theirs"))
+
+
+def improvement(
+    ours: Float[ndarray, "S T"], theirs: Float[ndarray, "R T"], protocol: str, *, seed: int = 0
+) -> Estimate | None:
+    """Probability of improvement: that a run of ours scores above one of theirs on a task drawn at random.
+
+    Mean over tasks of P(X > Y) + P(X = Y)/2, the Mann-Whitney statistic over its largest value (Agarwal et al. 2021);
+    the two sets of runs are resampled independently. Its interval needs two seeds of both; ``seeds`` is the smaller
+    number.
+    """
+    from scipy.stats import bootstrap as resample
+
+    ours, theirs = complete(ours), complete(theirs)
+    if not ours.size or not theirs.size:
+        return None
+    above = np.heaviside(ours[:, None] - theirs[None], 0.5)  # [S, R, T]
+    tasks = range(above.shape[-1])
+
+    def won(*drawn: Int[ndarray, "..."], axis: int = -1) -> Float[ndarray, "..."]:  # rows of ours, of theirs, by task
+        pairs = [(i[..., :, None], j[..., None, :]) for i, j in zip(drawn[::2], drawn[1::2], strict=True)]
+        if protocol == "crl":
+            return np.asarray(above[pairs[0]].mean((-3, -2, -1)))
+        return np.mean([above[i, j, task].mean((-2, -1)) for (i, j), task in zip(pairs, tasks, strict=True)], axis=0)
+
+    low = high = None
+    if min(above.shape[:2]) > 1:
+        rows = (np.arange(len(ours)), np.arange(len(theirs))) * (1 if protocol == "crl" else len(tasks))
+        result = resample(rows, won, vectorized=True, n_resamples=RESAMPLES, method="percentile",
+                          rng=np.random.default_rng(seed))  # fmt: skip
+        low, high = interval(result.bootstrap_distribution)
+    return Estimate(float(above.mean()), low, high, min(above.shape[:2]))
+
+
+def profile(
+    scores: Float[ndarray, "S T"], thresholds: Float[ndarray, "Q"], protocol: str
+) -> Float[ndarray, "3 Q"] | None:
+    """Performance profile: share of (seed, task) whose score is above each threshold, and its 95 % interval's ends.
+
+    ``None`` without scores; with one seed the ends are the share itself. Source: Agarwal et al. 2021.
+    """
+    scores = complete(scores)
+    if not scores.size:
+        return None
+    above = (scores > thresholds[:, None, None]).astype(float)
+    share, draws = above.mean((1, 2)), bootstrap(above, protocol)
+    tail = (1 - CONFIDENCE) / 2
+    return np.stack([share, *([share, share] if draws is None else np.quantile(draws, [tail, 1 - tail], axis=-1))])
 
 
 def gap(rl: Float[ndarray, "S T"], crl: Float[ndarray, "R T"], *, seed: int = 0) -> Estimate | None:
@@ -236,20 +288,25 @@ def differences(
 ) -> dict[str, Estimate | None]:
     """What one method gains over another, paired by seed and task: evaluations of each → ours − theirs of each number.
 
-    ``gap``: the difference of the two RL − CRL gaps, from the paired differences in rl and in crl.
+    ``gap``: the difference of the two RL − CRL gaps, from the paired differences in rl and in crl. ``improvement``: not
+    paired, the probability of it in crl.
     """
     paired: dict[str, Float[ndarray, "S T"]] = {}
+    places = range(len(tasks))
     for name, protocol, scores in (
         ("rl", "rl", final_scores), ("crl", "crl", final_scores), ("retention", "crl", retention_scores),
     ):  # fmt: skip
         both = [scores(evals.filter(pl.col("protocol") == protocol), tasks, column) for evals in (ours, theirs)]
-        paired[name] = matrix(paired_scores(*both), range(len(tasks)))
+        paired[name] = matrix(paired_scores(*both), places)
+    crl = (final_scores(evals.filter(pl.col("protocol") == "crl"), tasks, column) for evals in (ours, theirs))
+    mine, yours = (matrix(scores, places) for scores in crl)
     return {
         "rl": estimate(paired["rl"], "rl"),
         "crl": estimate(paired["crl"], "crl"),
         "crl_iqm": estimate(paired["crl"], "crl", iqm),
         "gap": gap(paired["rl"], paired["crl"]),
         "retention": estimate(paired["retention"], "crl"),
+        "improvement": improvement(mine, yours, "crl"),
     }
 
 

@@ -13,26 +13,13 @@ import polars as pl
 from sphere_rl import statistics
 from sphere_rl.extras import missing
 from sphere_rl.report import panels
+from sphere_rl.report.foresight import foresight
 from sphere_rl.report.panels import Panel
 from sphere_rl.report.suite import SuiteRuns
 from sphere_rl.spectrum import SPECTRAL_METRICS
 
 DIRECTIONS = ("1st", "2nd", "3rd", "4th", "5th or later")
-NOT_METRICS = {
-    "run",
-    "suite",
-    "protocol",
-    "actor",
-    "method",
-    "seed",
-    "global_step",
-    "task_index",
-    "task",
-    "task_step",
-    "place",
-}
-FIRST_METRICS = ("r_e_K", "r_e_A")
-BARS = {"barmode": "group", "xaxis": {"showgrid": False}}
+BARS = {"barmode": "group", "scattermode": "group", "xaxis": {"showgrid": False}}
 INSTALL = str(missing("sklearn", "sklearn", "t-SNE")) + ", then make the report again"
 
 
@@ -51,7 +38,7 @@ class SuiteContent(SuiteRuns):
         """All figures of the page but the 3-D view."""
         makers: Sequence[Callable[[], Panel]] = (
             self._success, self._architectures, self._learning, self._ranks, self._spectrum, self._routing,
-            self._features, self._proxy, self._rho,
+            self._features, self._proxy, self._profile, self._foresight, self._rho,
         )  # fmt: skip
         return [make() for make in makers]
 
@@ -70,6 +57,8 @@ class SuiteContent(SuiteRuns):
         absent = [f"{name.upper()} of {row['label']}" for row in self.rows for name in ("rl", "crl") if not row[name]]
         caption += "(none with one seed); a bar needs a seed that has finished all tasks. "
         caption += (f"Missing: {', '.join(absent)}. " if absent else "") + self.facts()
+        if any(row["paper"] for row in self.rows):
+            caption += " Diamonds: what the paper prints for the method (five seeds, no intervals)."
         known = any(row[protocol] for row in self.rows for protocol in ("rl", "crl"))
         choices = {"": panels.bars(self.rows, self.labels, self.order)} if known else {}
         return self._panel("success", f"{self.score_name} of RL and CRL by method", caption, choices,
@@ -98,16 +87,16 @@ class SuiteContent(SuiteRuns):
 
     def _ranks(self) -> Panel:
         lines = self.crl_probe
-        numeric = [name for name, kind in lines.schema.items() if kind.is_numeric() and name not in NOT_METRICS]
-        order = [name for name in FIRST_METRICS if name in numeric]
-        order += sorted(name for name in numeric if name not in order and name != "position")
-        choices = {name: panels.lines(found, self.order) for name in order if (found := self.curves(lines, name))}
+        choices = {
+            name: panels.lines(found, self.order) for name in self.metrics if (found := self.curves(lines, name))
+        }
         caption = "Plasticity on one fixed probe batch through CRL training: mean over seeds, band: their range. "
         panel = self._panel("rank", panels.TITLES["r_e_K"], caption + self.facts(), choices,
                             "no spectrum lines of CRL runs", panels.boundaries(self.starts, self.steps), "metric",
                             "environment steps")  # fmt: skip
         notes = {name: text for name, text in SPECTRAL_METRICS.items() if name in choices}
-        return replace(panel, titles={name: panels.TITLES.get(name, name) for name in choices}, notes=notes)
+        titles = {name: panels.TITLES.get(name, name) for name in choices}
+        return replace(panel, titles=titles, notes=notes, chosen_axis="yaxis")
 
     def _spectrum(self) -> Panel:
         caption = "Eigenvalues of K over their sum on the probe batch, largest first, lowest CRL seed of each method. "
@@ -145,6 +134,29 @@ class SuiteContent(SuiteRuns):
         choices = {"": panels.scatter(known, self.order)} if known.height else {}
         return self._panel("proxy", "The proxy and the kernel", f"{caption} {self.facts()}", choices,
                            "no spectrum lines", {}, "", "rₑ(A)", "rₑ(K)")  # fmt: skip
+
+    def _profile(self) -> Panel:
+        found = {protocol.upper(): self.profiles(protocol) for protocol in ("crl", "rl")}
+        choices = {name: panels.lines(curves, self.order) for name, curves in found.items() if curves}
+        caption = f"Share of (seed, task) whose {self.score_name.lower()} at the end of training on the task is above "
+        caption += "the threshold, over seeds that have finished all tasks; band: 95 % bootstrap interval (none with "
+        caption += f"one seed). A curve above another is better at every threshold. {self.facts()}"
+        return self._panel("profile", "Performance profiles", caption, choices, "no seed has finished all tasks yet",
+                           {"yaxis": {"range": [-0.02, 1.05]}}, "protocol", f"{self.score_name} above",
+                           "share of (seed, task)")  # fmt: skip
+
+    def _foresight(self) -> Panel:
+        table = self.entries
+        names = [name for name in self.metrics if table.height and table[name].n_unique() > 1]
+        caption = "Each point an agent on a task of its sequence, the first excepted: the metric on the probe batch as "
+        caption += f"last measured on the task before, and the {self.score_name.lower()} at the end of training on the "
+        caption += "new one. Within tasks: with the mean of each task taken out of both, so that a hard task says "
+        caption += f"nothing. {self.facts()}"
+        panel = self._panel("foresight", "What an agent is as it enters a task, and what it reaches there", caption,
+                            {name: panels.entries(table, name, self.order) for name in names},
+                            "no agent has finished a second task yet", {}, "metric", "", self.score_name)  # fmt: skip
+        notes = {name: f"{SPECTRAL_METRICS.get(name, name)}. {foresight(table, name)}." for name in names}
+        return replace(panel, notes=notes, chosen_axis="xaxis")
 
     def _rho(self) -> Panel:
         points = self.rho_points()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import polars as pl
 
 from sphere_rl.report import tables
 from sphere_rl.report.content import SuiteContent
+from sphere_rl.report.foresight import foresight
 from sphere_rl.results import Results
 from sphere_rl.runs import make_folder, write_atomic
 
@@ -24,7 +26,8 @@ NUMBERS = {
     "forward_transfer": "Forward transfer",
 }
 """Columns of the headline table."""
-DIFFERENCES = ("rl", "crl", "crl_iqm", "r_e_K", "gap", "retention")
+DIFFERENCES = {name: NUMBERS[name] for name in ("rl", "crl", "crl_iqm", "r_e_K", "gap", "retention")}
+DIFFERENCES["improvement"] = "P(improves), CRL"
 """Columns of the table of differences to plain PPO."""
 ENDS = {"": "value", "_low": "low", "_high": "high"}
 LATEX = {"rₑ(K)": "$r_e(K)$", "_": r"\_", "&": r"\&", "%": r"\%", "#": r"\#", "−": "$-$", "ρ": r"$\rho$"}
@@ -35,7 +38,8 @@ def write_tables(
 ) -> None:
     """Write the headline, the differences to plain PPO and the table by task in each format.
 
-    Every line of the evaluations and the measurements follows where ``csv`` is among the formats.
+    What metrics foretell, and every line of the evaluations and the measurements, follow where ``csv`` is among the
+    formats.
     """
     make_folder(out)
     found = {"headline": number_table(suites, False), "differences": number_table(suites, True)}
@@ -44,6 +48,7 @@ def write_tables(
         for name, table in found.items():
             FORMATS[form](table, out / name)
     if "csv" in formats:
+        write_csv(foresight_table(suites), out / "foresight")
         write_csv(results.evals, out / "evaluations")
         flat = [name for name, kind in results.spectra.schema.items() if not kind.is_nested()]
         write_csv(results.spectra.select(flat), out / "spectrum")
@@ -77,6 +82,18 @@ def task_table(suites: Sequence[SuiteContent]) -> pl.DataFrame:
     return pl.DataFrame([{name: row[name] for name in schema} for row in rows], schema=schema)
 
 
+def foresight_table(suites: Sequence[SuiteContent]) -> pl.DataFrame:
+    """One row a metric: how it goes, as agents enter their tasks, with the score that they reach; see `foresight`."""
+    columns = {"part": pl.String, "metric": pl.String, "entries": pl.Int64, "runs": pl.Int64}
+    columns |= dict.fromkeys(("spearman", "within"), pl.Float64)
+    rows = [
+        {"part": suite.name, "metric": name} | asdict(foresight(suite.entries, name))
+        for suite in suites
+        for name in suite.metrics
+    ]
+    return pl.DataFrame(rows, schema=columns)
+
+
 def write_csv(table: pl.DataFrame, path: Path) -> None:
     """Write ``path.csv``."""
     write_atomic(path.with_suffix(".csv"), table.write_csv().encode())
@@ -91,12 +108,13 @@ def write_latex(table: pl.DataFrame, path: Path) -> None:
 def by_number(table: pl.DataFrame) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a table that has a row a number; columns without any number are left out."""
     known = table.filter(pl.col("value").is_not_null())
-    names = [name for name in NUMBERS if name in set(known["number"])]
+    titles = NUMBERS | DIFFERENCES
+    names = [name for name in titles if name in set(known["number"])]
     rows = []
     for key, group in table.group_by("part", "actor", "method", maintain_order=True):
         cells = {row["number"]: cell(row["value"], row["low"], row["high"]) for row in group.iter_rows(named=True)}
         rows.append([*map(str, key), *(cells.get(name, "") for name in names)])
-    return ["Tasks", "Actor", "Method", *(NUMBERS[name] for name in names)], rows
+    return ["Tasks", "Actor", "Method", *(titles[name] for name in names)], rows
 
 
 def by_column(table: pl.DataFrame) -> tuple[list[str], list[list[str]]]:

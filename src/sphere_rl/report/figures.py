@@ -34,6 +34,7 @@ from sphere_rl.report.appearance import (
     styled,
 )
 from sphere_rl.report.curves import Curve
+from sphere_rl.report.foresight import foresight
 from sphere_rl.runs import make_folder, write_atomic
 from sphere_rl.statistics import Estimate, correlation
 
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from sphere_rl.report.geometry import Snapshot
 
 FORMATS = ("png", "svg", "pdf")
+PAPER: dict[str, Any] = {"linestyle": "", "marker": "D", "markersize": 6, "color": "black", "markerfacecolor": "white"}
+"""The mark of a number that the paper prints."""
 MISSING = "missing"
 """Group id of the figures that hold no data."""
 
@@ -78,6 +81,8 @@ def geometry(snapshots: Mapping[str, Sequence[Snapshot]], caption: str, order: S
     """
     from matplotlib.colors import LightSource
 
+    from sphere_rl.report.geometry import ellipsoid
+
     width = max((len(row) for row in snapshots.values()), default=0)
     if not width:
         return missing("No policies at the ends of tasks yet", caption)
@@ -100,22 +105,16 @@ def geometry(snapshots: Mapping[str, Sequence[Snapshot]], caption: str, order: S
     return _captioned(figure, caption)
 
 
-def ellipsoid(semi_axes: Float[ndarray, "3"], points: int = 21) -> tuple[ndarray, ndarray, ndarray]:
-    """Surface of an ellipsoid, longest axis first: x, y and z on a grid."""
-    # from the south pole up: so the faces' normals point outwards, towards the light
-    azimuth, height = np.meshgrid(np.linspace(0, 2 * np.pi, points), np.linspace(np.pi, 0, points))
-    sphere = np.cos(azimuth) * np.sin(height), np.sin(azimuth) * np.sin(height), np.cos(height)
-    return tuple(axis * side for axis, side in zip(semi_axes, sphere, strict=True))  # type: ignore[return-value]
-
-
 @styled
 def success_bars(
     rows: Sequence[Mapping[str, Any]], label: str, caption: str, ylabel: str = "Success", order: Sequence[str] = ()
 ) -> Figure:
     """Draw Figures 2, 4 and 5: RL beside CRL for each of ``label`` ("actor" or "method"), with 95 % intervals.
 
-    ``rows``: `statistics.headline`; with their own ``label`` they have the colour that it has in ``order``.
+    ``rows``: `statistics.headline`; with their own ``label`` they have the colour that it has in ``order``, with their
+    ``paper`` diamonds at what the paper prints.
     """
+    from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     if not any(row[protocol] for row in rows for protocol in ("rl", "crl")):
@@ -126,19 +125,21 @@ def success_bars(
         own = color(row.get("label", ""), x, order)
         for i, protocol in enumerate(("rl", "crl")):
             _bar(axes, x + 0.4 * i - 0.2, row[protocol], 0.38, fill(own, protocol))
+        axes.plot((x - 0.2, x + 0.2) if row.get("paper") else (), row.get("paper") or (), **PAPER)
     axes.set_xticks(range(len(rows)), [_wrap(str(row[label])) for row in rows])
     axes.set_ylabel(ylabel)
     _scale(axes, ylabel)
     axes.grid(axis="x", visible=False)
-    fills = [Patch(**fill("#666666", protocol), label=protocol.upper()) for protocol in ("rl", "crl")]
-    axes.legend(handles=fills, loc="upper left", bbox_to_anchor=(1, 1))
+    marks: list[Any] = [Patch(**fill("#666666", protocol), label=protocol.upper()) for protocol in ("rl", "crl")]
+    marks += [Line2D([], [], **PAPER, label="the paper's")] if any(row.get("paper") for row in rows) else []
+    axes.legend(handles=marks, loc="upper left", bbox_to_anchor=(1, 1))
     return _captioned(figure, caption)
 
 
 @styled
 def line_plot(
     lines: Sequence[Curve], boundaries: Mapping[float, str], caption: str, ylabel: str, log: bool = False,
-    order: Sequence[str] = (),
+    order: Sequence[str] = (), xlabel: str = "Environment steps",
 ) -> Figure:  # fmt: skip
     """Draw Figure 3 and the learning curves: a line a method, task boundaries marked, the range of seeds shaded."""
     if not lines:
@@ -156,7 +157,7 @@ def line_plot(
     if log:
         axes.set_yscale("log")
     mark_tasks(axes, boundaries)
-    axes.set(xlabel="Environment steps", ylabel=ylabel)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     _scale(axes, ylabel)
     make_room(axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title="method (seeds)"))
     return _captioned(figure, caption)
@@ -266,18 +267,30 @@ def proxy_scatter(table: pl.DataFrame, caption: str, by: str = "method", order: 
         return missing("Fewer than three batches measured", caption)
     figure = _figure((4.2, 3.6))
     axes = figure.add_subplot()
-    for i, ((label, *_), group) in enumerate(table.group_by(by, maintain_order=True)):
-        place = index(str(label), i, order)
-        axes.scatter(
-            group["r_e_A"], group["r_e_K"], s=9, color=color(str(label), i, order),
-            marker=MARKERS[place % len(MARKERS)], alpha=0.7, label=str(label), rasterized=True,
-        )  # fmt: skip
+    _points(axes, table, ("r_e_A", "r_e_K"), by, order, 9.0)
     axes.set(xlabel="$r_e(A)$, last expert layer", ylabel="$r_e(K)$")
     make_room(axes.legend(loc="upper left", bbox_to_anchor=(1, 1)))
     r, low, high = (correlation(table)[name] for name in ("pearson_r", "low", "high"))
     if r is not None:
         interval = "nan, nan" if low is None else f"{low:.3f}, {high:.3f}"
         axes.set_title(f"Pearson r = {r:.3f} [{interval}], {table.height} batches")
+    return _captioned(figure, caption)
+
+
+@styled
+def entry_scatter(table: pl.DataFrame, caption: str, ylabel: str = "Success", order: Sequence[str] = ()) -> Figure:
+    """r_e(K) and r_e(A) as agents enter their tasks against the score that they reach, from `foresight.entries`."""
+    if table.height < 3:
+        return missing("Fewer than three tasks entered and finished", caption)
+    figure = _figure((7.0, 3.2))
+    every: Any = figure.subplots(1, 2, sharey=True)
+    for axes, metric, name in zip(every, ("r_e_K", "r_e_A"), ("$r_e(K)$", "$r_e(A)$"), strict=True):
+        _points(axes, table, (metric, "score"), "label", order, 16.0)
+        axes.set(xlabel=f"{name} at the end of the task before")
+        axes.set_title(_wrap(str(foresight(table, metric)), 40), fontsize=8)
+        _scale(axes, ylabel)
+    every[0].set_ylabel(ylabel)
+    make_room(every[1].legend(loc="upper left", bbox_to_anchor=(1, 1)))
     return _captioned(figure, caption)
 
 
@@ -350,6 +363,16 @@ def _captioned(figure: Figure, caption: str) -> Figure:
     return figure
 
 
+def _points(
+    axes: Axes, table: pl.DataFrame, columns: tuple[str, str], by: str, order: Sequence[str], size: float
+) -> None:
+    """Points of a table, a colour and a marker a value of ``by``."""
+    for i, ((label, *_), group) in enumerate(table.group_by(by, maintain_order=True)):
+        marker = MARKERS[index(str(label), i, order) % len(MARKERS)]
+        axes.scatter(*(group[name] for name in columns), s=size, color=color(str(label), i, order), marker=marker,
+                     alpha=0.7, label=str(label), rasterized=True)  # fmt: skip
+
+
 def _bar(axes: Axes, x: float, found: Estimate | None, width: float, fill: Mapping[str, Any]) -> None:
     if found is None:
         axes.text(x, 0, "missing", rotation=90, ha="center", va="bottom", fontsize=6, color="#777777", style="italic")
@@ -371,5 +394,5 @@ def _errors(found: Sequence[Estimate]) -> Float[ndarray, "2 n"]:
     return np.clip(np.array(spans, dtype=float).T, 0, None)
 
 
-def _wrap(text: str) -> str:
-    return "\n".join(textwrap.wrap(text.replace("+", "+ "), 14))
+def _wrap(text: str, width: int = 14) -> str:
+    return "\n".join(textwrap.wrap(text.replace("+", "+ "), width))

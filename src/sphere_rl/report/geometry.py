@@ -137,3 +137,11 @@ def embed(features: Float[ndarray, "N m"], seed: int = 0) -> Float[ndarray, "N 2
 def embedding(snapshot: Snapshot) -> tuple[Float[ndarray, "N 2"], Int[ndarray, "N"]]:
     """A snapshot's features embedded, and each state's dominant direction; kept in memory as the snapshot is."""
     return embed(snapshot.features), dominant_direction(snapshot.features)
+
+
+def ellipsoid(semi_axes: Float[ndarray, "3"], points: int = 21) -> tuple[ndarray, ndarray, ndarray]:
+    """Surface of an ellipsoid, longest axis first: x, y and z on a grid."""
+    # from the south pole up: so the faces' normals point outwards, towards the light
+    azimuth, height = np.meshgrid(np.linspace(0, 2 * np.pi, points), np.linspace(np.pi, 0, points))
+    sphere = np.cos(azimuth) * np.sin(height), np.sin(azimuth) * np.sin(height), np.cos(height)
+    return tuple(axis * side for axis, side in zip(semi_axes, sphere, strict=True))  # type: ignore[return-value]

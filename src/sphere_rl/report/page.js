@@ -28,7 +28,7 @@
       legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0 }, bargap: 0.3, bargroupgap: 0.06,
     };
     const layout = merge(base, panel.layout);
-    if (panel.choose === "metric") layout.yaxis = merge(layout.yaxis, { title: { text: choice } });
+    if (panel.chosen_axis) layout[panel.chosen_axis] = merge(layout[panel.chosen_axis], { title: { text: choice } });
     for (const name of ["xaxis", "yaxis"]) layout[name] = merge(layout[name], { title: { font: { size: 13, color: css("--soft") }, standoff: 8 } });
     for (const shape of layout.shapes || []) shape.line.color = css("--soft");
     if (layout.annotations) {
@@ -50,7 +50,8 @@
       if (hatched) painted.marker.pattern = { shape: "/", solidity: 0.2, size: 7, fgcolor: own, bgcolor: light };
       if (trace.error_y) painted.error_y = { ...trace.error_y, color: css("--ink") };
     } else {
-      painted.marker = { ...trace.marker, color: trace.shade ? mix(own, css("--card"), trace.shade) : own };
+      if (trace.outlined) painted.marker = { ...trace.marker, color: css("--card"), line: { ...trace.marker.line, color: css("--ink") } };
+      else painted.marker = { ...trace.marker, color: trace.shade ? mix(own, css("--card"), trace.shade) : own };
       painted.line = { ...trace.line, color: line };
       if (trace.error_y) painted.error_y = { ...trace.error_y, color: line };
     }

@@ -35,10 +35,14 @@ FIGURES = {
     "learning": "Learning curves",
     "spectrum": "Spectrum",
     "routing": "Routing",
+    "profile": "Performance profiles",
+    "foresight": "Rank at a task's start",
     "ablation": "Ablation",
     "rho": "ρ",
 }
 """Figures for papers: file name and what it is."""
+MISSING = "–"
+"""A cell without a number."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,8 @@ def _view(suite: SuiteContent) -> dict[str, Any]:
         "rows": [row | {"cells": {name: _cell(row[name]) for name in NUMBERS}} for row in suite.rows],
         "cards": _cards(suite),
         "differences": [
-            row | {"cells": {name: _cell(row[name], signed=True) for name in DIFFERENCES}} for row in suite.differences
+            row | {"cells": {name: _cell(row[name], name != "improvement") for name in DIFFERENCES}}
+            for row in suite.differences
         ],
         "by_task": [row | {"cells": {name: _cell(row[name]) for name in tables.COLUMNS}} for row in suite.by_task],
         "panels": [asdict(panel) for panel in suite.panels],
@@ -190,13 +195,16 @@ def _methods(suite: SuiteContent) -> dict[str, Any]:
 
 
 def _cards(suite: SuiteContent) -> list[dict[str, str]]:
-    """The numbers at the top: plain PPO and SPHERE under the same actor in CRL, with differences and ranks."""
+    """The numbers at the top: plain PPO and SPHERE under the same actor in CRL, with differences and ranks.
+
+    None where the runs give none of them.
+    """
     plain, ours = (row or {} for row in suite.pair)
     gained = next((row for row in suite.differences if row["label"] == ours.get("label")), {})
     score = suite.score_name
     names = plain.get("label", "plain PPO"), ours.get("label", "SPHERE")
     pair = f"{names[1]} − {names[0]}"
-    return [
+    cards = [
         {"title": f"CRL {score.lower()}", "who": names[0]} | _cell(plain.get("crl")),
         {"title": f"CRL {score.lower()}", "who": names[1]} | _cell(ours.get("crl")),
         {"title": "Difference in CRL", "who": pair} | _cell(gained.get("crl"), signed=True),
@@ -204,12 +212,13 @@ def _cards(suite: SuiteContent) -> list[dict[str, str]]:
         {"title": "CRL rₑ(K)", "who": names[0]} | _cell(plain.get("r_e_K")),
         {"title": "CRL rₑ(K)", "who": names[1]} | _cell(ours.get("r_e_K")),
     ]
+    return cards if any(card["value"] != MISSING for card in cards) else []
 
 
 def _cell(found: Estimate | None, signed: bool = False) -> dict[str, str]:
     """An estimate as text: value, interval, seeds; differences with their sign."""
     if found is None:
-        return {"value": "–", "interval": "missing", "seeds": ""}
+        return {"value": MISSING, "interval": "missing", "seeds": ""}
     form = f"{'+' if signed else ''}.{2 if abs(found.value) < 100 else 0}f"
     value, *bounds = (
         "" if number is None else format(number, form).replace("-", "−")

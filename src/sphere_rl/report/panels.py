@@ -43,6 +43,8 @@ class Panel:
     """Why there is nothing to draw; empty where there is."""
     titles: Mapping[str, str] = field(default_factory=dict)
     """Headings of the choices that have one of their own; ``title`` of the others."""
+    chosen_axis: str = ""
+    """Axis whose title is the choice, such as "yaxis"."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """What a choice shows, such as a metric's definition."""
 
@@ -50,7 +52,8 @@ class Panel:
 def bars(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], order: Sequence[str]) -> list[dict[str, Any]]:
     """RL and CRL bars with 95 % intervals, each of its method's colour; a bar that the runs do not give yet is null.
 
-    Their legend is of two grey bars without a value, since no method's colour stands for a protocol.
+    What the paper prints is a diamond on its bar. The legend is of two grey bars without a value, since no method's
+    colour stands for a protocol.
     """
     colors = [index(row["label"], i, order) for i, row in enumerate(rows)]
     drawn = [
@@ -68,7 +71,18 @@ def bars(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], order: Sequen
          "y": [None], "palette": None, "hoverinfo": "skip"}
         for protocol in PROTOCOLS
     ]  # fmt: skip
-    return drawn + legend
+    paper = [
+        {
+            "type": "scatter", "mode": "markers", "name": "the paper's", "showlegend": protocol == "crl",
+            "legendgroup": "paper", "offsetgroup": protocol, "x": list(labels), "palette": None,
+            "y": [row["paper"] and row["paper"][i] for row in rows], "outlined": True,
+            "marker": {"symbol": "diamond", "size": 10, "line": {"width": 1.5}},
+            "hovertemplate": "%{x}<br>" + protocol.upper() + " %{y:.2f}<br>printed in the paper<extra></extra>",
+        }
+        for i, protocol in enumerate(PROTOCOLS)
+        if any(row["paper"] for row in rows)
+    ]  # fmt: skip
+    return drawn + legend + paper
 
 
 def lines(curves: Sequence[Curve], order: Sequence[str], hover: str = "%{y:.3f}") -> list[dict[str, Any]]:
@@ -189,6 +203,20 @@ def scatter(table: pl.DataFrame, order: Sequence[str]) -> list[dict[str, Any]]:
             "hovertemplate": "%{text}<br>rₑ(A) %{x:.2f} · rₑ(K) %{y:.2f}<extra></extra>",
         })  # fmt: skip
     return traces
+
+
+def entries(table: pl.DataFrame, metric: str, order: Sequence[str]) -> list[dict[str, Any]]:
+    """A metric as agents enter their tasks against the score at the end, a colour and a symbol a method."""
+    return [
+        {
+            "type": "scatter", "mode": "markers", "name": str(label), "x": group[metric].to_list(),
+            "y": group["score"].to_list(), "palette": (own := index(str(label), place, order)),
+            "marker": {"size": 8, "opacity": 0.8, "symbol": SYMBOLS[own % len(SYMBOLS)]},
+            "text": [f"{run}: {i + 1}. {task}" for run, i, task in group.select("run", "place", "task").rows()],
+            "hovertemplate": "%{text}<br>" + metric + " %{x:.3g}, then %{y:.2f}<extra></extra>",
+        }
+        for place, ((label, *_), group) in enumerate(table.group_by("label", maintain_order=True))
+    ]  # fmt: skip
 
 
 def option_lines(points: Mapping[float, Mapping[str, Any]], order: Sequence[str]) -> list[dict[str, Any]]:

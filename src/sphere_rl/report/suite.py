@@ -12,13 +12,16 @@ import polars as pl
 
 from sphere_rl import statistics
 from sphere_rl.errors import ConfigError, RunFolderError
-from sphere_rl.report import geometry, tables
+from sphere_rl.report import foresight, geometry, tables
 from sphere_rl.report.curves import Curve, curves
 from sphere_rl.report.geometry import Snapshot
+from sphere_rl.report.paper import published
 from sphere_rl.results import Results
 
 PLAIN, SPHERE = ("none",), ("sphere",)
 """Recorded methods of plain PPO, and of SPHERE without others."""
+FIRST_METRICS = ("r_e_K", "r_e_A")
+NOT_METRICS = {"seed", "global_step", "task_index", "task_step", "place", "position"}
 NUMBERS = ("rl", "crl", "crl_iqm", "gap", "retention", "forgetting", "forward_transfer")
 
 
@@ -88,7 +91,8 @@ class SuiteRuns:
         """Headline numbers, a row a (actor, method), those of plain PPO first.
 
         Added: ``label``; ``methods``, the names that the runs recorded; ``settings`` that tell it from its peers;
-        ``r_e_K``, the mean over tasks as last measured on each in CRL.
+        ``r_e_K``, the mean over tasks as last measured on each in CRL; ``paper``, success in RL and CRL that the paper
+        prints, where it has such runs.
         """
         scored = statistics.headline(self.evals, self.results.tasks, self.score)
         found = {(row["actor"], row["method"]): row for row in scored}
@@ -96,10 +100,12 @@ class SuiteRuns:
         for actor, method in arms(self.results):
             label = self._label(actor, method)
             one = self.runs.filter((pl.col("actor") == actor) & (pl.col("method") == method)).row(0, named=True)
-            made = {"label": label, "methods": tuple(one["methods"]), "settings": tuple(one["settings"])}
-            rank = {"r_e_K": tables.final_rank(*self._of(label), self.tasks)}
+            made: dict[str, Any] = {"label": label}
+            made |= {name: tuple(one[name]) for name in ("methods", "settings")}
+            made["r_e_K"] = tables.final_rank(*self._of(label), self.tasks)
+            made["paper"] = published(self.suite, self.tasks, actor, one["methods"], self.results.trained(one["run"]))
             empty = {"suite": self.suite, "actor": actor, "method": method} | dict.fromkeys(NUMBERS)
-            complete.append(empty | found.get((actor, method), {}) | made | rank)
+            complete.append(empty | found.get((actor, method), {}) | made)
         return complete
 
     def _of(self, label: str) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -231,6 +237,34 @@ class SuiteRuns:
         """A curve for each label that has one, in the headline's order; it breaks where a task ends."""
         found = curves(table, "position", column, ["label"], part="place")
         return sorted(found, key=lambda curve: self.labels.index(curve.label))
+
+    def profiles(self, protocol: str) -> list[Curve]:
+        """Performance profiles in the headline's order: share of (seed, task) above each score, with its interval."""
+        if self.score == "success_final":
+            thresholds = np.arange(50) / 50
+        else:
+            scores = self.evals.filter(pl.col("phase") == "final")[self.score].drop_nulls()
+            thresholds = np.linspace(scores.min() or 0.0, scores.max() or 0.0, 51)  # type: ignore[type-var]
+        found = []
+        for label in self.labels:
+            own = self._of(label)[0].filter(pl.col("protocol") == protocol)
+            matrix = statistics.matrix(statistics.final_scores(own, self.tasks, self.score), range(len(self.tasks)))
+            if (shares := statistics.profile(matrix, thresholds, protocol)) is not None:
+                columns = (column.tolist() for column in (thresholds, *shares))
+                found.append(Curve(label, *columns, seeds=len(statistics.complete(matrix))))
+        return found
+
+    @cached_property
+    def entries(self) -> pl.DataFrame:
+        """What agents are as they enter tasks, and what they reach there: see `foresight`."""
+        return foresight.entries(self.evals, self.spectra, self.score)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Metrics that are single numbers, those of the effective ranks first."""
+        schema = self.spectra.schema
+        numeric = sorted(name for name, kind in schema.items() if kind.is_numeric() and name not in NOT_METRICS)
+        return [*(name for name in FIRST_METRICS if name in numeric), *(n for n in numeric if n not in FIRST_METRICS)]
 
     def ablation(self) -> list[list[str]]:
         """Rows of the ablation table: plain PPO and every variant of SPHERE alone; none where there are not two."""

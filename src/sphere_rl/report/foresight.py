@@ -1,0 +1,59 @@
+"""What an agent is as it enters a task, beside what it reaches there.
+
+An entry is one agent on one task of a sequence, the first excepted: its metrics on the probe batch as last measured on
+the task before, so that nothing of the new task is in them, and its score at the end of training on the new one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """Spearman's rank correlation of a metric at entry with the score at the end, over ``entries`` of ``runs``.
+
+    ``within``: the same after the mean of each task is taken from both, so that tasks which are hard for all agents say
+    nothing; of tasks that two runs or more have entered. ``None`` where there are fewer than three or no differences.
+    """
+
+    entries: int
+    runs: int
+    spearman: float | None
+    within: float | None
+
+    def __str__(self) -> str:
+        whole, within = ("–" if r is None else f"{r:.2f}".replace("-", "−") for r in (self.spearman, self.within))
+        runs = f"{self.runs} run{'s' if self.runs != 1 else ''}"
+        return f"Spearman {whole} over {self.entries} entries of {runs}; {within} within tasks"
+
+
+def entries(evals: pl.DataFrame, spectra: pl.DataFrame, score: str) -> pl.DataFrame:
+    """A row an entry: run, label, place, task, ``score``, and every metric at the end of the task before."""
+    crl = pl.col("protocol") == "crl"
+    final = evals.filter(crl & (pl.col("phase") == "final") & (pl.col("place") > 0) & pl.col(score).is_not_null())
+    final = final.select("run", "label", "place", "task", score=score)
+    before = spectra.filter(crl & (pl.col("batch") == "probe")).sort("task_step")
+    before = before.group_by("run", "place", maintain_order=True).last().drop("label", "task")
+    return final.join(before.with_columns(pl.col("place") + 1), on=["run", "place"]).sort("label", "run", "place")
+
+
+def foresight(table: pl.DataFrame, metric: str) -> Foresight:
+    """What one metric of `entries` foretells."""
+    known = table.filter(pl.col(metric).is_not_null() & pl.col(metric).is_finite())
+    peers = known.filter(pl.col("run").n_unique().over("place") > 1)
+    left = peers.select((pl.col(name) - pl.col(name).mean()).over("place") for name in (metric, "score"))
+    return Foresight(known.height, known["run"].n_unique(), _spearman(known, metric), _spearman(left, metric))
+
+
+def _spearman(table: pl.DataFrame, metric: str) -> float | None:
+    from scipy.stats import spearmanr
+
+    rounded = table.select(pl.col(metric, "score").round(12))  # a mean taken out leaves rounding, which has ranks, too
+    if rounded.height < 3 or min(rounded[name].n_unique() for name in (metric, "score")) < 2:
+        return None
+    found: Any = spearmanr(rounded[metric], rounded["score"])
+    return float(found.statistic)
