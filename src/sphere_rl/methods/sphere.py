@@ -8,9 +8,8 @@ form made the features of fresh CW10 agents vanish. To replicate the paper, ask 
 
 The gradient of the scale-free penalty only turns features, but steps of finite length along it make them longer, and
 a task gives the policy no signal nothing makes them shorter: on CW10's hammer they grew until the mean actions were
-far outside the range of actions, and the next task was not learned. So 0.1 · max(0, ln(tr A / (cap² tr A₀)))² is added
-for every penalised layer, A₀ its Gram in the agent's first minibatch: 0 while features are at most ``cap`` times as long
-as they were then. PPO by itself makes them shorter than half of that in its first iterations.
+far outside the range of actions, and the next task was not learned. So cap · max(0, ln(tr A / tr A₀))² is added for
+every penalised layer, A₀ its Gram in the agent's first minibatch: 0 until features are larger than they began.
 
 A schedule multiplies the strength (λ or ρ) by a factor that changes once an iteration: ``constant`` 1; ``linear`` from
 1/n in the first of a task's n iterations to 1 in the last, so that early learning is free and the spectrum is flat when
@@ -42,8 +41,6 @@ from sphere_rl.penalty import Scale, gate_penalty, sphere_penalty
 from sphere_rl.spectrum.ranks import effective_rank
 
 EPSILON = 1e-8
-CAP_WEIGHT = 0.1
-"""Of the squared logarithm by which tr A is above its limit."""
 NO_SIZE = -150.0
 """ln tr A below which features count as zero."""
 STRENGTH: dict[Scale, float] = {"literal": 1e-3, "free": 0.1}
@@ -58,8 +55,8 @@ class SphereConfig(MethodConfig):
     """How the strength is set: fixed λ, a share of the actor's loss, or a share of its gradient norm."""
     scale: Scale = "free"
     """free: the penalty of A/tr A, which only turns features. literal: the paper's, which also shrinks them."""
-    cap: float = 0.5
-    """Scale free: how long features may become, as a multiple of their length at first; 0 for no limit."""
+    cap: float = 0.1
+    """Scale free: weight of what holds features to the size that they had at first; 0 for none."""
     rho: float = 0.1
     """Share of the loss (mode loss) or of the gradient norm (mode grad) that the penalty gets."""
     strength: float | None = None
@@ -180,7 +177,7 @@ class Sphere(Method):
         layers = [config.layers == "all" or layer == depth - 1 for layer in range(depth)]
         share = config.fixed_strength if config.mode == "fixed" else config.rho
         factor = self._schedule.observe(partial(actor.trace, observation))
-        free, cap = config.scale == "free", CAP_WEIGHT if self.capped else 0.0
+        free, cap = config.scale == "free", config.cap if self.capped else 0.0
         return FeaturePenalty(layers, config.mode, factor * share, config.pcgrad, free, cap, self._limits)
 
     def penalised(self, improved: Improved) -> None:
@@ -206,7 +203,7 @@ class Sphere(Method):
             self._begin(trace)
             limits = self._limits[-len(layers) :]
             excess = [layer.log_trace() - limit for layer, limit in zip(layers, limits, strict=True)]
-            terms += [CAP_WEIGHT * over.clamp(min=0).square() for over in excess]
+            terms += [config.cap * over.clamp(min=0).square() for over in excess]
         if config.gate_coefficient:
             terms.append(config.gate_coefficient * gate_penalty(trace.gates, config.scale))
         return torch.stack(terms).sum()
@@ -217,17 +214,17 @@ class Sphere(Method):
         return self.config.scale == "free" and self.config.factor == "feature" and self.config.cap > 0
 
     def _begin(self, trace: Trace) -> None:
-        """In the agent's first minibatch, ln(cap² tr A₀) of every layer; no limit for features that are all zero."""
+        """In the agent's first minibatch, ln tr A₀ of every layer; none for features that are all zero."""
         if not self._limits:
             sizes = torch.stack([layer.log_trace().detach() for layer in trace.features]).tolist()
-            self._limits = [2 * math.log(self.config.cap) + size if size > NO_SIZE else math.inf for size in sizes]
+            self._limits = [size if size > NO_SIZE else math.inf for size in sizes]
 
     def metrics(self) -> dict[str, float | Tensor]:
         """Penalty and strength of the last minibatch, and what the schedule entropy sees."""
         return self._metrics | self._schedule.metrics()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedule stands, and what features are held to."""
+        """Where the schedule stands, and the sizes that features began with."""
         return {"schedule": self._schedule.state_dict(), "limits": self._limits}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
