@@ -33,8 +33,7 @@ VARIANTS = [
 
 
 def sphere_agent(actor: str = "topk_moe", **options) -> Agent:
-    """The penalty alone: its cap has a kink where these agents begin."""
-    return double_agent("sphere", actor=actor, sphere={"schedule": "constant", "cap": 0.0} | options)
+    return double_agent("sphere", actor=actor, sphere={"schedule": "constant"} | options)
 
 
 def samples() -> Minibatch:
@@ -82,7 +81,7 @@ def test_every_variant(options):
 
 @pytest.mark.parametrize("actor", ["dense", "dense_moe", "shared_moe", "ds_moe"])
 def test_other_actors(actor):
-    agent = sphere_agent(actor)
+    agent = sphere_agent(actor)  # free, as it comes
     method, data = only_method(agent), samples()
     trace = agent.actor.trace(data.observation)
     assert method.penalty(trace).item() == pytest.approx(spread(trace.features[-1].weighted(), "free").item(), rel=1e-9)
@@ -122,49 +121,6 @@ def test_scale_free_steps_do_not_shrink_the_features(layers: str):
     (gradient,) = torch.autograd.grad(penalty, weight)
     assert gradient.abs().max() > 1e-4
     assert (gradient * weight).sum().abs().item() < 1e-12
-
-
-def test_the_cap_by_hand():
-    """cap · max(0, ln(tr A/tr A₀))², A₀ the first minibatch's, of every penalised layer; it survives a checkpoint."""
-    agent = sphere_agent(scale="free", layers="all", cap=0.7)
-    method, trace = only_method(agent), agent.actor.trace(samples().observation)
-    before = method.penalty(trace)
-    assert before.item() == pytest.approx(sum(spread(layer.weighted(), "free").item() for layer in trace.features))
-    size = torch.stack([layer.weighted().square().sum(1).mean() for layer in trace.features]).log()
-    assert method.state_dict()["limits"] == pytest.approx(size.tolist())
-    shorter, other = [0.5, -2.0], sphere_agent(scale="free", layers="all", cap=0.7)
-    state = method.state_dict() | {"limits": [limit - less for limit, less in zip(size.tolist(), shorter, strict=True)]}
-    only_method(other).load_state_dict(state)
-    penalty = only_method(other).penalty
-    added = 0.7 * 0.5**2  # the second is smaller than it was
-    assert penalty(trace).item() == pytest.approx(before.item() + added)
-    check_gradient(lambda: penalty(other.actor.trace(samples().observation)), other.actor_parameters, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "capped"),
-    [({"cap": 0.1}, True), ({"cap": 0.1, "scale": "literal"}, False), ({"cap": 0.0}, False),
-     ({"cap": 0.1, "factor": "gradient"}, False)],
-)  # fmt: skip
-def test_what_is_capped(options: dict[str, Any], capped: bool):
-    agent = sphere_agent("topk_moe", **options)
-    method = only_method(agent)
-    method.penalty(agent.actor.trace(samples().observation))
-    assert bool(method.state_dict()["limits"]) == capped
-
-
-def test_features_that_are_zero_at_first_have_no_cap():
-    agent = sphere_agent("dense", cap=0.1)
-    last = agent.actor.experts.layers[-2]
-    with torch.no_grad():
-        last.weight.zero_()
-        last.bias.fill_(-1.0)
-    method = only_method(agent)
-    penalty = method.penalty(agent.actor.trace(samples().observation))
-    assert penalty.item() == 0.0
-    assert method.state_dict()["limits"][-1] == float("inf")
-    (gradient,) = torch.autograd.grad(penalty, last.weight)
-    assert not gradient.any()
 
 
 def test_modes_fixed_and_loss_are_multiples_of_the_penalty():

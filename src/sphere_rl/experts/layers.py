@@ -112,13 +112,6 @@ class RoutedFeatures:
         """Φ: gate-weighted features of all experts side by side, m = E·H."""
         return self._scatter(self.routing.gate[:, None] * self.values).flatten(1)
 
-    def log_trace(self) -> Float[Tensor, ""]:
-        """Compute ln tr A, the logarithm of the mean of ‖φ(x)‖²; of features that are all zero a number below −150."""
-        tiny = torch.finfo(self.values.dtype).tiny
-        size = self.values.detach().abs().amax().clamp(min=tiny)  # so that no square leaves the range of numbers
-        squares = (self.routing.gate * (self.values / size).norm(dim=1)).square()
-        return 2 * size.log() + (squares.sum() / self.routing.num_samples).clamp(min=tiny).log()
-
     def gram(self) -> Float[Tensor, "N N"]:
         """ΦΦᵀ/N, summed over experts from the routed rows only."""
         n = self.routing.num_samples

@@ -28,7 +28,7 @@ class _RoutedPenalty(torch.autograd.Function):
         ctx: Any, values: Tensor, gate: Tensor, sample: Tensor, counts: Sequence[int], n: int, free: bool
     ) -> Tensor:
         blocks = blocks_of(list(counts))
-        found = centred_gram(values, gate, sample, blocks, n, len(counts), free, 0.0, 0.0)
+        found = centred_gram(values, gate, sample, blocks, n, len(counts), free)
         ctx.save_for_backward(found.features, gate, sample)
         ctx.kept = blocks, Centred(*found)
         return found.penalty.clone()  # what is returned gets a graph; what is kept must not
@@ -97,14 +97,8 @@ def centred_gram(
     n: int,
     experts: int,
     free: bool,
-    cap: float,
-    limit: float,
 ) -> Centred:
-    """The penalty of N samples; ``free``: the scale-free one. ``values`` are F, features before they are weighted.
-
-    With ``cap`` above 0 the scale-free one has cap · max(0, ln tr S − limit)² added: a radial gradient, the part
-    4 cap max(0, …)/(N tr S) Φ.
-    """
+    """The penalty of N samples; ``free``: the scale-free one. ``values`` are F, features before they are weighted."""
     gram, entries = _products(values, gate, sample, blocks, n)
     trace, m, size = gram.trace(), experts * values.size(1), gate.new_ones([])
     if free and not 1e-10 < float(trace) < 1e15:  # its square, and those of products, must stay numbers
@@ -120,11 +114,7 @@ def centred_gram(
         return Centred(squares / n**2, gram, gate.new_full([], 4 / n**2), values, size, entries)
     square = trace.square() + (trace == 0).to(trace.dtype)
     penalty = squares / square
-    inward = penalty
-    if cap > 0:
-        excess = ((trace / n).log() + 2 * size.log() - limit).clamp(min=0.0)
-        inward, penalty = penalty - cap * excess, penalty + cap * excess.square()
-    gram.diagonal().sub_(inward * trace)
+    gram.diagonal().sub_(penalty * trace)
     return Centred(penalty, gram, 4 / square, values, size, entries)
 
 

@@ -32,8 +32,7 @@ class FeaturePenalty(NamedTuple):
     """How far the Grams of some hidden layers are from isotropic, summed, and how that joins the loss.
 
     mode ``fixed``: share; ``loss``: share · |loss| / penalty; ``grad``: the penalty's gradient is added to g, times
-    share · ‖g‖ / ‖g_penalty‖, with ``pcgrad`` without what opposes g. ``free``: scale-free penalties, each with
-    cap · max(0, ln tr A − limit)² for its layer's limit where ``cap`` is above 0.
+    share · ‖g‖ / ‖g_penalty‖, with ``pcgrad`` without what opposes g. ``free``: scale-free penalties.
     """
 
     layers: list[bool]
@@ -41,11 +40,9 @@ class FeaturePenalty(NamedTuple):
     share: float
     pcgrad: bool
     free: bool
-    cap: float
-    limits: list[float]
 
 
-NO_PENALTY = FeaturePenalty([], "fixed", 0.0, pcgrad=False, free=False, cap=0.0, limits=[])
+NO_PENALTY = FeaturePenalty([], "fixed", 0.0, pcgrad=False, free=False)
 """Where no method has one."""
 
 
@@ -131,8 +128,7 @@ def _penalise(features: list[Tensor], found: Assigned, form: FeaturePenalty) -> 
     n, experts, blocks = found.weights.size(0), found.weights.size(1), blocks_of(found.counts)
     for layer in range(len(form.layers)):
         if form.layers[layer]:
-            cap, limit = form.cap, form.limits[layer] if form.cap > 0 else 0.0
-            own = centred_gram(features[layer], found.gate, found.sample, blocks, n, experts, form.free, cap, limit)
+            own = centred_gram(features[layer], found.gate, found.sample, blocks, n, experts, form.free)
             of_values, of_weights = gram_gradients(found.gate, found.sample, blocks, own)
             penalty, of_rows[layer] = penalty + own.penalty, of_values
             of_gate += of_weights

@@ -6,11 +6,6 @@ literal; see `sphere_rl.sphere_penalty`), to the actor's loss in one of three st
 The default, free at ρ = 0.1 in mode grad, is what the pilot's rule chose (``docs/results``): at the same ρ the literal
 form made the features of fresh CW10 agents vanish. To replicate the paper, ask for the literal one.
 
-The gradient of the scale-free penalty only turns features, but steps of finite length along it make them longer, and
-a task gives the policy no signal nothing makes them shorter: on CW10's hammer they grew until the mean actions were
-far outside the range of actions, and the next task was not learned. So cap · max(0, ln(tr A / tr A₀))² is added for
-every penalised layer, A₀ its Gram in the agent's first minibatch: 0 until features are larger than they began.
-
 A schedule multiplies the strength (λ or ρ) by a factor that changes once an iteration: ``constant`` 1; ``linear`` from
 1/n in the first of a task's n iterations to 1 in the last, so that early learning is free and the spectrum is flat when
 the next task comes; ``entropy`` 1 until r_e(A) of the last layer falls below a share of its value at the task's start,
@@ -19,7 +14,6 @@ from then on growing in every iteration that finds it there and shrinking back t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,8 +35,6 @@ from sphere_rl.penalty import Scale, gate_penalty, sphere_penalty
 from sphere_rl.spectrum.ranks import effective_rank
 
 EPSILON = 1e-8
-NO_SIZE = -150.0
-"""ln tr A below which features count as zero."""
 STRENGTH: dict[Scale, float] = {"literal": 1e-3, "free": 0.1}
 """Default λ of mode fixed."""
 
@@ -55,8 +47,6 @@ class SphereConfig(MethodConfig):
     """How the strength is set: fixed λ, a share of the actor's loss, or a share of its gradient norm."""
     scale: Scale = "free"
     """free: the penalty of A/tr A, which only turns features. literal: the paper's, which also shrinks them."""
-    cap: float = 0.1
-    """Scale free: weight of what holds features to the size that they had at first; 0 for none."""
     rho: float = 0.1
     """Share of the loss (mode loss) or of the gradient norm (mode grad) that the penalty gets."""
     strength: float | None = None
@@ -81,7 +71,7 @@ class SphereConfig(MethodConfig):
     """Schedule entropy: the strength is raised up to this multiple."""
 
     def __post_init__(self) -> None:
-        check_range("sphere", self, "rho cap gate_coefficient")
+        check_range("sphere", self, "rho gate_coefficient")
         if self.strength is not None:
             check_range("sphere", self, "strength")
         check_range("sphere", self, "entropy_share", high=1)
@@ -93,11 +83,7 @@ class SphereConfig(MethodConfig):
 
     @classmethod
     def updated(cls, saved: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Before there was a scale the penalty was the literal one, and its default strength was saved as a number.
-
-        Before there was a cap there was none.
-        """
-        saved = {"cap": 0.0, **saved}
+        """Before there was a scale the penalty was the literal one, and its default strength was saved as a number."""
         if "scale" in saved:
             return saved
         strength = saved.get("strength")
@@ -121,7 +107,6 @@ class Sphere(Method):
         self.config: SphereConfig = config
         self._metrics: dict[str, float | Tensor] = {}
         self._schedule = Schedule(config)
-        self._limits: list[float] = []
         self._gradients = GradientStore()
         self._begun: Callable[[], tuple[Tensor, list[Tensor], Tensor]] | None = None
 
@@ -171,14 +156,10 @@ class Sphere(Method):
         config, depth = self.config, actor.options.depth
         if config.factor != "feature" or config.grouping != "joint" or config.gate_coefficient:
             return None
-        if self.capped and not self._limits:
-            with torch.no_grad():
-                self._begin(actor.trace(observation))
         layers = [config.layers == "all" or layer == depth - 1 for layer in range(depth)]
         share = config.fixed_strength if config.mode == "fixed" else config.rho
         factor = self._schedule.observe(partial(actor.trace, observation))
-        free, cap = config.scale == "free", config.cap if self.capped else 0.0
-        return FeaturePenalty(layers, config.mode, factor * share, config.pcgrad, free, cap, self._limits)
+        return FeaturePenalty(layers, config.mode, factor * share, config.pcgrad, config.scale == "free")
 
     def penalised(self, improved: Improved) -> None:
         """Keep the numbers for `metrics`."""
@@ -199,38 +180,21 @@ class Sphere(Method):
             terms = [layer.sphere_penalty_per_expert(config.scale) for layer in layers]
         else:
             terms = [layer.sphere_penalty(config.scale) for layer in layers]
-        if self.capped:
-            self._begin(trace)
-            limits = self._limits[-len(layers) :]
-            excess = [layer.log_trace() - limit for layer, limit in zip(layers, limits, strict=True)]
-            terms += [config.cap * over.clamp(min=0).square() for over in excess]
         if config.gate_coefficient:
             terms.append(config.gate_coefficient * gate_penalty(trace.gates, config.scale))
         return torch.stack(terms).sum()
-
-    @property
-    def capped(self) -> bool:
-        """Whether the size of features is held."""
-        return self.config.scale == "free" and self.config.factor == "feature" and self.config.cap > 0
-
-    def _begin(self, trace: Trace) -> None:
-        """In the agent's first minibatch, ln tr A₀ of every layer; none for features that are all zero."""
-        if not self._limits:
-            sizes = torch.stack([layer.log_trace().detach() for layer in trace.features]).tolist()
-            self._limits = [size if size > NO_SIZE else math.inf for size in sizes]
 
     def metrics(self) -> dict[str, float | Tensor]:
         """Penalty and strength of the last minibatch, and what the schedule entropy sees."""
         return self._metrics | self._schedule.metrics()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedule stands, and the sizes that features began with."""
-        return {"schedule": self._schedule.state_dict(), "limits": self._limits}
+        """Where the schedule stands."""
+        return self._schedule.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore them; before there was a cap the schedule was all."""
-        self._schedule.load_state_dict(state.get("schedule", state))
-        self._limits = state.get("limits", [])
+        """Restore it."""
+        self._schedule.load_state_dict(state)
 
 
 class Schedule:
