@@ -200,6 +200,7 @@ def test_metrics_against_the_functions_that_they_are():
     assert found["r_e_K"] == pytest.approx(sp.effective_rank(torch.linalg.eigvalsh(sp.entk(model, x))))
     assert found["feature_norm"] == pytest.approx(phi.square().sum(1).mean().sqrt().item())
     assert found["participation_ratio"] == pytest.approx(1 / (sphere_penalty(phi, "free").item() + 1 / (E * H)))
+    assert found["output_size"] == pytest.approx(model(x).square().mean().sqrt().item())
     assert found["expert_load"] == [1.0] * E
     assert found["gate_entropy"] == pytest.approx(torch.special.entr(gates).sum(1).mean().item())
     assert found["dead_ratio"] == 0.0

@@ -132,7 +132,7 @@ def test_figures_that_have_lost_their_data_are_taken_away(tmp_path: Path) -> Non
         (tmp_path / "p" / "figures" / f"elsewhere-rho.{kind}").write_text("of an earlier page")
     html = page.write_page(tmp_path / "r", tmp_path / "p").read_text()
     drawn = {path.stem for path in (tmp_path / "p" / "figures").iterdir()}
-    assert drawn == {f"elsewhere-{name}" for name in ("rank", "success", "learning", "proxy")}
+    assert drawn == {f"elsewhere-{name}" for name in ("rank", "success", "learning", "proxy", "profile")}
     assert "elsewhere-rho" not in html
 
 

@@ -58,6 +58,7 @@ def test_measure_against_its_parts():
     assert found["effective_rank"] == pytest.approx(effective_rank(sigma), rel=1e-4)
     assert found["participation_ratio"] == pytest.approx(participation_ratio(sigma.square()), rel=1e-6)
     assert found["feature_norm"] == pytest.approx(phi.square().sum(1).mean().sqrt().item(), rel=1e-9)
+    assert found["output_size"] == pytest.approx(trace.output.detach().double().square().mean().sqrt().item(), rel=1e-6)
     penalty = sphere_penalty(phi, "free").item()
     assert found["participation_ratio"] == pytest.approx(1 / (penalty + 1 / phi.shape[1]), rel=1e-9)
     assert found["pca_rank"] == pca_rank(sigma)

@@ -24,7 +24,7 @@ STRONG = (
 ).split()
 """A penalty that is all of the step: the literal one shrinks every feature in the first iteration."""
 SAID = "Pendulum-v1: features have vanished since step 128 (feature_rank 0)"
-NEW = ("feature_norm", "participation_ratio")
+NEW = ("feature_norm", "participation_ratio", "output_size")
 
 
 def line(step: int, rank: int | None, task_index: int = 0, batch: str = "rollout") -> dict[str, Any]:

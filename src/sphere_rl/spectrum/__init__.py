@@ -57,6 +57,7 @@ SPECTRAL_METRICS: dict[str, str] = {
     "pca_rank": "least k with Σ_{i≤k} σ² ≥ 0.99 Σσ²",
     "feature_rank": "number of σ/√N > 0.01 (Lyle et al. 2022)",
     "feature_norm": "root mean square over states of ‖φ(x)‖, φ(x) the rows of Φ: √tr A",
+    "output_size": "root mean square of the outputs: mean actions, or logits",
     "dormant_ratio": "share of hidden units whose mean |h| is at most 0.025 of their layer's mean (Sokar et al. 2023)",
     "dead_ratio": "share of hidden units that are zero on all states",
     "active_fraction": "share of hidden activations that are not zero, on the states routed to them",
@@ -74,11 +75,15 @@ SPECTRAL_METRICS: dict[str, str] = {
 
 
 def feature_metrics(trace: Trace) -> dict[str, float | list[float]]:
-    """Every metric that a forward pass holds: the spectrum of Φ, the state of the units, the health of the routing."""
+    """Every metric that a forward pass holds: the spectrum of Φ, the state of the units, the health of the routing.
+
+    And the size of the outputs.
+    """
     last, layers = trace.features[-1], (*trace.features, *trace.gate_features)
     return {
         **_feature_spectrum(last.weighted()),
         **_unit_states(layers),
+        "output_size": root_mean_square([trace.output]),
         "gate_entropy": gate_entropy(trace.gates),
         "expert_load": expert_load(last),
         "expert_overlap": expert_overlap(last.dense()),
@@ -116,8 +121,9 @@ def captured_metrics(
 ) -> dict[str, float | list[float]]:
     """The metrics that apply to any ``module`` with ``output`` = module(observations) and the features of that pass.
 
-    Without ``gates`` every state goes to each of E experts with weight 1. r_e_K: where the output is [N, A] and
-    something is trainable. With ``gates`` those of the routing; gate_entropy where weights are ≥ 0 and no row is zero.
+    Without ``gates`` every state goes to each of E experts with weight 1. output_size, and r_e_K if something is
+    trainable: where the output is [N, A]. With ``gates`` those of the routing; gate_entropy where weights are ≥ 0 and
+    no row is zero.
     """
     layer = _routed(features, features.new_ones(features.shape[:2]) if gates is None else gates)
     found = {**_feature_spectrum(layer.weighted()), **_unit_states([layer])}
@@ -126,8 +132,10 @@ def captured_metrics(
         if bool((gates >= 0).all() and (gates.sum(1) > 0).all()):
             found["gate_entropy"] = gate_entropy(gates)
     trainable = any(parameter.requires_grad for parameter in module.parameters())
-    if trainable and isinstance(output, Tensor) and output.ndim == 2 and len(output) == len(observations):
-        found["r_e_K"] = effective_rank(torch.linalg.eigvalsh(entk(module, observations).double()))
+    if isinstance(output, Tensor) and output.ndim == 2 and len(output) == len(observations):
+        found["output_size"] = root_mean_square([output])
+        if trainable:
+            found["r_e_K"] = effective_rank(torch.linalg.eigvalsh(entk(module, observations).double()))
     return {name: found[name] for name in SPECTRAL_METRICS if name in found}
 
 
