@@ -32,7 +32,7 @@ def test_the_page_has_the_numbers_of_the_published_runs() -> None:
         for a in sorted(found, key=lambda arm: arm.name)
     ]
     best = max(qualified(found), key=lambda arm: arm.mean_rank)
-    assert [row[0] for row in rows if "chosen" in row[1]] == [best.name]
+    assert [row[0] for row in rows if "the rule's choice" in row[1]] == [best.name]
 
 
 def several(values: list[float], digits: int) -> str:

@@ -1,0 +1,48 @@
+"""Table of the runs on a task without signal, then one that PPO learns; see benchmarks/silent.toml.
+
+    python benchmarks/silent.py docs/results/silent
+
+The second part of the pilot's rule: an arm's return at the end of the second task must not be below that of `none`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import polars as pl
+from measure import markdown
+
+from sphere_rl.results import Results, load_results
+
+HEAD = (
+    "arm",
+    "longest features, hammer",
+    "r_e(K), push-wall",
+    "return, hammer",
+    "return while training on push-wall",
+    "at its end",
+)
+
+
+def rows(results: Results) -> list[tuple[str, ...]]:
+    """Of each arm, on the policy's own states: feature_norm, r_e(K); and the returns of its evaluations."""
+    found = []
+    for name in sorted(results.runs.filter(pl.col("state") == "finished")["method"]):
+        own = results.spectra.filter((pl.col("method") == name) & (pl.col("batch") == "rollout"))
+        evals = results.evals.filter(pl.col("method") == name)
+        final = evals.filter(pl.col("phase") == "final").sort("task_index")["mean_return"].to_list()
+        training = evals.filter((pl.col("phase") == "train") & (pl.col("task_index") == 1))["mean_return"]
+        longest = own.filter(pl.col("task_index") == 0)["feature_norm"].max()
+        rank = own.filter(pl.col("task_index") == 1)["r_e_K"].mean()
+        row = (name, f"{longest:.1f}", f"{rank:.1f}", f"{final[0]:.0f}")
+        found.append((*row, ", ".join(f"{value:.0f}" for value in training), f"{final[1]:.0f}"))
+    return found
+
+
+def main() -> None:
+    print(markdown(HEAD, rows(load_results(Path(sys.argv[1])))))
+
+
+if __name__ == "__main__":
+    main()
