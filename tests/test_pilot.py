@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import silent
 from pilot import Arm, arms, qualified
 
 from sphere_rl.results import load_results
@@ -33,6 +34,16 @@ def test_the_page_has_the_numbers_of_the_published_runs() -> None:
     ]
     best = max(qualified(found), key=lambda arm: arm.mean_rank)
     assert [row[0] for row in rows if "the rule's choice" in row[1]] == [best.name]
+
+
+def test_so_have_the_runs_without_signal() -> None:
+    rows = silent.rows(load_results(RESULTS / "silent"))
+    page = (RESULTS / "index.md").read_text()
+    assert {row[0] for row in rows} >= {"none", "free_grad_01", "free_grad_003"}
+    shown = [row for row in rows if "| " + " | ".join(row) + " |" in page]
+    assert {"none", "free_grad_01", "free_grad_003"} <= {row[0] for row in shown}
+    ends = {row[0]: float(row[-1]) for row in rows}
+    assert ends["free_grad_01"] < ends["none"] < ends["free_grad_003"]
 
 
 def several(values: list[float], digits: int) -> str:

@@ -1,0 +1,43 @@
+"""Table of the claim's runs as far as they are; see benchmarks/claim.toml.
+
+python benchmarks/claim.py docs/results/cw10
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import polars as pl
+from measure import markdown
+
+from sphere_rl.results import Results, load_results
+
+
+def rows(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Head and rows: of each task the success of every run at its end, return in brackets, and r_e(K) on own states."""
+    runs = (
+        results.runs.filter(pl.col("protocol") == "crl").sort("method", "seed").select("run", "method", "seed").rows()
+    )
+    own = results.spectra.filter(pl.col("batch") == "rollout")
+    table = []
+    for index, task in enumerate(results.tasks["cw10"]):
+        cells = []
+        for run, _, _ in runs:
+            here = (pl.col("run") == run) & (pl.col("task_index") == index)
+            final = results.evals.filter(here & (pl.col("phase") == "final"))
+            rank = own.filter(here)["r_e_K"].mean()
+            score = f"{final['success_final'][0]:.2f} ({final['mean_return'][0]:.0f})" if final.height else "–"
+            cells += [score, "–" if rank is None else f"{rank:.1f}"]
+        if set(cells) != {"–"}:
+            table.append((task, *cells))
+    names = [f"`{method}`, seed {seed}" for _, method, seed in runs]
+    return ["task", *(text for name in names for text in (name, "r_e(K)"))], table
+
+
+def main() -> None:
+    print(markdown(*rows(load_results(Path(sys.argv[1])))))
+
+
+if __name__ == "__main__":
+    main()
