@@ -27,7 +27,7 @@ OBSERVATION_DIM, ACTION_DIM = 39, 4
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "sphere, mode fixed": ("sphere", {"sphere.mode": "fixed"}),
     "sphere, mode loss": ("sphere", {"sphere.mode": "loss"}),
-    "sphere, scale free": ("sphere", {"sphere.scale": "free"}),
+    "sphere, scale literal": ("sphere", {"sphere.scale": "literal"}),
     "sphere, pcgrad": ("sphere", {"sphere.pcgrad": True}),
     "sphere, layers all": ("sphere", {"sphere.layers": "all"}),
     "sphere, grouping per_expert": ("sphere", {"sphere.grouping": "per_expert"}),

@@ -128,8 +128,8 @@ def test_report_writes_tables_alone(
     assert capsys.readouterr().out == f"{tmp_path / 'page' / 'tables'}\n"
     out = tmp_path / "page" / "tables"
     assert sorted(path.name for path in out.iterdir()) == [
-        "differences.csv", "differences.tex", "evaluations.csv", "headline.csv", "headline.tex", "spectrum.csv",
-        "tasks.csv", "tasks.tex",
+        "differences.csv", "differences.tex", "evaluations.csv", "foresight.csv", "headline.csv", "headline.tex",
+        "spectrum.csv", "tasks.csv", "tasks.tex",
     ]  # fmt: skip
     assert sorted(path.name for path in (tmp_path / "page").iterdir()) == ["tables"]
     headline = (out / "headline.tex").read_text()
