@@ -62,12 +62,12 @@ def test_the_papers_bars_are_of_its_own_sequence() -> None:
 
 def test_profiles_are_of_seeds_and_tasks(suite: SuiteContent) -> None:
     """By the runs: success of seed s on task i is 1 where s + i is odd, 0 elsewhere."""
-    curves = {curve.label: curve for curve in suite.profiles("crl")}
+    curves = {curve.label: curve for curve in suite.profiles["crl"]}
     assert {label: curve.seeds for label, curve in curves.items()} == {"none": 2, "sphere_literal": 1, "sphere_free": 1}
     for curve in curves.values():
         assert curve.x == [i / 50 for i in range(50)]
         assert curve.mean == curve.low == curve.high == [0.5] * 50
-    assert suite.profiles("rl") == []
+    assert suite.profiles["rl"] == []
     (panel,) = [panel for panel in suite.panels if panel.figure == "profile"]
     assert list(panel.choices) == ["CRL"]
 

@@ -96,9 +96,14 @@ def interval(draws: Float[ndarray, "B"] | None) -> tuple[float, float] | tuple[N
     """The central 95 % of bootstrap draws."""
     if draws is None:
         return None, None
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(draws, [tail, 1 - tail])
+    low, high = ends(draws)
     return float(low), float(high)
+
+
+def ends(draws: Float[ndarray, "*k B"]) -> Float[ndarray, "2 *k"]:
+    """Where the central 95 % of draws begin and end."""
+    tail = (1 - CONFIDENCE) / 2
+    return np.quantile(draws, [tail, 1 - tail], axis=-1)
 
 
 def paired_difference(
@@ -158,8 +163,7 @@ def profile(
         return None
     above = (scores > thresholds[:, None, None]).astype(float)
     share, draws = above.mean((1, 2)), bootstrap(above, protocol)
-    tail = (1 - CONFIDENCE) / 2
-    return np.stack([share, *([share, share] if draws is None else np.quantile(draws, [tail, 1 - tail], axis=-1))])
+    return np.stack([share, *([share, share] if draws is None else ends(draws))])
 
 
 def gap(rl: Float[ndarray, "S T"], crl: Float[ndarray, "R T"], *, seed: int = 0) -> Estimate | None:

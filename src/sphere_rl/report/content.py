@@ -13,7 +13,6 @@ import polars as pl
 from sphere_rl import statistics
 from sphere_rl.extras import missing
 from sphere_rl.report import panels
-from sphere_rl.report.foresight import foresight
 from sphere_rl.report.panels import Panel
 from sphere_rl.report.suite import SuiteRuns
 from sphere_rl.spectrum import SPECTRAL_METRICS
@@ -136,8 +135,8 @@ class SuiteContent(SuiteRuns):
                            "no spectrum lines", {}, "", "rₑ(A)", "rₑ(K)")  # fmt: skip
 
     def _profile(self) -> Panel:
-        found = {protocol.upper(): self.profiles(protocol) for protocol in ("crl", "rl")}
-        choices = {name: panels.lines(curves, self.order) for name, curves in found.items() if curves}
+        found = self.profiles.items()
+        choices = {protocol.upper(): panels.lines(curves, self.order) for protocol, curves in found if curves}
         caption = f"Share of (seed, task) whose {self.score_name.lower()} at the end of training on the task is above "
         caption += "the threshold, over seeds that have finished all tasks; band: 95 % bootstrap interval (none with "
         caption += f"one seed). A curve above another is better at every threshold. {self.facts()}"
@@ -155,7 +154,7 @@ class SuiteContent(SuiteRuns):
         panel = self._panel("foresight", "What an agent is as it enters a task, and what it reaches there", caption,
                             {name: panels.entries(table, name, self.order) for name in names},
                             "no agent has finished a second task yet", {}, "metric", "", self.score_name)  # fmt: skip
-        notes = {name: f"{SPECTRAL_METRICS.get(name, name)}. {foresight(table, name)}." for name in names}
+        notes = {name: f"{SPECTRAL_METRICS.get(name, name)}. {self.foretold[name]}." for name in names}
         return replace(panel, notes=notes, chosen_axis="xaxis")
 
     def _rho(self) -> Panel:

@@ -32,7 +32,7 @@ def drawings(suite: SuiteContent) -> dict[str, Figure]:
         "learning": figures.line_plot(learned, suite.starts, captions["learning"], score, order=order),
         "spectrum": figures.spectrum_decay(suite.snapshots, captions["spectrum"], order=order),
         "routing": figures.routing(suite.loads, captions["routing"], suite.starts),
-        "profile": figures.line_plot(suite.profiles("crl"), {}, captions["profile"], "share of (seed, task)",
+        "profile": figures.line_plot(suite.profiles["crl"], {}, captions["profile"], "share of (seed, task)",
                                      order=order, xlabel=f"{score} above"),
         "foresight": figures.entry_scatter(suite.entries, captions["foresight"], score, order),
         "ablation": figures.table_figure(("variant", "RL", "CRL"), suite.ablation(), ablation),

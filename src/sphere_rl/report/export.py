@@ -11,7 +11,6 @@ import polars as pl
 
 from sphere_rl.report import tables
 from sphere_rl.report.content import SuiteContent
-from sphere_rl.report.foresight import foresight
 from sphere_rl.results import Results
 from sphere_rl.runs import make_folder, write_atomic
 
@@ -87,9 +86,9 @@ def foresight_table(suites: Sequence[SuiteContent]) -> pl.DataFrame:
     columns = {"part": pl.String, "metric": pl.String, "entries": pl.Int64, "runs": pl.Int64}
     columns |= dict.fromkeys(("spearman", "within"), pl.Float64)
     rows = [
-        {"part": suite.name, "metric": name} | asdict(foresight(suite.entries, name))
+        {"part": suite.name, "metric": name} | asdict(found)
         for suite in suites
-        for name in suite.metrics
+        for name, found in suite.foretold.items()
     ]
     return pl.DataFrame(rows, schema=columns)
 

@@ -125,7 +125,8 @@ def success_bars(
         own = color(row.get("label", ""), x, order)
         for i, protocol in enumerate(("rl", "crl")):
             _bar(axes, x + 0.4 * i - 0.2, row[protocol], 0.38, fill(own, protocol))
-        axes.plot((x - 0.2, x + 0.2) if row.get("paper") else (), row.get("paper") or (), **PAPER)
+        if paper := row.get("paper"):
+            axes.plot((x - 0.2, x + 0.2), paper, **PAPER)
     axes.set_xticks(range(len(rows)), [_wrap(str(row[label])) for row in rows])
     axes.set_ylabel(ylabel)
     _scale(axes, ylabel)

@@ -192,31 +192,31 @@ def embeddings(
 
 def scatter(table: pl.DataFrame, order: Sequence[str]) -> list[dict[str, Any]]:
     """r_e(A) against r_e(K), a colour and a symbol a method; hover names task and step."""
-    traces = []
-    for place, ((label, *_), group) in enumerate(table.group_by("label", maintain_order=True)):
-        i = index(str(label), place, order)
-        traces.append({
-            "type": "scatter", "mode": "markers", "name": str(label), "x": group["r_e_A"].to_list(),
-            "y": group["r_e_K"].to_list(), "palette": i,
-            "marker": {"size": 6, "opacity": 0.7, "symbol": SYMBOLS[i % len(SYMBOLS)]},
-            "text": [f"{task}, step {step:,}" for task, step in group.select("task", "global_step").iter_rows()],
-            "hovertemplate": "%{text}<br>rₑ(A) %{x:.2f} · rₑ(K) %{y:.2f}<extra></extra>",
-        })  # fmt: skip
-    return traces
+    text = pl.format("{}, step {}", "task", pl.col("global_step").map_elements("{:,}".format, return_dtype=pl.String))
+    return _points(table.with_columns(text=text), "r_e_A", "r_e_K", order, {"size": 6, "opacity": 0.7},
+                   "rₑ(A) %{x:.2f} · rₑ(K) %{y:.2f}")  # fmt: skip
 
 
 def entries(table: pl.DataFrame, metric: str, order: Sequence[str]) -> list[dict[str, Any]]:
     """A metric as agents enter their tasks against the score at the end, a colour and a symbol a method."""
-    return [
-        {
-            "type": "scatter", "mode": "markers", "name": str(label), "x": group[metric].to_list(),
-            "y": group["score"].to_list(), "palette": (own := index(str(label), place, order)),
-            "marker": {"size": 8, "opacity": 0.8, "symbol": SYMBOLS[own % len(SYMBOLS)]},
-            "text": [f"{run}: {i + 1}. {task}" for run, i, task in group.select("run", "place", "task").rows()],
-            "hovertemplate": "%{text}<br>" + metric + " %{x:.3g}, then %{y:.2f}<extra></extra>",
-        }
-        for place, ((label, *_), group) in enumerate(table.group_by("label", maintain_order=True))
-    ]  # fmt: skip
+    text = pl.format("{}: {}. {}", "run", pl.col("place") + 1, "task")
+    return _points(table.with_columns(text=text), metric, "score", order, {"size": 8, "opacity": 0.8},
+                   metric + " %{x:.3g}, then %{y:.2f}")  # fmt: skip
+
+
+def _points(
+    table: pl.DataFrame, x: str, y: str, order: Sequence[str], marker: Mapping[str, Any], numbers: str
+) -> list[dict[str, Any]]:
+    """Points of a table, a colour and a symbol a label; hover shows their ``text`` and these numbers."""
+    traces = []
+    for place, ((label, *_), group) in enumerate(table.group_by("label", maintain_order=True)):
+        i = index(str(label), place, order)
+        traces.append({
+            "type": "scatter", "mode": "markers", "name": str(label), "x": group[x].to_list(), "y": group[y].to_list(),
+            "palette": i, "marker": {**marker, "symbol": SYMBOLS[i % len(SYMBOLS)]}, "text": group["text"].to_list(),
+            "hovertemplate": f"%{{text}}<br>{numbers}<extra></extra>",
+        })  # fmt: skip
+    return traces
 
 
 def option_lines(points: Mapping[float, Mapping[str, Any]], order: Sequence[str]) -> list[dict[str, Any]]:

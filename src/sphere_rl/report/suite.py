@@ -14,6 +14,7 @@ from sphere_rl import statistics
 from sphere_rl.errors import ConfigError, RunFolderError
 from sphere_rl.report import foresight, geometry, tables
 from sphere_rl.report.curves import Curve, curves
+from sphere_rl.report.foresight import Foresight
 from sphere_rl.report.geometry import Snapshot
 from sphere_rl.report.paper import published
 from sphere_rl.results import Results
@@ -100,10 +101,14 @@ class SuiteRuns:
         for actor, method in arms(self.results):
             label = self._label(actor, method)
             one = self.runs.filter((pl.col("actor") == actor) & (pl.col("method") == method)).row(0, named=True)
-            made: dict[str, Any] = {"label": label}
-            made |= {name: tuple(one[name]) for name in ("methods", "settings")}
-            made["r_e_K"] = tables.final_rank(*self._of(label), self.tasks)
-            made["paper"] = published(self.suite, self.tasks, actor, one["methods"], self.results.trained(one["run"]))
+            trained = self.results.trained(one["run"])
+            made = {
+                "label": label,
+                "methods": tuple(one["methods"]),
+                "settings": tuple(one["settings"]),
+                "r_e_K": tables.final_rank(*self._of(label), self.tasks),
+                "paper": published(self.suite, self.tasks, actor, one["methods"], trained),
+            }
             empty = {"suite": self.suite, "actor": actor, "method": method} | dict.fromkeys(NUMBERS)
             complete.append(empty | found.get((actor, method), {}) | made)
         return complete
@@ -238,8 +243,12 @@ class SuiteRuns:
         found = curves(table, "position", column, ["label"], part="place")
         return sorted(found, key=lambda curve: self.labels.index(curve.label))
 
-    def profiles(self, protocol: str) -> list[Curve]:
-        """Performance profiles in the headline's order: share of (seed, task) above each score, with its interval."""
+    @cached_property
+    def profiles(self) -> dict[str, list[Curve]]:
+        """Performance profiles by protocol, in the headline's order: share of (seed, task) above each score."""
+        return {protocol: self._profiles(protocol) for protocol in ("crl", "rl")}
+
+    def _profiles(self, protocol: str) -> list[Curve]:
         if self.score == "success_final":
             thresholds = np.arange(50) / 50
         else:
@@ -258,6 +267,11 @@ class SuiteRuns:
     def entries(self) -> pl.DataFrame:
         """What agents are as they enter tasks, and what they reach there: see `foresight`."""
         return foresight.entries(self.evals, self.spectra, self.score)
+
+    @cached_property
+    def foretold(self) -> dict[str, Foresight]:
+        """What each metric at entry foretells."""
+        return {name: foresight.foresight(self.entries, name) for name in self.metrics}
 
     @property
     def metrics(self) -> list[str]:
