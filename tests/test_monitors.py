@@ -9,7 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium
 import pytest
+from PIL import Image, ImageSequence
 from rich.console import Console
 
 from sphere_rl import cli
@@ -141,6 +143,76 @@ def test_missing_wandb_is_one_line_before_anything_is_written(
     assert not (tmp_path / "out").exists()
     assert cli.main([*WORDS, "--log", "paper", "--out", str(tmp_path / "out")]) == 2
     assert "paper" in capsys.readouterr().err
+
+
+DRAWN = """
+import gymnasium, numpy as np
+
+class Bright(gymnasium.Env):
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 24}
+    observation_space = gymnasium.spaces.Box(0.0, 20.0, (1,))
+    action_space = gymnasium.spaces.Discrete(2)
+    def __init__(self, render_mode=None): self.render_mode = render_mode
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0
+        return np.zeros(1, np.float32), {}
+    def step(self, action):
+        self.count += 1
+        return np.full(1, self.count, np.float32), 1.0, self.count == 12, False, {}
+    def render(self):
+        DRAWING
+        return np.full((34, 48, 3), 20 * self.count, dtype=np.uint8)
+
+gymnasium.register("Bright-v0", Bright)
+"""
+
+
+def filmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drawing: str) -> RunFolder:
+    """A run on an environment that draws how far its episode is; the same as without films."""
+    (tmp_path / "bright.py").write_text(DRAWN.replace("DRAWING", drawing))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.delitem(sys.modules, "bright", raising=False)
+    monkeypatch.delitem(gymnasium.registry, "Bright-v0", raising=False)
+    words = [word.replace("Pendulum-v1", "bright:Bright-v0") for word in WORDS]
+    for name, more in (("plain", ()), ("filmed", ("--films",))):
+        assert cli.main([*words, *more, "--out", str(tmp_path / name)]) == 0
+    assert (tmp_path / "filmed/eval.jsonl").read_bytes() == (tmp_path / "plain/eval.jsonl").read_bytes()
+    return RunFolder(tmp_path / "filmed")
+
+
+def test_films_of_each_task_are_in_tensorboard_and_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = filmed(tmp_path, monkeypatch, "pass")
+    events = event_accumulator.EventAccumulator(str(run.path / "tb"), size_guidance={"images": 0})
+    events.Reload()
+    for index, step in enumerate((256, 512)):
+        name = f"task-{index:02d}-bright_Bright-v0"
+        (shown,) = events.Images(f"film/{name}")
+        film = run.path / "films" / f"{name}.gif"
+        assert (shown.step, shown.width, shown.height) == (step, 48, 34)
+        assert shown.encoded_image_string == film.read_bytes()
+        with Image.open(film) as opened:
+            frames = [frame.convert("L").getpixel((0, 0)) for frame in ImageSequence.Iterator(opened)]
+        assert frames == [0, 40, 80, 120, 160, 200, 240]  # of 24 steps a second every other, 12 a second
+
+
+@pytest.mark.parametrize(
+    ("drawing", "reason"),
+    [
+        ("raise ValueError('no such colour')", "ValueError: no such colour"),
+        ("import os; os.abort()", "the process that draws ended with -6"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], drawing: str, reason: str
+) -> None:
+    run = filmed(tmp_path, monkeypatch, drawing)
+    assert capsys.readouterr().err == f"no films of this run: {reason}\n"
+    assert run.status()["state"] == "finished"
 
 
 def test_wandb_offline_has_the_numbers_and_changes_nothing(run: RunFolder, tmp_path: Path) -> None:

@@ -146,6 +146,8 @@ class TrainConfig:
     """Threads that compute: two train actor and critic and halves of the experts side by side. auto: two if faster."""
     log: Literal["tensorboard", "wandb"] = "tensorboard"
     """Who is told every number of the logs: TensorBoard files; wandb: Weights & Biases as well (extra `wandb`)."""
+    films: bool = False
+    """A film of each task's policy at its end, for whoever is told the numbers, too, and in films/ (extra `play`)."""
     on_nan: Literal["stop", "rollback"] = "stop"
     """A number that is not finite stops the run; rollback: it goes back to its last checkpoint, with new seeds."""
     env_timeout: float = 0.0

@@ -46,10 +46,12 @@ def play(
     device: str = "cpu",
     picture: Picture | None = None,
     progress: bool = False,
+    insist: bool = True,
 ) -> Recording:
     """Film a run's policy (mean action) on a task of its suite, by default the checkpoint's own; see `record`.
 
-    By default the checkpoint is the latest; for a named task of an ``rl`` run it is that task's own.
+    By default the checkpoint is the latest; for a named task of an ``rl`` run it is that task's own. Where frames
+    cannot be chosen, a ``picture`` is an error, or without ``insist`` the environment's own.
 
     Raises:
         ConfigError: the suite has no such task, or its frames cannot be chosen; the policy does not fit it; no such
@@ -68,7 +70,7 @@ def play(
     suite, task, chosen, policy = load_for_task(run, task, checkpoint, device)
     arguments = config_of(RunFolder.existing(run)).environment
     with global_streams(seed), closing(suite.render_env(task, seed, **arguments)) as env:
-        if picture is not None:
+        if picture is not None and (insist or isinstance(env.unwrapped, Drawable)):
             _draw_as(env, picture)
         send = action_sender(env.action_space)
 

@@ -141,7 +141,7 @@ def check_folder(run: PlannedRun) -> None:
     if not RunFolder(run.folder).config_path.is_file():
         return
     ours, theirs = to_dict(run.config), to_dict(config_of(RunFolder(run.folder)))
-    for name in ours.keys() - {"log", "env_threads", "torch_threads"}:  # how it is computed, not what
+    for name in ours.keys() - {"log", "films", "env_threads", "torch_threads"}:  # how it is computed, not what
         if ours[name] != theirs[name]:
             raise ConfigError(name, ours[name], f"{theirs[name]!r}, as in {run.folder}; choose another --out")
 

@@ -13,7 +13,7 @@ from sphere_rl.config import TrainConfig, load_toml, names_of, overridden, prese
 from sphere_rl.suites import make_suite
 from sphere_rl.suites.env_args import taken_from
 from sphere_rl.terminal.options import train_parser
-from sphere_rl.training.monitors import check_log
+from sphere_rl.training.monitors import check_watchers
 
 
 def parse_train(words: list[str]) -> tuple[TrainConfig, Path, bool]:
@@ -39,7 +39,7 @@ def parse_train(words: list[str]) -> tuple[TrainConfig, Path, bool]:
     given = vars(train_parser(default, helpful).parse_args([flag_of(word) for word in words]))
     own = {name: given.pop(name, None) for name in ("config", "out", "quiet")}
     settings = overridden(default, given | {"env_args": arguments})
-    check_log(settings.log)
+    check_watchers(settings)
     return settings, own["out"] or Path("runs") / default_name(settings), bool(own["quiet"])
 
 

@@ -28,7 +28,7 @@ GROUPS = {
     "observations and rewards": "normalize_observations observation_clip normalize_rewards",
     "network": " ".join(field.name for field in fields(NetworkOptions)),
     "measuring": "eval_every eval_episodes final_eval_episodes eval_max_steps spectrum_every",
-    "process": "checkpoint_every on_nan env_timeout env_threads torch_threads device log",
+    "process": "checkpoint_every on_nan env_timeout env_threads torch_threads device log films",
 }
 """Every option of a run but the methods' own, in the groups that ``--help`` and the documentation have."""
 

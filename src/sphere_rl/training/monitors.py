@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import count
+from pathlib import Path
 from socket import gethostname
 from time import time
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -21,6 +22,7 @@ from sphere_rl.extras import require
 from sphere_rl.runs import RunFolder, written
 from sphere_rl.spectrum.vanishing import FeatureWatch
 from sphere_rl.training.display import Bars, Lines
+from sphere_rl.training.films import Films
 
 if TYPE_CHECKING:
     from sphere_rl.training.agent import Agent
@@ -49,19 +51,21 @@ class Host(Protocol):
         """Environments and agent are there; training begins, or goes on after an interruption."""
 
 
-def check_log(log: str) -> None:
-    """Raise `MissingExtraError` where a log's package is not installed."""
-    if log == "wandb":
+def check_watchers(config: TrainConfig) -> None:
+    """Raise `MissingExtraError` where a package is not installed that a run's monitors need."""
+    if config.log == "wandb":
         require("wandb", "log")
+    if config.films:
+        require("play", "films")
 
 
 def make_monitors(config: TrainConfig, folder: RunFolder, global_step: int, quiet: bool) -> list[Monitor]:
-    """TensorBoard and notices always, W&B if asked for; a display unless quiet: bars on a terminal, lines elsewhere.
+    """TensorBoard and notices always, W&B and films if asked for; a display unless quiet, of bars or lines.
 
     Raises:
         CommandLineError: W&B is asked for and cannot be used.
     """
-    check_log(config.log)
+    check_watchers(config)
     monitors: list[Monitor] = [TensorBoard(config, folder, global_step)]
     if config.log == "wandb":
         monitors.append(WandB(config, folder, quiet))
@@ -70,6 +74,8 @@ def make_monitors(config: TrainConfig, folder: RunFolder, global_step: int, quie
         display = Bars if console.is_terminal else Lines
         monitors.append(display(config, console, str(folder.path), global_step))
     monitors.append(Notices(config, folder, console))
+    if config.films:
+        monitors.append(Films(folder, monitors, console))
     return monitors
 
 
@@ -140,6 +146,15 @@ class TensorBoard:
         values = [{"tag": name, "simple_value": value} for name, value in scalars(log, row)]
         self._write(step=row["global_step"], summary={"value": values})
 
+    def show(self, name: str, global_step: int, film: Path) -> None:
+        """Put the film among the images, where TensorBoard plays it."""
+        from PIL import Image
+
+        with Image.open(film) as opened:
+            width, height = opened.size
+        image = {"width": width, "height": height, "colorspace": 3, "encoded_image_string": film.read_bytes()}
+        self._write(step=global_step, summary={"value": [{"tag": name, "image": image}]})
+
     def close(self) -> None:
         """Write what is left."""
         with written(self._path):
@@ -173,6 +188,11 @@ class WandB:
     def row(self, log: str, row: dict[str, Any]) -> None:
         """Send every number of the row."""
         self._run.log({"global_step": row["global_step"], **dict(scalars(log, row))})
+
+    def show(self, name: str, global_step: int, film: Path) -> None:
+        """Send the film."""
+        wandb: Any = importlib.import_module("wandb")
+        self._run.log({"global_step": global_step, name: wandb.Video(str(film), format="gif")})
 
     def close(self) -> None:
         """Send what is left."""
