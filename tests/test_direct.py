@@ -24,7 +24,7 @@ from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.learner.losses import Samples, gaussian_loss
 from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.learner.optimizer import ExpertAdam
-from sphere_rl.learner.policy_step import is_plain
+from sphere_rl.learner.policy_step import has_fused_step
 from sphere_rl.learner.value_step import begin_regression, regression
 from sphere_rl.methods.sphere import Sphere
 from sphere_rl.penalty import sphere_penalty
@@ -267,8 +267,8 @@ def test_networks_with_something_between_their_layers_are_not_plain(option: dict
         actor.experts.layerwise = True
     if "hook" in option:
         (actor.experts.hidden[0], actor.experts)[option["hook"]].register_forward_hook(lambda *_: None)
-    assert not is_plain(actor)
-    assert is_plain(make_actor("topk_moe", D, A, width=8, depth=2, num_experts=3))
+    assert not has_fused_step(actor)
+    assert has_fused_step(make_actor("topk_moe", D, A, width=8, depth=2, num_experts=3))
 
 
 @pytest.mark.parametrize("max_norm", [1e-2, 1e3])

@@ -167,6 +167,14 @@ def test_one_power_iteration_by_hand():
     torch.testing.assert_close(u[0], torch.tensor([2.4, 0.8]) / (2.4**2 + 0.8**2) ** 0.5)
 
 
+def test_load_balance_where_there_are_fewer_experts_than_a_gate_would_choose():
+    """dense_moe selects none, so its experts may be fewer than top_k; all are chosen then and the load is even."""
+    agent = make_agent(make_config("load_balance", actor="dense_moe", **{"network.num_experts": 1}))
+    penalty = only_method(agent).actor_penalty(actor_step(agent, batch()))
+    assert penalty is not None
+    assert float(only_method(agent).metrics()["load_balance_actor"]) == 1.0
+
+
 def test_load_balance_by_hand():
     even = torch.log(
         torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.1, 0.7, 0.1, 0.1], [0.1, 0.1, 0.7, 0.1], [0.1] * 3 + [0.7]])

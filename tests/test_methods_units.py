@@ -9,7 +9,7 @@ from conformance.agents import begin, changed, make_agent, make_config, only_met
 from sphere_rl.experts.layers import RoutedFeatures
 from sphere_rl.experts.network import MoENetwork
 from sphere_rl.experts.routing import single_routing, top_k_routing
-from sphere_rl.methods._layers import mean_by_expert, recycle, stacks, unit_features, unit_layers
+from sphere_rl.methods._layers import mean_by_expert, recycle, unit_features, unit_layers
 from sphere_rl.methods.cbp import CbpConfig, UnitStatistics, accumulate, choose, correction, fold
 from sphere_rl.methods.redo import dormant_units
 from sphere_rl.training.agent import Agent
@@ -132,7 +132,7 @@ def test_new_weights_are_lecun_normal():
 def test_an_expert_that_sees_nothing_is_left_alone():
     agent = make_agent(make_config("redo", redo={"threshold": 10.0, "every": 1}))
     with torch.no_grad():
-        stacks(agent.actor)[1].head.bias[0, 2] = -1e3
+        agent.actor.parts[1].head.bias[0, 2] = -1e3
     state = snapshot(agent)
     only_method(agent).after_iteration(agent, rollout(2))
     for i in range(2):

@@ -115,7 +115,7 @@ def test_a_gate_of_ones_own_routes_as_its_weights_say(write) -> None:
     (gradient,) = torch.autograd.grad(trace.output.sum(), [actor.gate.head.bias])
     by_hand = 0.5 * ((trace.gates != 0).float() * every.sum(-1).t()).sum(0)
     torch.testing.assert_close(gradient[0], by_hand)
-    assert not actor.is_plain
+    assert not actor.has_kernel_forward
     assert set(KINDS) == {"dense", "wide", "topk_moe", "dense_moe", "shared_moe", "ds_moe"}
 
 

@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
 import torch
 
+import sphere_rl
 from sphere_rl.errors import RunFolderError
 from sphere_rl.runs import Logs, RunFolder, checkpoint, write_atomic
 
@@ -25,6 +30,32 @@ def test_create_writes_config_versions_and_commit(folder: RunFolder) -> None:
     assert data["config"] == {"seed": 1} == folder.config()
     assert data["versions"]["torch"] == torch.__version__
     assert set(data) == {"config", "versions", "commit"}
+
+
+def test_the_commit_is_that_of_the_source_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of a project in whose folder the package is installed, and nothing where there is no git."""
+    ask = "from sphere_rl.runs import commit; print(commit())"
+
+    def told(source: Path, **changes: str) -> str:
+        environment = os.environ | {"PYTHONPATH": str(source)} | changes
+        command = [sys.executable, "-c", ask]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+        command = ["git", "-C", str(tmp_path), *who, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    (tmp_path / "own.txt").write_text("a project")
+    git("init")
+    git("add", "own.txt")
+    git("commit", "-m", "first")
+    installed = tmp_path / ".venv" / "site-packages"
+    shutil.copytree(Path(sphere_rl.__file__).parent, installed / "sphere_rl")
+    assert told(installed) == "None"
+    git("add", "--force", ".venv/site-packages/sphere_rl/runs/__init__.py")
+    assert told(installed) == git("rev-parse", "HEAD")
+    assert told(installed, PATH="") == "None"
 
 
 def test_a_folder_is_never_written_over(folder: RunFolder, tmp_path: Path) -> None:

@@ -11,16 +11,20 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 import torch
-from agents import EAGER, begin, make_agent, make_config, train
+from agents import EAGER, SHORT, begin, make_agent, make_config, train
 from comparing import difference, run_difference
 
 from sphere_rl import protocol
 from sphere_rl.config import TrainConfig
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts.network import KINDS
+from sphere_rl.learner.minibatch import flatten
+from sphere_rl.learner.rollout import Collector
 from sphere_rl.methods import methods
 from sphere_rl.runs import RunFolder, checkpoint
+from sphere_rl.suites import make_suite
 from sphere_rl.training.agent import Agent
+from sphere_rl.training.step import STATISTICS, minibatch_steps
 
 METHODS = sorted(methods())
 
@@ -54,6 +58,30 @@ def test_is_described(name):
         if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name) and isinstance(b, ast.Expr)
     ]
     assert documented == [f.name for f in fields(method.Config)], "every option has a sentence under it"
+
+
+@pytest.mark.parametrize("kind", ["dense", "topk_moe"])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_first_step_of_a_later_task_starts_from_the_policy_that_collected(name: str, kind: str) -> None:
+    """Whatever a method has changed by then: KL and clipped share are zero, the value loss is that of the critic."""
+    config = make_config(name, actor=kind, num_epochs=1)
+    agent = agent_or_refusal(config)
+    begin(agent, 0)
+    train(agent, 0, 1)
+    begin(agent, 1)
+    envs = make_suite("gym").make(SHORT, config.num_envs, 2, 1)
+    collected = Collector(envs, agent.normalizer, agent.device).collect(
+        agent.actor, agent.critic, config.num_steps, agent.generator
+    )
+    envs.close()
+    samples = flatten(collected, collected.reward - collected.reward.mean())
+    with torch.no_grad():
+        expected = (agent.critic(samples.observation).squeeze(-1) - samples.value_target).square().mean()
+    (found,) = minibatch_steps(agent, samples, [torch.arange(len(samples))], config)
+    statistics = dict(zip(STATISTICS, found.tolist(), strict=True))
+    assert statistics["kl"] == pytest.approx(0, abs=1e-6)
+    assert statistics["clip_fraction"] == 0
+    assert statistics["value_loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -66,6 +66,11 @@ class GroupedLinear(nn.Module):
         """Weight and bias that rows are multiplied by."""
         return (self.normalized_weight() if self.spectral_norm else self.weight), self.bias
 
+    @property
+    def uses_its_parameters(self) -> bool:
+        """Whether rows are multiplied by ``weight`` and ``bias`` as they are, and nothing made of them."""
+        return type(self) is GroupedLinear and not self.spectral_norm
+
     def normalized_weight(self) -> Float[Tensor, "E out in"]:
         """W_e/σ_e, with one power iteration in training mode."""
         if self.training and torch.is_grad_enabled():  # not while experience is collected
@@ -156,6 +161,11 @@ class ExpertOutput:
     features: tuple[RoutedFeatures, ...]
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody looks at, or changes, what goes into this module or comes out of it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 class ExpertMLP(nn.Module):
     """E MLPs of the same shape with ReLU, mixed by a routing: out = Σ_e g_e · expert_e(x).
 
@@ -210,7 +220,7 @@ class ExpertMLP(nn.Module):
     def is_chain(self) -> bool:
         """Whether all layers can be one operation, unseen by forward hooks."""
         plain = not (self.layerwise or self.layer_norm or self.crelu)
-        return plain and not any(layer._forward_hooks for layer in self.layers)
+        return plain and not any(is_hooked(layer) for layer in self.layers)
 
     def effective(self) -> Layers:
         """Weights and biases that rows are multiplied by."""

@@ -20,7 +20,7 @@ from sphere_rl import plugins
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts.gates import Gate, Kind, TopK
 from sphere_rl.experts.heads import CategoricalHead, GaussianHead, MultiCategoricalHead
-from sphere_rl.experts.layers import ExpertMLP, RoutedFeatures
+from sphere_rl.experts.layers import ExpertMLP, RoutedFeatures, is_hooked
 from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.experts.routing import single_routing
 from sphere_rl.experts.tracing import unsorted_weights
@@ -102,7 +102,7 @@ class MoENetwork(nn.Module):
         """The output alone."""
         if is_being_exported():
             return self._unrouted(observation)
-        if not (self.is_plain and is_unrecorded()):
+        if not (self.has_kernel_forward and is_unrecorded()):
             return self.trace(observation).output
         return mixture_output([mlp.effective() for mlp in self.parts], self.gating, observation, 1)
 
@@ -140,18 +140,20 @@ class MoENetwork(nn.Module):
         return [mlp for mlp in (self.experts, self.gate) if mlp is not None]
 
     @property
-    def is_plain(self) -> bool:
-        """Whether kernels can compute it: chains of linear layers and ReLU, unseen by forward hooks, with a gate that
-        they know and nothing in front.
+    def has_kernel_forward(self) -> bool:
+        """Whether kernels can compute the output: chains of linear layers and ReLU without hooks, with a gate that they
+        know and nothing in front.
         """
         return (
             self.encoder is None
             and isinstance(self.routes, TopK)
-            and all(
-                mlp is None or (type(mlp) is ExpertMLP and mlp.is_chain and not mlp._forward_hooks)
-                for mlp in (self.experts, self.gate)
-            )
+            and all(type(mlp) is ExpertMLP and mlp.is_chain and not is_hooked(mlp) for mlp in self.parts)
         )
+
+    @property
+    def has_kernel_gradient(self) -> bool:
+        """Whether kernels can take a gradient step as well: the layers multiply by their parameters as they are."""
+        return self.has_kernel_forward and all(layer.uses_its_parameters for mlp in self.parts for layer in mlp.layers)
 
     @property
     def routes(self) -> Gate:
@@ -164,7 +166,7 @@ class MoENetwork(nn.Module):
         """How kernels read the gate's logits.
 
         Raises:
-            TypeError: the gate is none that they know, and the network not `is_plain`.
+            TypeError: the gate is none that they know, and the network has no kernel forward.
         """
         if not isinstance(routes := self.routes, TopK):
             raise TypeError(f"gate: kernels cannot read a {type(routes).__name__}; expected TopK")
@@ -267,9 +269,9 @@ class Actor(MoENetwork):
         self.head = choices if discrete else GaussianHead(action_dim)
 
     @property
-    def is_plain(self) -> bool:
+    def has_kernel_gradient(self) -> bool:
         """As of every network, and with a policy whose loss is written out: that of several discrete actions is not."""
-        return super().is_plain and not isinstance(self.head, MultiCategoricalHead)
+        return super().has_kernel_gradient and not isinstance(self.head, MultiCategoricalHead)
 
 
 def make_actor(

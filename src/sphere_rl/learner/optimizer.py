@@ -24,17 +24,14 @@ class ExpertAdam(torch.optim.Adam):
     themselves, so that no other tensor can come to these addresses while they are compared.
     """
 
-    grad_scale: Tensor | None = None
-    """Gradients are divided by it in `step`, in place, as PyTorch's fused optimisers do for their loss scaling."""
-
     def __init__(self, parameters: Iterable[Tensor], lr: float, eps: float) -> None:
         super().__init__(parameters, lr=lr, eps=eps, fused=True)
         self._views: dict[Tensor, tuple[list[int], list[Entry]]] = {}
         self._kept: tuple[list[int], Any] | None = None
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Take one step with the gradients that the parameters carry."""
+    def step(self, closure: None = None, *, grad_scale: Tensor | None = None) -> None:  # type: ignore[override]
+        """Take one step with the gradients that the parameters carry, which are first divided by ``grad_scale``."""
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
@@ -43,8 +40,8 @@ class ExpertAdam(torch.optim.Adam):
             entries = [entry for p in parameters for entry in self._entries(p, group["betas"][1])]
             count_step([self.state[p]["step"] for p in parameters])
             mine, *others = step_of(entries, *self.numbers(group)).share(lanes())
-            waits = [begin(adam_step, start_adam_step, p, self.grad_scale) for p in others]
-            adam_step(mine, self.grad_scale)
+            waits = [begin(adam_step, start_adam_step, p, grad_scale) for p in others]
+            adam_step(mine, grad_scale)
             for wait in waits:
                 wait()
             for gradient in known:

@@ -3,8 +3,8 @@
 Two threads wait for each other at Python's lock between their operations, and after every product Python itself has to
 come back into the cache. What runs here needs Python only to begin and to end: that is what a second lane
 (`sphere_rl.kernels.threads`) does best, and one thread alone saves autograd's bookkeeping and most of the memory
-traffic of gradients (`sphere_rl.kernels.backward`). Only for networks that are plain chains of layers (`is_plain`); all
-others go through autograd, with the same result.
+traffic of gradients (`sphere_rl.kernels.backward`). Only for networks that are plain chains of layers
+(`has_fused_step`); all others go through autograd, with the same result.
 """
 
 from collections.abc import Sequence
@@ -89,11 +89,9 @@ _Penalised = tuple[Tensor, Tensor, list[Tensor]]
 """Penalties, summed, and their gradients for the gate's weights [M] and for each layer's rows, empty where zero."""
 
 
-def is_plain(network: MoENetwork) -> bool:
-    """Whether a network is linear layers and ReLU, with nothing in between, and can be a TorchScript call."""
-    return (
-        SCRIPTED and network.is_plain and not any(layer.spectral_norm for mlp in network.parts for layer in mlp.layers)
-    )
+def has_fused_step(network: MoENetwork) -> bool:
+    """Whether a network's gradient steps can be a TorchScript call."""
+    return SCRIPTED and network.has_kernel_gradient
 
 
 @torch.inference_mode()

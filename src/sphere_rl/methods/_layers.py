@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sphere_rl.experts.layers import ExpertMLP, GroupedLinear, RoutedFeatures
+from sphere_rl.experts.layers import GroupedLinear, RoutedFeatures
 from sphere_rl.experts.network import Actor, MoENetwork, Trace
 from sphere_rl.learner.actor_critic import ActorCritic
 
@@ -19,19 +19,14 @@ def networks(agent: ActorCritic) -> dict[str, MoENetwork]:
     return {"actor": agent.actor, "critic": agent.critic}
 
 
-def stacks(network: MoENetwork) -> list[ExpertMLP]:
-    """The experts and, where there is one, the gate."""
-    return [network.experts] if network.gate is None else [network.experts, network.gate]
-
-
 def hidden_layers(network: MoENetwork) -> list[GroupedLinear]:
     """Every linear layer that a nonlinearity follows, the gate's included."""
-    return [layer for stack in stacks(network) for layer in stack.hidden if isinstance(layer, GroupedLinear)]
+    return [layer for mlp in network.parts for layer in mlp.hidden if isinstance(layer, GroupedLinear)]
 
 
 def linear_layers(network: MoENetwork) -> list[GroupedLinear]:
     """Hidden and output layers, the gate's included."""
-    return hidden_layers(network) + [stack.head for stack in stacks(network)]
+    return hidden_layers(network) + [mlp.head for mlp in network.parts]
 
 
 def fresh_networks(agent: ActorCritic) -> tuple[Actor, MoENetwork]:
@@ -95,8 +90,8 @@ class UnitLayer:
 def unit_layers(network: MoENetwork) -> list[UnitLayer]:
     """All hidden units of a network, layer by layer: the experts', then the gate's, as in `unit_features`."""
     layers = []
-    for stack in stacks(network):
-        chain = [layer for layer in (*stack.hidden, stack.head) if isinstance(layer, GroupedLinear)]
+    for mlp in network.parts:
+        chain = [layer for layer in mlp.layers if isinstance(layer, GroupedLinear)]
         layers += [UnitLayer(a, b) for a, b in pairwise(chain)]
     return layers
 

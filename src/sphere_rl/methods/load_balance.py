@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sphere_rl.errors import ConfigError
-from sphere_rl.experts.network import MoENetwork, Trace
+from sphere_rl.experts.network import MoENetwork, Trace, kinds
 from sphere_rl.learner.actor_critic import ActorCritic, Settings
 from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
@@ -49,7 +49,7 @@ class LoadBalance(Method):
 
     def check(self, config: Settings, discrete: bool) -> None:
         """There must be a gate."""
-        if config.actor in ("dense", "wide") and config.critic in ("dense", "wide"):
+        if all(kinds()[name].gate is None for name in (config.actor, config.critic)):
             raise ConfigError("method", "load_balance", f"an actor or critic with a gate; {config.actor} has none")
 
     def actor_penalty(self, step: ActorStep) -> Tensor | None:
@@ -64,7 +64,8 @@ class LoadBalance(Method):
         if trace.logits is None:
             return None
         options = network.options
-        balance, z = balance_loss(trace.logits / options.temperature, options.top_k), z_loss(trace.logits)
+        k = min(options.top_k, trace.logits.shape[1])
+        balance, z = balance_loss(trace.logits / options.temperature, k), z_loss(trace.logits)
         self._metrics |= {f"load_balance_{name}": balance.detach(), f"load_balance_{name}_z": z.detach()}
         return self.config.balance * balance + self.config.z * z
 

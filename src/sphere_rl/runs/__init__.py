@@ -115,9 +115,9 @@ class RunFolder:
             RunFolderError: as `check_vacant`.
         """
         self.check_vacant()
+        origin = origin or {"versions": versions(), "commit": commit()}
         with written(self.checkpoints):
             self.checkpoints.mkdir(exist_ok=True)
-        origin = origin or {"versions": versions(), "commit": commit()}
         write_atomic(self.config_path, _json({"config": config, **origin}))
 
     def check_vacant(self) -> None:
@@ -296,10 +296,19 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The source commit, where the package runs from a git checkout."""
-    source = Path(__file__).parent
-    git = subprocess.run(["git", "-C", source, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return git.stdout.strip() or None
+    """The source commit, where this file is one of a git checkout's own and not merely installed inside one."""
+    here = Path(__file__)
+    known = _git(here.parent, "ls-files", "--error-unmatch", here.name)
+    return _git(here.parent, "rev-parse", "HEAD") if known else None
+
+
+def _git(place: Path, *words: str) -> str | None:
+    """What git says there; nothing where it fails or there is no git."""
+    try:
+        said = subprocess.run(["git", "-C", place, *words], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return said.stdout.strip() or None if said.returncode == 0 else None
 
 
 def _json(data: Mapping[str, Any]) -> bytes:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sphere_rl.experts.layers import GroupedLinear, RoutedFeatures
 from sphere_rl.experts.network import MoENetwork, Trace
-from sphere_rl.experts.routing import Routing
+from sphere_rl.experts.routing import weighted_routing
 from sphere_rl.spectrum.kernel import block_view, entk, entk_jax, estimate_entk_rank, untouched
 from sphere_rl.spectrum.plasticity import (
     active_fraction,
@@ -140,10 +140,9 @@ def captured_metrics(
 
 
 def _routed(features: Float[Tensor, "N E H"], weights: Float[Tensor, "N E"]) -> RoutedFeatures:
-    """Features of the (state, expert) pairs whose weight is not zero, sorted by expert."""
-    expert, sample = (weights.T != 0).nonzero(as_tuple=True)
-    counts = tuple((weights != 0).sum(0).tolist())
-    return RoutedFeatures(features[sample, expert], Routing(weights, sample, weights[sample, expert], counts))
+    """Features of the (state, expert) pairs whose weight is not zero."""
+    routing = weighted_routing(weights)
+    return RoutedFeatures(features[routing.sample, routing.expert], routing)
 
 
 def weight_metrics(

@@ -8,7 +8,6 @@ is why they are fast.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ from sphere_rl.learner.losses import (
 )
 from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.learner.optimizer import ExpertAdam
-from sphere_rl.learner.policy_step import NO_PENALTY, FeaturePenalty, Rules, improve, is_plain
+from sphere_rl.learner.policy_step import NO_PENALTY, FeaturePenalty, Rules, has_fused_step, improve
 from sphere_rl.learner.value_step import Regression, begin_regression, regression
 from sphere_rl.methods import ActorStep, Method
 from sphere_rl.training.agent import Agent
@@ -62,7 +61,7 @@ def minibatch_steps(
     direct = description(agent, batch, order[0])
     critic = critic_regression(agent, batch, config, keep) if direct else None
     if direct is not None and critic is not None:
-        return direct_steps(agent, batch, order, config, keep, direct, [critic])
+        return direct_steps(agent, batch, order, rules_of(config), keep, direct, [critic])
     found = []
     for index in order:
         found.append(minibatch_step(agent, batch[index], config, keep, direct))
@@ -94,7 +93,7 @@ def description(agent: Agent, batch: Minibatch, first: Int[Tensor, "_"]) -> Desc
     The network must be plain and its optimiser Adam, and no more than one method may have a hand in the step: one that
     looks at no forward pass and says by its `feature_penalty` what it does.
     """
-    if not is_plain(agent.actor) or type(agent.actor_optimizer) is not ExpertAdam:
+    if not has_fused_step(agent.actor) or type(agent.actor_optimizer) is not ExpertAdam:
         return None
     found = [method for method in agent.methods if method.overrides(*ACTOR_HOOKS)]
     if not found:
@@ -182,10 +181,10 @@ def apply_gradients(
         parameter.grad = gradient
     norm = total_norm(gradients)
     if isinstance(optimizer, ExpertAdam) and norm.dtype == torch.float32:  # it divides as it goes, in float32 only
-        optimizer.grad_scale = clip_scale(norm, max_norm)
+        optimizer.step(grad_scale=clip_scale(norm, max_norm))
     else:
         scale_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    optimizer.step()
+        optimizer.step()
     return norm
 
 
@@ -201,7 +200,7 @@ def critic_regression(agent: Agent, batch: Minibatch, config: TrainConfig, keep:
     """The critic's step where nothing but the value loss of plain layers is differentiated."""
     critic, optimizer = agent.critic, agent.critic_optimizer
     needed = any(method.overrides(*CRITIC_HOOKS) for method in agent.methods)
-    if needed or critic.gate is not None or not is_plain(critic) or type(optimizer) is not ExpertAdam:
+    if needed or critic.gate is not None or not has_fused_step(critic) or type(optimizer) is not ExpertAdam:
         return None
     return regression(
         critic, optimizer, batch.observation, batch.value_target, config.value_coefficient, config.max_grad_norm, keep
@@ -213,37 +212,45 @@ def direct_actor_step(
 ) -> list[Tensor]:
     """The same step without a graph."""
     order = [torch.arange(len(batch), device=agent.device)]
-    (statistics,) = direct_steps(agent, batch, order, replace(config, learning_rate_schedule="constant"), keep, direct)
+    (statistics,) = direct_steps(agent, batch, order, rules_of(config)._replace(kl_target=0.0), keep, direct)
     return list(statistics.unbind())
+
+
+def rules_of(config: TrainConfig) -> Rules:
+    """What a run's configuration says of a step without a graph."""
+    return Rules(
+        clip=config.clip,
+        entropy_coefficient=config.entropy_coefficient,
+        max_norm=config.max_grad_norm,
+        kl_target=config.kl_target if config.learning_rate_schedule == "kl" else 0.0,
+        rate_bounds=config.learning_rate_bounds,
+        max_kl=KL_MARGIN * config.target_kl,
+    )
 
 
 def direct_steps(
     agent: Agent,
     batch: Minibatch,
     order: Sequence[Int[Tensor, "_"]],
-    config: TrainConfig,
+    rules: Rules,
     keep: bool,
     direct: Description,
     regressions: Sequence[Regression] = (),
 ) -> list[Float[Tensor, "S"]]:
     """Steps of the actor on minibatches without a graph. A critic's may be taken beside each; its statistics follow."""
     assert isinstance(agent.actor_optimizer, ExpertAdam)
-    follow = config.learning_rate_schedule == "kl"
     improved = improve(
         agent.actor,
         agent.actor_optimizer,
         Samples(batch.observation, batch.action, batch.policy, batch.log_prob, batch.advantage),
         order,
-        Rules(
-            config.clip, config.entropy_coefficient, config.max_grad_norm,
-            config.kl_target if follow else 0.0, config.learning_rate_bounds, KL_MARGIN * config.target_kl,
-        ),
+        rules,
         direct.penalty,
         keep,
         regressions,
-    )  # fmt: skip
+    )
     if direct.method is not None:
         direct.method.penalised(improved)
-    if follow:
+    if rules.kl_target > 0:
         agent.set_learning_rate(improved.rate)
     return list(improved.statistics.unbind())
