@@ -187,7 +187,7 @@ def test_discrete_policies_too(mode: str) -> None:
 def test_gradients_that_are_kept_and_gradients_that_are_not(brief: bool) -> None:
     """At the size of these tests both kinds occur; here all are of one."""
     rows, wide = (2, 64) if brief else (300, 8)
-    assert sweeps.is_brief(rows, 2, wide, wide) == brief
+    assert sweeps.is_cheaper_later(rows, 2, wide, wide) == brief
     config = make_config("sphere", network=NETWORK | {"width": wide}, sphere={"mode": "grad", "rho": 0.7})
     own, peer = (double_agent(config) for _ in range(2))
     samples = minibatch(3, rows=rows)

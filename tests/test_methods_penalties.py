@@ -169,7 +169,7 @@ def test_one_power_iteration_by_hand():
 
 def test_load_balance_where_there_are_fewer_experts_than_a_gate_would_choose():
     """dense_moe selects none, so its experts may be fewer than top_k; all are chosen then and the load is even."""
-    agent = make_agent(make_config("load_balance", actor="dense_moe", **{"network.num_experts": 1}))
+    agent = make_agent(make_config("load_balance", actor="dense_moe", network={"num_experts": 1, "width": 16}))
     penalty = only_method(agent).actor_penalty(actor_step(agent, batch()))
     assert penalty is not None
     assert float(only_method(agent).metrics()["load_balance_actor"]) == 1.0

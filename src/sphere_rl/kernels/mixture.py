@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sphere_rl.kernels.mlp import chain_outputs
-from sphere_rl.kernels.routing import Assigned, Gating, blocks_of, route
+from sphere_rl.kernels.routing import Assignments, Gating, blocks_of, route
 from sphere_rl.kernels.script import scriptable, scripted
 
 
@@ -17,16 +17,18 @@ class Layers(NamedTuple):
     biases: list[Tensor]
 
 
-class Passed(NamedTuple):
-    """A forward pass: which rows go where, and inputs and outputs of all layers of the gate and of the experts."""
+class MixturePass(NamedTuple):
+    """All that a forward pass computed."""
 
-    assigned: Assigned
+    assigned: Assignments
     gate: list[Tensor]
+    """Rows of the gate [N, D] and the output of each of its layers; the rows alone where there is no gate."""
     experts: list[Tensor]
+    """Rows of the experts [M, D], sorted by expert, and the output of each of their layers."""
 
 
 @scriptable
-def mixture_pass(parts: list[Layers], gating: Gating, rows: Tensor, num_lanes: int) -> Passed:
+def mixture_pass(parts: list[Layers], gating: Gating, rows: Tensor, num_lanes: int) -> MixturePass:
     """Rows [N, D] through the experts, ``parts[0]``, and the gate before them, ``parts[1]``, if there is one."""
     n = rows.size(0)
     if len(parts) > 1:
@@ -36,13 +38,13 @@ def mixture_pass(parts: list[Layers], gating: Gating, rows: Tensor, num_lanes: i
     else:
         gate = [rows]
         ones, sample = rows.new_ones(n, 1), torch.arange(n, device=rows.device)
-        found = Assigned(ones, torch.zeros_like(sample), sample, ones[:, 0], [n])
+        found = Assignments(ones, torch.zeros_like(sample), sample, ones[:, 0], [n])
     experts = chain_outputs(rows, parts[0].weights, parts[0].biases, blocks_of(found.counts), num_lanes)
-    return Passed(found, gate, experts)
+    return MixturePass(found, gate, experts)
 
 
 @scriptable
-def mixed(found: Passed, n: int) -> Tensor:
+def mixed_output(found: MixturePass, n: int) -> Tensor:
     """Σ_e g_e · expert_e(x) of each of N samples."""
     rows, assigned = found.experts[-1], found.assigned
     if len(assigned.counts) == 1:  # every sample once, in order, with weight 1
@@ -54,4 +56,4 @@ def mixed(found: Passed, n: int) -> Tensor:
 @scripted
 def mixture_output(parts: list[Layers], gating: Gating, rows: Tensor, num_lanes: int) -> Tensor:
     """The output [N, A] alone."""
-    return mixed(mixture_pass(parts, gating, rows, num_lanes), rows.size(0))
+    return mixed_output(mixture_pass(parts, gating, rows, num_lanes), rows.size(0))

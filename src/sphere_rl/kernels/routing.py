@@ -9,21 +9,29 @@ from sphere_rl.kernels.script import scriptable
 
 
 class Gating(NamedTuple):
-    """How logits become weights: softmax over the k largest, after ``shared`` experts of weight 1 that see all."""
+    """How logits [N, R] become routing weights [N, E], E = shared + R."""
 
     k: int
+    """Softmax over the k largest logits of each sample."""
     shared: int
+    """Experts of weight 1 that see all samples, before the others."""
     temperature: float
+    """Logits are divided by it."""
 
 
-class Assigned(NamedTuple):
-    """Weights [N, E], zero where not selected; the M selected, sorted by expert and sample; each expert's number."""
+class Assignments(NamedTuple):
+    """The M selected pairs of expert and sample, sorted by expert and then by sample."""
 
     weights: Tensor
+    """Routing weights [N, E], zero where not selected."""
     expert: Tensor
+    """[M]."""
     sample: Tensor
+    """[M]."""
     gate: Tensor
+    """Routing weight of each pair [M]."""
     counts: list[int]
+    """Pairs of each expert."""
 
 
 @scriptable
@@ -45,12 +53,12 @@ def gate_weights(logits: Tensor, gating: Gating) -> tuple[Tensor, Tensor]:
 
 
 @scriptable
-def route(logits: Tensor, gating: Gating) -> Assigned:
+def route(logits: Tensor, gating: Gating) -> Assignments:
     """Assign samples by their logits [N, R]; of equal ones the lowest index wins."""
     weights, chosen = gate_weights(logits, gating)
     expert, sample = chosen.t().nonzero().unbind(1)
     counts: list[int] = chosen.sum(0).tolist()
-    return Assigned(weights, expert, sample, weights[sample, expert], counts)
+    return Assignments(weights, expert, sample, weights[sample, expert], counts)
 
 
 @scriptable

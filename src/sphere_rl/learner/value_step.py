@@ -9,11 +9,11 @@ from torch import Tensor
 
 from sphere_rl.experts.network import MoENetwork
 from sphere_rl.kernels.adam import clip_scale, count_step
-from sphere_rl.kernels.backward import Given, inner_products
+from sphere_rl.kernels.backward import BackwardInputs, inner_products
 from sphere_rl.kernels.mlp import chain_outputs
 from sphere_rl.kernels.script import scriptable, scripted
 from sphere_rl.kernels.threads import begin
-from sphere_rl.learner.fused import Learner, at_rate, down, learner_of, up
+from sphere_rl.learner.fused import FusedNetwork, backward_sweep, fused_network, update_sweep, with_rate
 from sphere_rl.learner.losses import value_loss
 from sphere_rl.learner.optimizer import ExpertAdam
 
@@ -21,18 +21,23 @@ from sphere_rl.learner.optimizer import ExpertAdam
 class Regression(NamedTuple):
     """A network's step on coefficient · mean (output − target)², before it is taken."""
 
-    learner: Learner
+    network: FusedNetwork
     observation: Tensor
+    """[N, D]."""
     target: Tensor
+    """[N]."""
     coefficient: float
     max_norm: float
+    """The longest gradient."""
 
 
 class Predicted(NamedTuple):
-    """A regression after its forward pass: the mean square of its errors, and what both sweeps read."""
+    """A regression after its forward pass."""
 
     mean_square: Tensor
-    given: list[Given]
+    """Of its errors, without the coefficient."""
+    given: list[BackwardInputs]
+    """What both sweeps read."""
 
 
 def regression(
@@ -45,57 +50,56 @@ def regression(
     keep: bool,
 ) -> Regression:
     """A step of a plain network of a single expert; ``keep``: let parameters carry their gradients."""
-    learner = learner_of(network, optimizer, keep)
-    return Regression(learner, observation, target, coefficient, max_norm)
+    return Regression(fused_network(network, optimizer, keep), observation, target, coefficient, max_norm)
 
 
 @scriptable
-def part_of(every: Regression, observation: Tensor, index: Tensor, rate: float) -> Regression:
+def of_minibatch(every: Regression, observation: Tensor, index: Tensor, rate: float) -> Regression:
     """The step on these rows, of which these are the observations, at another learning rate."""
-    learner, target = at_rate(every.learner, rate), every.target.index_select(0, index)
-    return Regression(learner, observation, target, every.coefficient, every.max_norm)
+    network, target = with_rate(every.network, rate), every.target.index_select(0, index)
+    return Regression(network, observation, target, every.coefficient, every.max_norm)
 
 
 @torch.inference_mode()
 def begin_regression(step: Regression) -> Callable[[], list[Tensor]]:
     """Begin a step; call what this returns for the mean square and the gradient's norm."""
-    return begin(regress, _start_regression, step)
+    return begin(regression_step, _start_regression, step)
 
 
 @scripted
 def predict(step: Regression) -> Predicted:
-    """The first half of a step."""
-    target, layers, n = step.target, step.learner.mlps[0].layers, step.target.size(0)
+    """The first half of a step, its forward pass."""
+    target, layers, n = step.target, step.network.mlps[0].layers, step.target.size(0)
     outputs = chain_outputs(step.observation, layers.weights, layers.biases, [(0, 0, n)], 1)
     value = outputs[-1].squeeze(1)
     of_value = ((value - target) * (2 * step.coefficient / n)).unsqueeze(1)
     none = [target.new_empty(0)] * (len(outputs) - 1)
-    return Predicted(value_loss(value, target), [Given(outputs[:-1], of_value, none, target.new_empty(0))])
+    return Predicted(value_loss(value, target), [BackwardInputs(outputs[:-1], of_value, none, target.new_empty(0))])
 
 
 @scripted
-def _settle(step: Regression, before: Predicted, num_lanes: int) -> list[Tensor]:
+def _finish(step: Regression, before: Predicted, num_lanes: int) -> list[Tensor]:
     """The second half: mean square of the errors and norm of the gradient before it was clipped."""
-    learner, blocks = step.learner, [(0, 0, 0, step.target.size(0))]
-    count_step(learner.counters)
-    found = down(learner, before.given, blocks, 1, num_lanes)
+    network, blocks = step.network, [(0, 0, 0, step.target.size(0))]
+    count_step(network.counters)
+    found = backward_sweep(network, before.given, blocks, 1, num_lanes)
     norm = inner_products(found)[0, 0].clamp(min=0.0).sqrt()
-    up(learner, before.given, blocks, found, [1 / clip_scale(norm, step.max_norm)], num_lanes)
+    update_sweep(network, before.given, blocks, found, [1 / clip_scale(norm, step.max_norm)], num_lanes)
     return [before.mean_square, norm]
 
 
 @scripted
-def regress(step: Regression) -> list[Tensor]:
-    """Mean square and norm."""
-    return _settle(step, predict(step), 1)
+def regression_step(step: Regression) -> list[Tensor]:
+    """Both halves on one lane: mean square and norm."""
+    return _finish(step, predict(step), 1)
 
 
 @scripted
-def settle(step: Regression, before: torch.jit.Future[Predicted]) -> list[Tensor]:
-    """The second half of a step whose first was begun on another thread."""
-    return _settle(step, torch.jit.wait(before), 2)
+def finish_regression(step: Regression, before: torch.jit.Future[Predicted]) -> list[Tensor]:
+    """The second half of a step whose first was begun on another thread: mean square and norm."""
+    return _finish(step, torch.jit.wait(before), 2)
 
 
 @scripted
 def _start_regression(step: Regression) -> torch.jit.Future[list[Tensor]]:
-    return torch.jit.fork(regress, step)  # type: ignore[reportReturnType]
+    return torch.jit.fork(regression_step, step)  # type: ignore[reportReturnType]

@@ -14,7 +14,7 @@ from sphere_rl.errors import ConfigError
 from sphere_rl.experts.network import Actor, Trace
 from sphere_rl.learner.actor_critic import ActorCritic, Settings
 from sphere_rl.learner.minibatch import Minibatch
-from sphere_rl.learner.policy_step import FeaturePenalty, Improved
+from sphere_rl.learner.policy_step import FeaturePenalty, StepResults
 from sphere_rl.learner.rollout import Rollout
 
 
@@ -106,7 +106,7 @@ class Method:
         """
         return None
 
-    def penalised(self, improved: Improved) -> None:
+    def penalised(self, results: StepResults) -> None:
         """Look at the steps that have been taken with what `feature_penalty` said."""
 
     def critic_penalty(self, agent: ActorCritic, batch: Minibatch, trace: Trace) -> Tensor | None:

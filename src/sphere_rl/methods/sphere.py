@@ -30,7 +30,7 @@ from sphere_rl.experts.network import Actor, Trace
 from sphere_rl.kernels.gradients import GradientStore, add_scaled_, total_norm
 from sphere_rl.kernels.threads import beside
 from sphere_rl.learner.actor_critic import ActorCritic
-from sphere_rl.learner.policy_step import FeaturePenalty, Improved
+from sphere_rl.learner.policy_step import FeaturePenalty, StepResults
 from sphere_rl.learner.rollout import Rollout
 from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
 from sphere_rl.penalty import Scale, gate_penalty, sphere_penalty
@@ -163,9 +163,9 @@ class Sphere(Method):
         factor = self._schedule.observe(partial(actor.trace, observation))
         return FeaturePenalty(layers, config.mode, factor * share, config.pcgrad, config.scale == "free")
 
-    def penalised(self, improved: Improved) -> None:
+    def penalised(self, results: StepResults) -> None:
         """Keep the numbers for `metrics`."""
-        self._metrics = {"sphere_penalty": improved.penalty, "sphere_strength": improved.strength}
+        self._metrics = {"sphere_penalty": results.penalty, "sphere_strength": results.strength}
 
     def _differentiate(self, step: ActorStep) -> tuple[Tensor, list[Tensor], Tensor]:
         penalty = self.penalty(step.trace)

@@ -30,7 +30,7 @@ from sphere_rl.learner.losses import (
 )
 from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.learner.optimizer import ExpertAdam
-from sphere_rl.learner.policy_step import NO_PENALTY, FeaturePenalty, Rules, has_fused_step, improve
+from sphere_rl.learner.policy_step import NO_PENALTY, FeaturePenalty, Rules, has_fused_step, policy_steps
 from sphere_rl.learner.value_step import Regression, begin_regression, regression
 from sphere_rl.methods import ActorStep, Method
 from sphere_rl.training.agent import Agent
@@ -239,7 +239,7 @@ def direct_steps(
 ) -> list[Float[Tensor, "S"]]:
     """Steps of the actor on minibatches without a graph. A critic's may be taken beside each; its statistics follow."""
     assert isinstance(agent.actor_optimizer, ExpertAdam)
-    improved = improve(
+    results = policy_steps(
         agent.actor,
         agent.actor_optimizer,
         Samples(batch.observation, batch.action, batch.policy, batch.log_prob, batch.advantage),
@@ -250,7 +250,7 @@ def direct_steps(
         regressions,
     )
     if direct.method is not None:
-        direct.method.penalised(improved)
+        direct.method.penalised(results)
     if rules.kl_target > 0:
-        agent.set_learning_rate(improved.rate)
-    return list(improved.statistics.unbind())
+        agent.set_learning_rate(results.rate)
+    return list(results.statistics.unbind())
