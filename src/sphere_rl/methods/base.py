@@ -54,7 +54,8 @@ class ActorStep:
 
 
 class Method:
-    """A mitigation of plasticity loss. Subclass it in a module of this package; override only what the rule needs.
+    """A mitigation of plasticity loss. Subclass it in a module of this package or a plugin; override only
+    what the rule needs.
 
     `feature_penalty`, and `penalised` for the numbers that come of it, are for speed alone: they say a second time what
     `actor_penalty` and `actor_gradients` compute, in a form that a step without autograd can take.
