@@ -100,6 +100,33 @@ def test_nothing_to_add_adds_nothing(amount):
             np.testing.assert_allclose(array, 3.0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("samples", [1, 300])
+def test_round_off_gets_no_share(samples, dtype):
+    """All samples alike: A has one eigenvalue, tr A, and the penalty of A/tr A is 1 − 1/m wherever they are."""
+    for seed in range(8):
+        features, gates = (tensor[:1].expand(samples, *tensor.shape[1:]) for tensor in routed(seed, dtype))
+        for given in ((features, gates), (weighted_features(features, gates),)):
+            leaves = [tensor.clone().requires_grad_() for tensor in given]
+            outputs = sp.regularize(*leaves, rho=1.0)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            for found in torch.autograd.grad(sum((3 * one.sum() for one in outputs), torch.zeros(())), leaves):
+                assert (found == 3).all()
+            arrays = [jnp.asarray(tensor.float().numpy()) for tensor in given]
+            found = jax.vjp(lambda *a: sp.regularize(*a, rho=1.0), *arrays)[1]
+            threes = tuple(jnp.full_like(array, 3.0) for array in arrays)
+            assert all((one == 3).all() for one in found(threes if len(threes) == 2 else threes[0]))
+
+
+def test_little_is_not_nothing():
+    """A spectrum that is even but for a millionth has a direction, in float64."""
+    phi = torch.linalg.qr(inputs("phi")[0].T)[0].T * (1 + 1e-6 * torch.arange(N, dtype=torch.float64))[:, None]
+    expected = by_hand((phi,), "free", 0.3, None)
+    leaf = phi.clone().requires_grad_()
+    (found,) = torch.autograd.grad(regularized(leaf, rho=0.3), leaf)
+    torch.testing.assert_close(found, expected[0], rtol=1e-6, atol=1e-6)
+
+
 def test_no_incoming_gradient_gets_no_share_but_the_strength():
     features, gates = (tensor.requires_grad_() for tensor in routed())
     for found in torch.autograd.grad((sp.regularize(features, gates)[0] * 0).sum(), (features, gates)):

@@ -14,6 +14,9 @@ from jaxtyping import Float
 
 Array = Any  # NumPy, PyTorch or JAX: the shape strings below are checked for all three
 
+ROUND_OFF = 64
+"""How many units in the last place, beside what cancels, a gradient of the penalty may have and count as zero."""
+
 Scale = Literal["literal", "free"]
 """``literal``: the paper's penalty, of degree 4 in the features. ``free``: that of A/tr A, which their scale leaves
 alone: its gradient turns features and never shrinks them.
@@ -88,8 +91,7 @@ def _spread(phi: Float[Array, "*b N m"], scale: Scale) -> Float[Array, "*b"]:
     xp = array_namespace(phi)
     samples, width = phi.shape[-2:]
     phi = phi if scale == "literal" else unit_features(phi)
-    transposed = xp.matrix_transpose(phi)
-    gram = (_product(phi, transposed) if samples < width else _product(transposed, phi)) / samples
+    gram = _smaller_gram(phi)
     size = min(samples, width)
     trace = xp.linalg.trace(gram)
     mean = trace / width
@@ -100,6 +102,41 @@ def _spread(phi: Float[Array, "*b N m"], scale: Scale) -> Float[Array, "*b"]:
     identity = xp.eye(size, dtype=phi.dtype, device=device(phi))
     centred = gram - mean[..., None, None] * identity
     return xp.sum(centred * centred, axis=(-2, -1)) + (width - size) * mean * mean
+
+
+def penalty_gradient(phi: Float[Array, "N m"], scale: Scale) -> Float[Array, "N m"]:
+    """Return ∇_Φ sphere_penalty(Φ, scale), and zeros where nothing but round-off is left of it.
+
+    It is 4/N · Φ(A − cI), c = tr A/m. The scale-free penalty's is the same of B = A/tr A, over tr A, with c = ‖B‖_F².
+    Where all eigenvalues of A that are not zero are equal (one sample, equal samples) ΦA and cΦ cancel, and what is
+    left of them has no direction that means anything: a share of a norm must not be given to it.
+    """
+    xp = array_namespace(phi)
+    samples, width = phi.shape
+    unit = xp.max(xp.abs(phi))
+    unit = unit + xp.astype(unit == 0, phi.dtype)
+    phi = phi / unit
+    gram = _smaller_gram(phi)
+    size = xp.linalg.trace(gram)
+    even = size / width
+    if scale == "free":
+        size = size + xp.astype(size == 0, phi.dtype)
+        gram = gram / size
+        even = xp.sum(gram * gram)
+    centred = gram - even * xp.eye(gram.shape[0], dtype=phi.dtype, device=device(phi))
+    gradient = _product(centred, phi) if samples < width else _product(phi, centred)
+    round_off = ROUND_OFF * xp.finfo(phi.dtype).eps * even
+    lost = xp.sum(gradient * gradient) <= round_off * round_off * xp.sum(phi * phi)
+    gradient = gradient * (4 / samples) * (unit * unit * unit if scale == "literal" else 1 / (size * unit))
+    return xp.where(lost, xp.zeros_like(gradient), gradient)
+
+
+def _smaller_gram(phi: Float[Array, "*b N m"]) -> Float[Array, "*b n n"]:
+    """ΦᵀΦ/N, or ΦΦᵀ/N if that is smaller."""
+    xp = array_namespace(phi)
+    samples, width = phi.shape[-2:]
+    transposed = xp.matrix_transpose(phi)
+    return (_product(phi, transposed) if samples < width else _product(transposed, phi)) / samples
 
 
 def _product(left: Float[Array, "*b n k"], right: Float[Array, "*b k l"]) -> Float[Array, "*b n l"]:

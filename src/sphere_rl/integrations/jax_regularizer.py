@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from sphere_rl.integrations.share import SECOND_DERIVATIVE, Amount, penalty, with_share
+from sphere_rl.integrations.share import SECOND_DERIVATIVE, Amount, gradients_of, with_share
 from sphere_rl.penalty import Array
 
 Arrays = tuple[Array, ...]
@@ -20,8 +20,7 @@ def _forward(options: Amount, arrays: Arrays) -> tuple[Arrays, Arrays]:
 
 
 def _backward(options: Amount, arrays: Arrays, incoming: Arrays) -> tuple[Arrays]:
-    gradients = jax.grad(lambda given: penalty(options, *given))(arrays)
-    return (_once(with_share(options, incoming, gradients)),)
+    return (_once(with_share(options, incoming, gradients_of(options, *arrays))),)
 
 
 identity = jax.custom_vjp(_identity, nondiff_argnums=(0,))

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sphere_rl.integrations.captured import Captured
-from sphere_rl.integrations.share import Amount, penalty, share
+from sphere_rl.integrations.share import Amount, feature_gradient, share
+from sphere_rl.integrations.torch_regularizer import once
 
 
 def join(options: Amount, leaves: Sequence[Any], captured: Captured) -> list[Any]:
@@ -48,9 +48,13 @@ class _Joint(torch.autograd.Function):
         return tuple(tensor.clone() for tensor in ctx.outputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        added = _added(ctx.options, ctx.captured, ctx.outputs, ctx.sources, incoming)
+        added = _added(ctx.options, ctx.captured, ctx.outputs, ctx.sources, [given.detach() for given in incoming])
+        if torch.is_grad_enabled():  # by way of the sources, so that no second derivative passes it by
+            where = [i for i, one in enumerate(added) if one is not None]
+            marked = once(*(one for one in added if one is not None), *ctx.sources)
+            for i, one in zip(where, marked, strict=False):
+                added[i] = one
         return None, None, None, *incoming, *added
 
 
@@ -63,10 +67,11 @@ def _added(
 ) -> list[Tensor | None]:
     """What each source gets; None for one that Φ does not depend on, which counts in no norm."""
     with torch.enable_grad(), torch.autocast(sources[0].device.type, enabled=False):
-        value = penalty(options, captured.phi())
-        if not value.requires_grad:
+        phi = captured.phi()
+        if not phi.requires_grad:
             return [None] * len(sources)
-        own = torch.autograd.grad(value, sources, allow_unused=True, retain_graph=True)
+        found = feature_gradient(options, phi.detach()).to(phi.dtype)
+        own = torch.autograd.grad(phi, sources, found, allow_unused=True, retain_graph=True)
     used = [source for source, gradient in zip(sources, own, strict=True) if gradient is not None]
     reached = [torch.zeros_like(source) for source in used]
     if options.rho is not None:

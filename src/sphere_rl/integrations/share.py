@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace
 
-from sphere_rl.penalty import Array, Scale, check_scale, constant, sphere_penalty, unit_features, weighted_features
+from sphere_rl.penalty import Array, Scale, check_scale, constant, penalty_gradient, unit_features, weighted_features
 
 SECOND_DERIVATIVE = "regularize: got a second derivative, allowed: first ones: what it adds is no function's gradient"
 
@@ -39,15 +39,25 @@ def _not_negative(name: str, value: Any) -> float:
     return float(value)
 
 
-def penalty(options: Amount, *arrays: Array) -> Array:
-    """L of one array Φ [N, m], or of features [N, E, H] and gates [N, E], in float32 at least.
+def gradients_of(options: Amount, *arrays: Array) -> tuple[Array, ...]:
+    """∇L of one array Φ [N, m], or of features [N, E, H] and gates [N, E], in float32 at least."""
+    arrays = widened(arrays)
+    if len(arrays) == 1:
+        return (feature_gradient(options, arrays[0]),)
+    features, gates = arrays
+    xp = array_namespace(features, gates)
+    found = xp.reshape(feature_gradient(options, weighted_features(features, gates)), features.shape)
+    return found * gates[:, :, None], xp.sum(found * features, axis=2)
 
-    For a share of the norm only ∇L's direction counts, which is that of Φ over its largest entry: no size of features
+
+def feature_gradient(options: Amount, phi: Array) -> Array:
+    """∇_Φ L [N, m] in float32 at least.
+
+    For a share of the norm only its direction counts, which is that of Φ over its largest entry: no size of features
     over- or underflows.
     """
-    arrays = widened(arrays)
-    phi = weighted_features(*arrays) if len(arrays) == 2 else arrays[0]
-    return sphere_penalty(phi if options.rho is None else unit_features(phi), options.scale)
+    (phi,) = widened((phi,))
+    return penalty_gradient(phi if options.rho is None else unit_features(phi), options.scale)
 
 
 def with_share(options: Amount, incoming: Sequence[Array], gradients: Sequence[Array]) -> tuple[Array, ...]:
@@ -58,7 +68,7 @@ def with_share(options: Amount, incoming: Sequence[Array], gradients: Sequence[A
 
 
 def share(options: Amount, incoming: Sequence[Array], gradients: Sequence[Array]) -> tuple[Array, ...]:
-    """What ``options`` add to ``incoming`` of ``gradients``, those of `penalty`, in float32 at least."""
+    """What ``options`` add to ``incoming`` of ``gradients``, those of the penalty, in float32 at least."""
     gradients = widened(gradients)
     if options.rho is None:
         return tuple(options.strength * gradient for gradient in gradients)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_rl.integrations.share import SECOND_DERIVATIVE, Amount, penalty, with_share
+from sphere_rl.integrations.share import SECOND_DERIVATIVE, Amount, gradients_of, with_share
 from sphere_rl.penalty import Scale
 
 
@@ -36,9 +36,13 @@ class _Identity(torch.autograd.Function):
     def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
         options, tensors = Amount(*ctx.options), ctx.saved_tensors
         with torch.autocast(tensors[0].device.type, enabled=False):
-            gradients = torch.func.grad(lambda given: penalty(options, *given))(tensors)
-            found = with_share(options, incoming, gradients)
-        return None, None, None, *(_Once.apply(*found) if torch.is_grad_enabled() else found)
+            found = with_share(options, incoming, gradients_of(options, *tensors))
+        return None, None, None, *(once(*found) if torch.is_grad_enabled() else found)
+
+
+def once(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors; a derivative of theirs is refused in one line."""
+    return _Once.apply(*tensors)  # type: ignore[return-value]
 
 
 class _Once(torch.autograd.Function):
