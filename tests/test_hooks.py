@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -144,6 +145,21 @@ def test_experts_and_router_in_separate_modules_get_the_joint_gradient(scale, am
     assert not torch.allclose(found[0], plain[0], rtol=1e-3)
 
 
+@pytest.mark.parametrize("of", ["parameters", "input"])
+def test_second_derivatives_are_refused_whatever_they_are_taken_of(of):
+    """A gradient penalty, say: autograd visits only the way to what it is asked for."""
+    model, x = made()
+    x.requires_grad_()
+    leaves = [x] if of == "input" else list(model.parameters())
+    with sp.track(model, features="experts.*.act", gates="router") as t:
+        t.regularize(rho=0.5)
+        first = torch.autograd.grad(model(x).square().sum(), leaves, create_graph=True)
+        plain = torch.autograd.grad(model(x).square().sum(), leaves)
+        torch.testing.assert_close(list(first), list(plain), rtol=1e-12, atol=1e-14)
+        with pytest.raises(NotImplementedError, match="regularize: got a second derivative, allowed: first ones"):
+            torch.autograd.grad(sum((one.square().sum() for one in first), torch.zeros(())), leaves)
+
+
 def test_one_dense_module_gets_what_the_line_in_its_place_gives():
     model, x = made(mlp)
     names = list(model.parameters())
@@ -279,6 +295,8 @@ X = torch.ones(7, 5)
     [
         (lambda: sp.track(mlp(), "act"), "features: got 'act', which matches no module, allowed: 0, 1, 2, 3, 4"),
         (lambda: sp.track(mlp(), "3", "[01]"), r"gates: got '\[01\]', which matches 0, 1, allowed: one module"),
+        (lambda: sp.track("mlp", "3"), "module: got str, allowed: a torch.nn.Module"),  # type: ignore[arg-type]
+        (lambda: sp.track(mlp(), ["1", "3"]), r"features: got \['1', '3'\], allowed: one pattern of names"),  # type: ignore[arg-type]
         (lambda: sp.track(mlp(), "3").phi(), "module: has not run yet"),
         (lambda: after("experts.[01]", None, Uneven(), X), r"got shapes \(7, 3\) of 'experts.0' and \(7, 4\) of"),
         (lambda: after("experts.*", None, Uneven(), X), "features: 'experts.2' did not run in the last forward pass"),
@@ -288,15 +306,35 @@ X = torch.ones(7, 5)
         (lambda: after("0", None, nn.Sequential(Both()), X), r"features: '0' gave tuple, allowed: a tensor \(select="),
         (lambda: after("0", None, nn.Sequential(nn.Linear(5, 3), nn.ReLU(True)), X), "'0' was changed in place"),
         (under_torch_func, "regularize: got a pass under torch.func, allowed: autograd"),
-        (twice_differentiated, "once_differentiable"),
+        (twice_differentiated, "regularize: got a second derivative, allowed: first ones"),
         (lambda: sp.track(mlp(), "3").regularize(-1), "rho: got -1, allowed: a finite number"),
         (lambda: sp.track(mlp(), "3").regularize(0.1, strength=1.0), "strength: got 1.0 beside rho 0.1"),
     ],
 )  # fmt: skip
 def test_misuse_is_one_clear_line(call, message):
-    with pytest.raises((ValueError, RuntimeError), match=message) as caught:
+    with pytest.raises((ValueError, NotImplementedError), match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_copies_are_not_watched():
+    """A target network is a copy; an exponential average too."""
+    model, x = made()
+    expected = by_hand(model, x, "free", 0.5, 0.0)
+    with sp.track(model, features="experts.*.act", gates="router") as t:
+        t.regularize(rho=0.5)
+        loss = model(x).square().sum()
+        phi, twin = t.phi(), copy.deepcopy(model)
+        twin(2 * x).square().sum().backward()
+        assert torch.equal(t.phi(), phi)
+        loss.backward()
+        replica = twin._replicate_for_data_parallel()
+        with pytest.raises(ValueError, match="module: runs as a replica of DataParallel, allowed: Distributed"):
+            replica(x)
+    torch.testing.assert_close([p.grad for p in model.parameters()], expected, rtol=1e-10, atol=1e-12)
+    model.zero_grad()
+    model(2 * x).square().sum().backward()
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 def test_compiled_modules_are_refused():

@@ -31,6 +31,7 @@ class Captured:
     outputs: dict[str, tuple[Any, list[int], bool]] = field(default_factory=dict)
     repeated: set[str] = field(default_factory=set)
 
+    @torch.compiler.disable  # it would be compiled for each name anew
     def add(self, name: str, output: Any) -> None:
         """Note an output. What is wrong with it is said where it is used."""
         if name in self.outputs:

@@ -49,10 +49,12 @@ class Tracker:
     """What `track` returns: a context whose end, like `close`, removes the hooks.
 
     A forward pass starts where ``module`` is called; where its parts are called from elsewhere, with the first part
-    that runs again. The last pass is kept, with its graph, until the next one.
+    that runs again. The last pass is kept, with its graph, until the next one. Copies of the module are not watched.
     """
 
     def __init__(self, module: nn.Module, features: str, gates: str | None, select: Select | None) -> None:
+        if not isinstance(module, nn.Module):
+            raise ValueError(f"module: got {type(module).__name__}, allowed: a torch.nn.Module")
         _refuse_compiled(module)
         self._module, self._select = module, select
         self._features = _matches(module, "features", features)
@@ -62,9 +64,9 @@ class Tracker:
         self._last = self._fresh()
         parts = dict(module.named_modules())
         names = dict.fromkeys((*self._features, *(() if self._gates is None else (self._gates,))))
-        self._handles = [parts[name].register_forward_hook(self._capture(name)) for name in names]
-        self._handles.append(module.register_forward_pre_hook(self._start, prepend=True))
-        self._handles.append(module.register_forward_hook(self._end))
+        self._handles = [parts[name].register_forward_hook(_of(parts[name], self._capture(name))) for name in names]
+        self._handles.append(module.register_forward_pre_hook(_of(module, self._start), prepend=True))
+        self._handles.append(module.register_forward_hook(_of(module, self._end)))
 
     def __enter__(self) -> Tracker:
         return self
@@ -135,8 +137,8 @@ class Tracker:
     def _fresh(self) -> Captured:
         return Captured(self._features, self._gates, self._select)
 
-    def _capture(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+    def _capture(self, name: str) -> Callable[[Any, Any], None]:
+        def hook(inputs: Any, output: Any) -> None:
             if self._paused:
                 return
             _refuse_tracing()
@@ -145,15 +147,15 @@ class Tracker:
                     return
                 if name in self._last.outputs:
                     self._last = self._fresh()
-            self._last.add(name, output)
+            self._last.add(name, output)  # type: ignore[reportAttributeAccessIssue]
 
         return hook
 
-    def _start(self, module: nn.Module, inputs: Any) -> None:
+    def _start(self, inputs: Any) -> None:
         if not self._paused:
             self._last, self._running = self._fresh(), True
 
-    def _end(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+    def _end(self, inputs: Any, output: Any) -> Any:
         self._running = False
         if self._paused or self._amount is None or self._amount.rho == 0 or not torch.is_grad_enabled():
             return None
@@ -163,6 +165,20 @@ class Tracker:
             kind = type(odd).__name__
             raise ValueError(f"module: its output holds {kind}, allowed: tensors in tuples, lists and dicts")
         return tree_unflatten(join(self._amount, leaves, self._last), form)
+
+
+def _of(module: nn.Module, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """``hook`` for ``module`` alone: a copy of a watched module takes its hooks along and is watched by nobody.
+
+    A function, since `copy.deepcopy` would copy what a method belongs to: the tracker and the last pass.
+    """
+
+    def own(called: nn.Module, *given: Any) -> Any:
+        if getattr(called, "_is_replica", False):
+            raise ValueError("module: runs as a replica of DataParallel, allowed: DistributedDataParallel")
+        return hook(*given) if called is module else None
+
+    return own
 
 
 def _refuse_tracing() -> None:
@@ -178,6 +194,8 @@ def _refuse_compiled(module: nn.Module) -> None:
 
 
 def _matches(module: nn.Module, field: str, pattern: str) -> Sequence[str]:
+    if not isinstance(pattern, str):
+        raise ValueError(f"{field}: got {pattern!r}, allowed: one pattern of names, as in 'experts.*.act'")
     names = [name for name, _ in module.named_modules()]
     found = sorted((name for name in names if fnmatchcase(name, pattern)), key=_natural)
     if not found:
