@@ -18,6 +18,7 @@ from sphere_rl.integrations.joint_regularizer import join
 from sphere_rl.integrations.share import Amount, amount
 from sphere_rl.penalty import Scale
 from sphere_rl.spectrum import captured_metrics
+from sphere_rl.spectrum.jacobian import Observations
 from sphere_rl.spectrum.kernel import untouched
 
 
@@ -114,7 +115,7 @@ class Tracker:
             raise ValueError("regularize: the hooks are removed, allowed: before the end of `with` or close()")
         self._amount = amount(rho, strength, scale)
 
-    def metrics(self, observations: Tensor) -> dict[str, float | list[float]]:
+    def metrics(self, observations: Observations) -> dict[str, float | list[float]]:
         """Every metric of `sphere_rl.spectrum.SPECTRAL_METRICS` that applies to ``module(observations)``.
 
         The spectrum of Φ, the state of its units, with ``gates`` the health of the routing (gate_entropy where the
@@ -126,7 +127,7 @@ class Tracker:
             raise ValueError("metrics: the hooks are removed, allowed: before the end of `with` or close()")
         last, options, self._amount = self._last, self._amount, None
         try:
-            with untouched(self._module), torch.random.fork_rng(devices=[]), torch.no_grad():
+            with untouched(self._module), torch.no_grad():
                 output = self._module(observations)
                 features, gates = self._last.detached()
             self._paused = True

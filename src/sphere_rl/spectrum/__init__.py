@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sphere_rl.experts.layers import GroupedLinear, RoutedFeatures
 from sphere_rl.experts.network import MoENetwork, Trace
 from sphere_rl.experts.routing import weighted_routing
+from sphere_rl.spectrum.jacobian import Observations, states_in
 from sphere_rl.spectrum.kernel import block_view, entk, entk_jax, estimate_entk_rank, untouched
 from sphere_rl.spectrum.plasticity import (
     active_fraction,
@@ -114,7 +115,7 @@ def _unit_states(layers: Sequence[RoutedFeatures]) -> dict[str, float | list[flo
 
 def captured_metrics(
     module: nn.Module,
-    observations: Tensor,
+    observations: Observations,
     output: Any,
     features: Float[Tensor, "N E H"],
     gates: Float[Tensor, "N E"] | None,
@@ -132,7 +133,7 @@ def captured_metrics(
         if bool((gates >= 0).all() and (gates.sum(1) > 0).all()):
             found["gate_entropy"] = gate_entropy(gates)
     trainable = any(parameter.requires_grad for parameter in module.parameters())
-    if isinstance(output, Tensor) and output.ndim == 2 and len(output) == len(observations):
+    if isinstance(output, Tensor) and output.ndim == 2 and len(output) == states_in(observations):
         found["output_size"] = root_mean_square([output])
         if trainable:
             found["r_e_K"] = effective_rank(torch.linalg.eigvalsh(entk(module, observations).double()))

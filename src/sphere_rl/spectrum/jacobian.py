@@ -14,11 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sphere_rl.experts.layers import GroupedLinear
 from sphere_rl.experts.routing import Routing, single_routing
 
 Layer = nn.Linear | GroupedLinear
+
+Observations = Any
+"""What a policy takes as its one argument: a tensor of N states [N, …], or several in a dict, tuple or list."""
 
 
 @dataclass(frozen=True)
@@ -148,13 +152,24 @@ class _Call(NamedTuple):
     v: Tensor | None
 
 
-def factorise(policy: nn.Module, observations: Float[Tensor, "N D"]) -> Factors | None:
+def states_in(observations: Observations) -> int:
+    """N. Raises ValueError where it is not one number: no tensors, or several of other lengths."""
+    leaves = tree_leaves(observations)
+    rows = {len(leaf) if isinstance(leaf, Tensor) and leaf.ndim else type(leaf).__name__ for leaf in leaves}
+    if len(rows) != 1 or not isinstance(samples := next(iter(rows)), int):
+        got = f"{type(observations).__name__} of {', '.join(sorted(map(str, rows))) or 'nothing'}"
+        raise ValueError(f"observations: got {got}, allowed: a tensor [N, …], or several in a dict, tuple or list")
+    return samples
+
+
+def factorise(policy: nn.Module, observations: Observations) -> Factors | None:
     """Run ``policy`` once forward and once backward for each output, and return its Jacobian's factors.
 
     None if the network has trainable tensors outside `nn.Linear` and `GroupedLinear` that f depends on, or if its rows
     depend on one another: Jᵀv from the factors is held against autograd for a random v before they are believed.
     Raises ValueError when f is not [N, A] or nothing in it is trainable.
     """
+    samples = states_in(observations)
     trainable = {name: p for name, p in policy.named_parameters() if p.requires_grad}
     layers: dict[str, Layer] = {name: m for name, m in policy.named_modules() if isinstance(m, Layer)}
     if not trainable:
@@ -163,13 +178,13 @@ def factorise(policy: nn.Module, observations: Float[Tensor, "N D"]) -> Factors 
         out = policy(observations)
     if not isinstance(out, Tensor):
         raise ValueError(
-            f"policy: got a {type(out).__name__} as output, allowed: one tensor [{len(observations)}, A], the mean "
+            f"policy: got a {type(out).__name__} as output, allowed: one tensor [{samples}, A], the mean "
             "action or logits; wrap the policy in a module whose forward returns that"
         )
-    if out.ndim != 2 or len(out) != len(observations):
-        raise ValueError(f"policy: got outputs of shape {tuple(out.shape)}, allowed: [{len(observations)}, A]")
+    if out.ndim != 2 or len(out) != samples:
+        raise ValueError(f"policy: got outputs of shape {tuple(out.shape)}, allowed: [{samples}, A]")
     flat = [call for group in calls.values() for call in group if call.output.requires_grad]
-    if not _shapes_fit(flat, len(observations)):
+    if not _shapes_fit(flat, samples):
         return None
     signals = _signals(out, flat)
     blocks = []

@@ -20,8 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
-from sphere_rl.spectrum.jacobian import Factor, factorise
+from sphere_rl.spectrum.jacobian import Factor, Observations, factorise
 from sphere_rl.spectrum.ranks import RankEstimate, effective_rank, estimate_effective_rank
 
 Outputs = Literal["full", "sum"]
@@ -29,29 +30,29 @@ CHUNK_BYTES = 2**28
 """Memory that the Jacobian columns of one chunk may take when a module has no structure to use."""
 
 
-def entk(policy: nn.Module, observations: Float[Tensor, "N D"], outputs: Outputs = "full") -> Float[Tensor, "n n"]:
+def entk(policy: nn.Module, observations: Observations, outputs: Outputs = "full") -> Float[Tensor, "n n"]:
     """Return the exact eNTK of ``policy`` on ``observations``, in the policy's dtype.
 
+    ``observations``: a tensor of N states [N, …], or several in a dict, tuple or list, as the policy's one argument.
     ``outputs`` "full": [N·A, N·A], rows (state, output); "sum": [N, N], the sum over output coordinates of their
     kernels (the trace kernel). Every trainable tensor that f depends on takes part, gate included. Raises ValueError
-    when f is not [N, A] or nothing is trainable. Source: Jacot et al. 2018; definition as in Luo et al. 2026.
+    when f is not [N, A], nothing is trainable or the policy is no module. Source: Jacot et al. 2018; definition as in
+    Luo et al. 2026.
     """
     _check_outputs(outputs)
-    with untouched(policy):
+    with _measured(policy, observations) as observations:
         factors = factorise(policy, observations)
         if factors is not None:
             return factors.kernel(outputs)
         return _kernel_by_products(policy, observations, outputs)
 
 
-def estimate_entk_rank(
-    policy: nn.Module, observations: Float[Tensor, "N D"], *, seed: int = 0, **options: Any
-) -> RankEstimate:
+def estimate_entk_rank(policy: nn.Module, observations: Observations, *, seed: int = 0, **options: Any) -> RankEstimate:
     """Estimate r_e(K) of the full K without forming it: for batches whose N·A × N·A kernel does not fit.
 
     Options (probes, deflated, steps) and source: `sphere_rl.spectrum.ranks.estimate_effective_rank`.
     """
-    with untouched(policy):
+    with _measured(policy, observations) as observations:
         factors = factorise(policy, observations)
         if factors is not None:
             product, size, like = factors.product, factors.rows, factors
@@ -81,16 +82,14 @@ class BlockShare:
     effective_rank: float
 
 
-def block_view(
-    policy: nn.Module, observations: Float[Tensor, "N D"], outputs: Outputs = "full"
-) -> tuple[BlockShare, ...]:
+def block_view(policy: nn.Module, observations: Observations, outputs: Outputs = "full") -> tuple[BlockShare, ...]:
     """Return the share of tr K and the r_e of the gate, of each expert layer and of each expert.
 
     From the same factors as `entk`; experts that saw no state are left out. Raises ValueError for a module
     without that structure.
     """
     _check_outputs(outputs)
-    with untouched(policy):
+    with _measured(policy, observations) as observations:
         factors = factorise(policy, observations)
     if factors is None:
         raise ValueError(
@@ -146,18 +145,30 @@ def entk_jax(
 
 
 @contextmanager
+def _measured(policy: nn.Module, observations: Observations) -> Iterator[Observations]:
+    """The observations, fit for gradients, while the policy is `untouched`."""
+    if not isinstance(policy, nn.Module):
+        raise ValueError(f"policy: got {type(policy).__name__}, allowed: a torch.nn.Module")
+    with untouched(policy):
+        yield tree_map(lambda one: one.clone() if isinstance(one, Tensor) and one.is_inference() else one, observations)
+
+
+@contextmanager
 def untouched(policy: nn.Module) -> Iterator[None]:
     """Put back every buffer that a forward pass changes (power iterations, running statistics), bit for bit.
+
+    The global random state, too (dropout draws from it). Gradients can be taken in it, wherever it stands.
 
     Normalisation over the batch computes with the batch's statistics as in training, and does not record them: to
     `torch.func` a recording would be an effect.
     """
     recording = [m for m in policy.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     saved = [(buffer, buffer.detach().clone()) for buffer in policy.buffers()]
+    devices = {p.device.index or 0 for p in policy.parameters() if p.device.type == "cuda"}
     try:
         for norm in recording:
             norm.track_running_stats = False
-        with torch.enable_grad():
+        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         for norm in recording:
@@ -168,9 +179,7 @@ def untouched(policy: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def _kernel_by_products(
-    policy: nn.Module, observations: Float[Tensor, "N D"], outputs: Outputs
-) -> Float[Tensor, "n n"]:
+def _kernel_by_products(policy: nn.Module, observations: Observations, outputs: Outputs) -> Float[Tensor, "n n"]:
     """K column by column as J(Jᵀ e): exact for any module, batch coupling included."""
     product, out = _jacobian_product(policy, observations)
     (samples, actions), size = out.shape, out.numel()
@@ -188,18 +197,21 @@ def _kernel_by_products(
 
 
 def _jacobian_product(
-    policy: nn.Module, observations: Float[Tensor, "N D"]
+    policy: nn.Module, observations: Observations
 ) -> tuple[Callable[[Float[Tensor, "n k"]], Float[Tensor, "n k"]], Float[Tensor, "N A"]]:
     """V ↦ J(Jᵀ V) by two reverse passes for every column, n = N·A, and the outputs.
 
     J u is the derivative of v ↦ Jᵀ v along u, so the forward pass is traced once and no forward-mode rules are needed.
     """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
     params = {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}
 
     def outputs_of(values: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(policy, values, (observations,))
 
-    out, pull, *_ = torch.func.vjp(outputs_of, params)
+    with sdpa_kernel(SDPBackend.MATH):  # of the ways to compute attention the one with second derivatives
+        out, pull, *_ = torch.func.vjp(outputs_of, params)
     _, push, *_ = torch.func.vjp(lambda cotangent: pull(cotangent)[0], torch.zeros_like(out))
 
     def product(vectors: Tensor) -> Tensor:
