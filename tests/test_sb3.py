@@ -208,6 +208,37 @@ def test_spaces_that_sb3_takes():
     assert callback.last["churn"] > 0
 
 
+class Where(gymnasium.Env):
+    """A discrete observation, alone or first in a Dict."""
+
+    def __init__(self, observation_space: Any) -> None:
+        self.observation_space, self.action_space = observation_space, gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+@pytest.mark.parametrize("algorithm", [PPO, DQN])
+@pytest.mark.parametrize(
+    "space",
+    [
+        gymnasium.spaces.Discrete(3),
+        gymnasium.spaces.Dict(a=gymnasium.spaces.Discrete(3), b=gymnasium.spaces.MultiDiscrete([2, 2])),
+    ],
+    ids=["one", "dict"],
+)
+def test_discrete_observations(algorithm: Any, space: Any):
+    """Three of them, twelve in the Dict: so many rows of features differ at most."""
+    size: dict[str, Any] = {"n_steps": 32, "batch_size": 32} if algorithm is PPO else {"learning_starts": 16}
+    policy = "MultiInputPolicy" if isinstance(space, gymnasium.spaces.Dict) else "MlpPolicy"
+    callback = PlasticityCallback(states=16)
+    algorithm(policy, Where(space), device="cpu", policy_kwargs={"net_arch": [32]}, **size).learn(32, callback=callback)
+    assert 1 <= callback.last["r_e_A"] <= (12 if isinstance(space, gymnasium.spaces.Dict) else 3)
+
+
 PARTS: dict[Any, Any] = {  # hidden layers, and the last one with what follows it
     PPO: lambda policy: (policy.mlp_extractor.policy_net, policy.action_net),
     SAC: lambda policy: (policy.actor.latent_pi, policy.actor.mu),
@@ -278,6 +309,7 @@ def test_what_cannot_be_is_said_in_one_line(kwargs: dict[str, Any], message: str
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_other_algorithms_are_refused():
     others: list[tuple[Any, str]] = [(SAC, "Pendulum-v1"), (DQN, "CartPole-v1")]
     for algorithm, env in others:
@@ -287,6 +319,8 @@ def test_other_algorithms_are_refused():
         ppo("Pendulum-v1", use_sde=True)
     with pytest.raises(ValueError, match="every: 0 is not allowed"):
         PlasticityCallback(every=0)
+    with pytest.raises(ValueError, match=r"states: 1\.5 is not allowed; expected a whole number, 1 or more"):
+        PlasticityCallback(states=1.5)  # type: ignore[arg-type]
     model = ppo(policy="MlpPolicy")
     del model.policy.mlp_extractor.policy_net  # as an extractor of somebody's own
     with pytest.raises(ValueError, match="policy: 'ActorCriticPolicy' is not allowed; expected one of SB3's own"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -35,8 +36,8 @@ class PlasticityCallback(BaseCallback):
     def __init__(self, every: int = 1, states: int = 256, verbose: int = 0) -> None:
         super().__init__(verbose)
         for name, value in (("every", every), ("states", states)):
-            if value < 1:
-                raise ConfigError(name, value, "1 or more")
+            if not isinstance(value, Integral) or value < 1:
+                raise ConfigError(name, value, "a whole number, 1 or more")
         self.every, self.states, self.rollouts = every, states, 0
         self.last: dict[str, float] = {}
         self._seen: Any = None
@@ -113,12 +114,11 @@ def visited(model: Any, count: int) -> Any:
     on_policy = isinstance(model, OnPolicyAlgorithm)
     buffer = model.rollout_buffer if on_policy else model.replay_buffer
     filled = slice(None if on_policy else buffer.size())  # a rollout is whole; its axes are one after the update
+    space: Any = buffer.observation_space  # its shapes: buffers keep a discrete observation, (), as (1,)
     if isinstance(buffer.observations, dict):
-        rows = {
-            name: _spread(array[filled], buffer.obs_shape[name], count) for name, array in buffer.observations.items()
-        }
+        rows = {name: _spread(array[filled], space[name].shape, count) for name, array in buffer.observations.items()}
     else:
-        rows = _spread(buffer.observations[filled], buffer.obs_shape, count)
+        rows = _spread(buffer.observations[filled], space.shape, count)
     envs = None if on_policy else model.get_vec_normalize_env()  # replay buffers hold observations as they came
     return rows if envs is None else envs.normalize_obs(rows)
 
