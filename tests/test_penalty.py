@@ -313,6 +313,7 @@ BAD: dict[str, Any] = {"text": "trace", "empty": "", "none": None}
     ("call", "message"),
     [
         (lambda: sphere_penalty(np.ones((2, 3), dtype=np.int64)), "phi: got dtype int64"),
+        (lambda: sphere_penalty([[1.0]]), "phi: got list, allowed: an array of NumPy, PyTorch or JAX"),
         (lambda: sphere_penalty(np.ones(3)), r"phi: got shape \(3,\), allowed: \[N, m\]"),
         (lambda: sphere_penalty(torch.ones(2, 3, 4)), r"phi: got shape \(2, 3, 4\), allowed: \[N, m\]"),
         (lambda: sphere_penalty(torch.ones(0, 3)), r"phi: got shape \(0, 3\)"),

@@ -47,6 +47,14 @@ def test_hand_arithmetic():
         participation_ratio(np.array([1.0, np.inf]))
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_any_array_of_the_right_axes():
+    assert effective_rank([1, 1, 0]) == pytest.approx(2.0, rel=1e-12)
+    assert gram_effective_rank(jnp.eye(3, dtype=jnp.bfloat16)) == pytest.approx(3.0, rel=1e-12)
+    with pytest.raises(ValueError, match=r"^phi: got shape \(2, 3, 4\), allowed: \[N, m\]$"):
+        gram_effective_rank(torch.ones(2, 3, 4))
+
+
 def test_round_off_below_zero_counts_as_zero_and_more_is_an_error():
     assert effective_rank(np.array([1.0, 1.0, -1e-7])) == pytest.approx(2.0, rel=1e-12)
     with pytest.raises(ValueError, match=r"eigenvalues: got -0\.5 beside 1"):

@@ -177,6 +177,8 @@ def check_scale(scale: str) -> None:
 
 def check_array(name: str, array: Array, axes: str) -> None:
     """Raise ValueError unless ``array`` has these axes, none empty, and a real floating dtype."""
+    if not hasattr(array, "shape"):
+        raise ValueError(f"{name}: got {type(array).__name__}, allowed: an array of NumPy, PyTorch or JAX")
     shape, wanted = tuple(array.shape), axes.split()
     if len(shape) != len(wanted) or 0 in shape:
         raise ValueError(f"{name}: got shape {shape}, allowed: [{', '.join(wanted)}], no axis empty")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import exp, isfinite
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
@@ -59,9 +60,11 @@ def gram_eigenvalues(phi: Shaped[Any, "N m"]) -> Float[Tensor, "k"]:
     Computed from the smaller of ΦᵀΦ and ΦΦᵀ: relative to the largest they are exact to about 1e-15, so singular values
     of Φ below 1e-8 of the largest one are lost, far under what float32 features resolve.
 
-    Raises ValueError where a feature is not finite.
+    Raises ValueError where phi is not [N, m] or a feature is not finite.
     """
     matrix = _float64(phi)
+    if matrix.ndim != 2:
+        raise ValueError(f"phi: got shape {tuple(matrix.shape)}, allowed: [N, m]")
     if not matrix.isfinite().all():
         raise ValueError("phi: got a value that is not finite, allowed: every value finite")
     samples, width = matrix.shape
@@ -166,4 +169,4 @@ def _quadratic_forms(
 def _float64(array: Any) -> Tensor:
     if isinstance(array, Tensor):
         return array.detach().double()
-    return torch.tensor(array.__array__(), dtype=torch.float64)
+    return torch.tensor(np.asarray(array, dtype=np.float64))
