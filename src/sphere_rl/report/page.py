@@ -178,7 +178,9 @@ def _view(suite: SuiteContent) -> dict[str, Any]:
         "warnings": {
             run["run"]: texts for run in suite.runs.iter_rows(named=True) if (texts := _warnings(run, suite.results))
         },
-        "absent": suite.absent,
+        "absences": suite.absences,
+        "unfinished": suite.unfinished,
+        "shortened": suite.shortened,
     }
 
 
