@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,18 @@ def test_shares_and_options_have_scales_that_can_be_read() -> None:
     assert [tick.get_text() for tick in swept.axes[0].get_xticklabels()] == ["0.03", "0.1", "0.3"]
     assert axes.wrapped("literal_grad_001") == "literal_grad_\n001"
     assert axes.wrapped("sphere+layernorm", 20) == "sphere+layernorm"
+
+
+def test_a_column_of_numbers_has_one_form_and_many_bands_are_thin(tmp_path: Path) -> None:
+    """Returns of the first task are above 100, those of the second are not: neither has decimals."""
+    write_run(tmp_path / "r" / "a", ["Pendulum-v1", "CartPole-v1"], protocol="crl")
+    path = tmp_path / "r" / "a" / "eval.jsonl"
+    path.write_text(path.read_text().replace('"mean_return": 10.0', '"mean_return": 410.4', 1))
+    html = page.write_page(tmp_path / "r", tmp_path / "p").read_text()
+    returns = re.findall(r'data-column="mean_return" data-label="Return"><b>([^<]*)</b>', html)
+    assert returns == ["410", "10"]
+    assert appearance.veil(2) == 0.15
+    assert appearance.veil(12) == pytest.approx(0.05)
 
 
 def test_interval_of_a_correlation_draws_runs() -> None:

@@ -63,6 +63,11 @@ def symbol(place: int, symbols: Sequence[str]) -> str:
     return symbols[(place + place // len(COLORS)) % len(symbols)]
 
 
+def veil(count: int) -> float:
+    """How much colour the bands of ``count`` curves have: less where many lie over each other."""
+    return min(0.15, 0.6 / max(1, count))
+
+
 def shade(step: int, count: int) -> float:
     """How much of a colour the ``step``-th of ``count`` has: all of it, down to less than half."""
     return 1 - 0.55 * step / max(1, count - 1)

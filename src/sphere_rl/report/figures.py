@@ -32,6 +32,7 @@ from sphere_rl.report.appearance import (
     shade,
     styled,
     symbol,
+    veil,
 )
 from sphere_rl.report.axes import mark_tasks, scale, steps, wrapped
 from sphere_rl.report.curves import Curve, grouped
@@ -156,7 +157,7 @@ def line_plot(
             points, mean, color=own, linestyle=LINES[place % len(LINES)], marker=symbol(place, MARKERS),
             markersize=3, linewidth=1.4, markevery=max(1, len(points) // 15), label=f"{curve.label} ({curve.seeds})",
         )  # fmt: skip
-        axes.fill_between(points, low, high, color=own, alpha=0.15, linewidth=0)
+        axes.fill_between(points, low, high, color=own, alpha=veil(len(lines)), linewidth=0)
     if log:
         axes.set_yscale("log")
     if boundaries:

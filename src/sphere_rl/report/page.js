@@ -43,7 +43,7 @@
     const each = (change) => Array.isArray(trace.palette) ? trace.palette.map((index) => change(color(index))) : change(color(trace.palette === undefined ? 0 : trace.palette));
     const own = each((hex) => hex), line = Array.isArray(trace.palette) ? css("--soft") : own;
     const painted = merge(trace, {});
-    if (trace.band) painted.fillcolor = fade(own, 0.15);
+    if (trace.band) painted.fillcolor = fade(own, trace.band);
     else if (trace.type === "heatmap") painted.colorbar = { ...trace.colorbar, outlinewidth: 0, thickness: 12 };
     else if (trace.type === "bar") {
       const light = each((hex) => mix(hex, css("--card"), 0.35)), hatched = trace.protocol === "rl";

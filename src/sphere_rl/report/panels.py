@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from sphere_rl.report.appearance import index, shade, symbol
+from sphere_rl.report.appearance import index, shade, symbol, veil
 from sphere_rl.report.curves import Curve, grouped
 from sphere_rl.report.geometry import Snapshot
 from sphere_rl.statistics import Estimate
@@ -96,7 +96,7 @@ def lines(curves: Sequence[Curve], order: Sequence[str], hover: str = "%{y:.3f}"
     for i, curve in enumerate(curves):
         place = index(curve.label, i, order)
         shared = {"type": "scatter", "legendgroup": curve.label, "name": curve.label, "palette": place}
-        band = {"fill": "toself", "mode": "none", "hoverinfo": "skip", "showlegend": False, "band": True}
+        band = {"fill": "toself", "mode": "none", "hoverinfo": "skip", "showlegend": False, "band": veil(len(curves))}
         traces.append(shared | _band(curve) | band)
         style = {"line": {"dash": DASHES[place % len(DASHES)], "width": 2.2}}
         style["marker"] = {"size": 6, "symbol": symbol(place, SYMBOLS)}
