@@ -64,7 +64,7 @@ def test_a_method_has_one_colour_in_every_figure() -> None:
     assert to_hex(spectrum.get_color()) == orange
     table = pl.DataFrame({"label": ["sphere"] * 3 + ["none"], "r_e_A": [1.0, 2, 3, 4], "r_e_K": [2.0, 4, 6, 9]})
     dots = figures.proxy_scatter(table, "", "label", order).axes[0].collections
-    assert [to_hex(one.get_facecolor()[0]) for one in dots] == [orange, blue]  # type: ignore[index]
+    assert [to_hex(one.get_facecolor()[0]) for one in dots] == [blue, orange]  # type: ignore[index]
     bars: Any = figures.success_bars(ROWS[1:], "label", "", order=order).axes[0].patches
     assert to_hex(bars[0].get_edgecolor()) == orange
     features = {"sphere": [("push", np.eye(2), np.array([0, 1]))]}

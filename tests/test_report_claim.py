@@ -87,7 +87,12 @@ def test_hard_tasks_say_nothing_within_tasks() -> None:
     assert found.spearman == pytest.approx(whole.statistic)
     assert whole.statistic > 0.7
     assert (found.entries, found.runs, found.within) == (9, 3, pytest.approx(-1.0))
-    assert str(found) == f"Spearman {found.spearman:.2f} over 9 entries of 3 runs; −1.00 within tasks"
+    assert found.spearman_low is not None
+    assert found.spearman_high is not None
+    assert found.spearman_low <= found.spearman <= found.spearman_high  # type: ignore[operator]
+    bounds = f"[{found.spearman_low:.2f}, {found.spearman_high:.2f}]"
+    whole_text = f"Spearman {found.spearman:.2f} {bounds} over 9 entries of 3 runs"
+    assert str(found) == f"{whole_text}; −1.00 [−1.00, −1.00] within tasks"
     alone = foresight(table(rows[:3]), "r_e_K")
     assert (alone.runs, alone.within) == (1, None)
     flat = table([("a", 1, 1.0, 0.1), ("b", 1, 1.0, 0.2), ("c", 1, 1.0, 0.3)])

@@ -15,7 +15,7 @@ from typing import Any
 
 import polars as pl
 
-from sphere_rl.config import updated
+from sphere_rl.config import TrainConfig, preset, to_dict, updated
 from sphere_rl.errors import RunFolderError
 from sphere_rl.extras import require
 from sphere_rl.methods import methods
@@ -32,6 +32,8 @@ IDENTITY = {"suite", "protocol", "actor", "method", "label", "seed", "tasks"}
 INCIDENTAL = {"plugin", "log", "films", "device", "env_threads", "torch_threads", "checkpoint_every", "eval_every",
               "eval_max_steps", "spectrum_every", "on_nan", "env_timeout"}  # fmt: skip
 """Fields that change how a run is watched or computed, not what is trained."""
+NAMED_IN_FULL = 2
+"""A label shows up to so many settings whatever their values; of more, those that are not the suite's own."""
 EVAL = {
     "global_step": pl.Int64, "task_index": pl.Int64, "task": pl.String, "task_step": pl.Int64, "phase": pl.String,
     "episodes": pl.Int64, "success_final": pl.Float64, "success_once": pl.Float64, "mean_return": pl.Float64,
@@ -109,6 +111,24 @@ class Results:
     def trained(self, run: str) -> dict[str, Any]:
         """A run's settings that tell what was trained, by name, as recorded; those it did not know are the defaults."""
         return dict(_settings(updated(self.folder(run).config())))
+
+    @cached_property
+    def labels(self) -> dict[tuple[str, str, str], str]:
+        """What figures and pages call each (suite, actor, method): the method, where it names few settings.
+
+        Of more than `NAMED_IN_FULL`, those with the value that the suite's preset has are left out.
+        """
+        found = {}
+        for row in self.runs.iter_rows(named=True):
+            settings, method = row["settings"], row["method"]
+            if len(settings) > NAMED_IN_FULL:
+                usual = preset(suites()[row["suite"]]) if row["suite"] in suites() else TrainConfig()
+                known = to_dict(usual) | {"method": row["methods"]}
+                own = {f"{name.rpartition('.')[2]}={plain(value)}" for name, value in _settings(known)}
+                name = method.removesuffix(" ".join(["", *settings]))
+                method = " ".join([name, *(text for text in settings if text not in own)])
+            found[row["suite"], row["actor"], row["method"]] = method
+        return found
 
     @property
     def tasks(self) -> dict[str, tuple[str, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 HATCHES = ("", "///", "...", "xx", "\\\\", "++", "oo", "--")
 RL = 0.35
 """How much of a method's colour the bars of RL have; those of CRL have all of it."""
+NAME = 48
+"""Characters in a line of a legend."""
 STYLE: Any = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10, "legend.frameon": False,
     "axes.grid": True, "grid.alpha": 0.25, "axes.axisbelow": True, "svg.hashsalt": "sphere-rl", "pdf.fonttype": 42,
@@ -55,6 +58,16 @@ def index(label: str, place: int, order: Sequence[str] = ()) -> int:
     return order.index(label) if label in order else place
 
 
+def symbol(place: int, symbols: Sequence[str]) -> str:
+    """The symbol of the method at this place: another one where colours come again, so that no two look alike."""
+    return symbols[(place + place // len(COLORS)) % len(symbols)]
+
+
+def veil(count: int) -> float:
+    """How much colour the bands of ``count`` curves have: less where many lie over each other."""
+    return min(0.15, 0.6 / max(1, count))
+
+
 def shade(step: int, count: int) -> float:
     """How much of a colour the ``step``-th of ``count`` has: all of it, down to less than half."""
     return 1 - 0.55 * step / max(1, count - 1)
@@ -79,7 +92,10 @@ def make_room(legend: Legend, beside: bool = True) -> None:
     """Let the figure grow until its layout can hold this legend: in its height, and ``beside`` axes in half its width.
 
     A figure that holds it keeps its size. In any other the layout would leave less than nothing to the axes, and fail.
+    Long names go over several lines.
     """
+    for text in legend.get_texts():
+        text.set_text("\n".join(textwrap.wrap(text.get_text(), NAME, break_long_words=False)))
     figure: Any = legend.get_figure(root=True)
     box, (width, height) = legend.get_window_extent(), figure.get_size_inches()
     if beside:

@@ -53,7 +53,7 @@ class SuiteContent(SuiteRuns):
 
     def _success(self) -> Panel:
         caption = f"Mean {self.score_name.lower()} at the end of training on each task, with 95 % bootstrap intervals "
-        absent = [f"{name.upper()} of {row['label']}" for row in self.rows for name in ("rl", "crl") if not row[name]]
+        absent = [text for name in ("rl", "crl") if (text := self._without(name))]
         caption += "(none with one seed); a bar needs a seed that has finished all tasks. "
         caption += (f"Missing: {', '.join(absent)}. " if absent else "") + self.facts()
         if any(row["paper"] for row in self.rows):
@@ -62,6 +62,12 @@ class SuiteContent(SuiteRuns):
         choices = {"": panels.bars(self.rows, self.labels, self.order)} if known else {}
         return self._panel("success", f"{self.score_name} of RL and CRL by method", caption, choices,
                            "no seed has finished all tasks yet", BARS, y=self.score_name)  # fmt: skip
+
+    def _without(self, protocol: str) -> str:
+        """Which methods have no bar of a protocol; empty where all have."""
+        names = [row["label"] for row in self.rows if not row[protocol]]
+        who = "every method" if len(names) == len(self.rows) else ", ".join(names)
+        return f"{protocol.upper()} of {who}" if names else ""
 
     def _architectures(self) -> Panel:
         rows = self.architectures
@@ -95,13 +101,13 @@ class SuiteContent(SuiteRuns):
                             "environment steps")  # fmt: skip
         notes = {name: text for name, text in SPECTRAL_METRICS.items() if name in choices}
         titles = {name: panels.TITLES.get(name, name) for name in choices}
-        return replace(panel, titles=titles, notes=notes, chosen_axis="yaxis")
+        return replace(panel, titles=titles, notes=notes, chosen_axis="yaxis", names=panels.AXES)
 
     def _spectrum(self) -> Panel:
         caption = "Eigenvalues of K over their sum on the probe batch, largest first, lowest CRL seed of each method. "
         layout = {"yaxis": {"type": "log", "dtick": 1, "exponentformat": "power"}}
         return self._panel("spectrum", "The spectrum of K as it decays", caption + self.facts(),
-                           panels.spectra(self.snapshots, self.order), "no CRL policy at the end of a task yet", layout,
+                           panels.spectra(self.snapshots, self.order), self.without_policies, layout,
                            "after task", "index i", "λ<sub>i</sub> / tr K")  # fmt: skip
 
     def _routing(self) -> Panel:
@@ -120,7 +126,7 @@ class SuiteContent(SuiteRuns):
             "lightness: the singular direction of Φ that a state's features are longest along. Lowest CRL seed. "
         )
         caption += self.facts()
-        reason = "no CRL policy at the end of a task yet" if find_spec("sklearn") else INSTALL
+        reason = self.without_policies if find_spec("sklearn") else INSTALL
         layout: dict[str, Any] = {axis: {"visible": False} for axis in ("xaxis", "yaxis")}
         choices = panels.embeddings(self.embeddings, DIRECTIONS, self.order)
         return self._panel("features", "Weighted features", caption, choices, reason, layout, "snapshot")
@@ -128,11 +134,23 @@ class SuiteContent(SuiteRuns):
     def _proxy(self) -> Panel:
         known = self.spectra.filter(pl.col("r_e_A").is_not_null() & pl.col("r_e_K").is_not_null())
         caption = "Every measured batch (probe and rollout): the proxy rₑ(A) of the last expert layer against rₑ(K)."
-        if (r := statistics.correlation(known)["pearson_r"]) is not None:
-            caption += f" Pearson r = {r:.3f} over {known.height} batches."
+        found = statistics.correlation(known)
+        if (r := found["pearson_r"]) is not None:
+            bounds = "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
+            caption += f" Pearson r = {r:.3f}{bounds} over {known.height} batches of all runs together"
+            caption += f" (95 % interval: runs drawn anew). {self._within_runs(known)}"
         choices = {"": panels.scatter(known, self.order)} if known.height else {}
         return self._panel("proxy", "The proxy and the kernel", f"{caption} {self.facts()}", choices,
                            "no spectrum lines", {}, "", "rₑ(A)", "rₑ(K)")  # fmt: skip
+
+    def _within_runs(self, known: pl.DataFrame) -> str:
+        """What is left of the correlation of r_e(A) and r_e(K) where neither runs nor kinds of batches are mixed."""
+        each = known.group_by("run", "batch").agg(r=pl.corr("r_e_A", "r_e_K"), lines=pl.len())
+        r = each.filter((pl.col("lines") > 3) & pl.col("r").is_finite())["r"]
+        if r.is_empty():
+            return ""
+        middle, low, high = (f"{value:.2f}".replace("-", "−") for value in (r.median(), r.min(), r.max()))
+        return f"Within one run and one kind of batch: median r = {middle}, from {low} to {high} ({len(r)} of them)."
 
     def _profile(self) -> Panel:
         found = self.profiles.items()
@@ -150,12 +168,15 @@ class SuiteContent(SuiteRuns):
         caption = "Each point an agent on a task of its sequence, the first excepted: the metric on the probe batch as "
         caption += f"last measured on the task before, and the {self.score_name.lower()} at the end of training on the "
         caption += "new one. Within tasks: with the mean of each task taken out of both, so that a hard task says "
-        caption += f"nothing. {self.facts()}"
+        caption += (
+            "nothing. Intervals: 95 %, runs drawn anew (none with one); of as many metrics as there are here some "
+        )
+        caption += f"leave 0 out by chance. {self.facts()}"
         panel = self._panel("foresight", "What an agent is as it enters a task, and what it reaches there", caption,
                             {name: panels.entries(table, name, self.order) for name in names},
                             "no agent has finished a second task yet", {}, "metric", "", self.score_name)  # fmt: skip
         notes = {name: f"{SPECTRAL_METRICS.get(name, name)}. {self.foretold[name]}." for name in names}
-        return replace(panel, notes=notes, chosen_axis="xaxis")
+        return replace(panel, notes=notes, chosen_axis="xaxis", names=panels.AXES)
 
     def _rho(self) -> Panel:
         points = self.rho_points()
@@ -164,8 +185,12 @@ class SuiteContent(SuiteRuns):
             if any(row[p] for row in points.values() for p in ("rl", "crl"))
             else {}
         )
-        layout = {"xaxis": {"type": "log"}} if points and min(points) > 0 else {}
-        return self._panel("rho", "Success against ρ", f"SPHERE by its strength ρ. {self.facts()}", choices,
+        ticks = {"tickvals": sorted(points), "ticktext": [f"{rho:g}" for rho in sorted(points)]}
+        layout = {"xaxis": ticks | ({"type": "log"} if points and min(points) > 0 else {})}
+        names = ", ".join(points[rho]["label"] for rho in sorted(points))
+        caption = f"SPHERE by its strength ρ: {names}, which are alike in all else; 95 % bootstrap intervals "
+        caption += f"(none with one seed). {self.facts()}"
+        return self._panel("rho", "Success against ρ", caption, choices,
                            "finished runs of SPHERE that differ in ρ alone (sphere sweep --grid sphere.rho 0.01 0.1)",
                            layout, "", "ρ", self.score_name)  # fmt: skip
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import polars as pl
 
+from sphere_rl.report.appearance import index
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -19,6 +21,13 @@ class Curve:
     low: Sequence[int | float | None]
     high: Sequence[int | float | None]
     seeds: int
+
+
+def grouped(table: pl.DataFrame, by: str, order: Sequence[str]) -> list[tuple[str, int, pl.DataFrame]]:
+    """Rows of each value of ``by``, with its place in ``order``, or, where it is not named there, in the table."""
+    groups = enumerate(table.group_by(by, maintain_order=True))
+    found = [(str(label), index(str(label), i, order), group) for i, ((label, *_), group) in groups]
+    return sorted(found, key=lambda one: one[1])
 
 
 def curves(table: pl.DataFrame, x: str, y: str, by: Sequence[str], part: str | None = None) -> list[Curve]:

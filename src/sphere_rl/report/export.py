@@ -84,7 +84,8 @@ def task_table(suites: Sequence[SuiteContent]) -> pl.DataFrame:
 def foresight_table(suites: Sequence[SuiteContent]) -> pl.DataFrame:
     """One row a metric: how it goes, as agents enter their tasks, with the score that they reach; see `foresight`."""
     columns = {"part": pl.String, "metric": pl.String, "entries": pl.Int64, "runs": pl.Int64}
-    columns |= dict.fromkeys(("spearman", "within"), pl.Float64)
+    names = ("spearman", "within", "spearman_low", "spearman_high", "within_low", "within_high")
+    columns |= dict.fromkeys(names, pl.Float64)
     rows = [
         {"part": suite.name, "metric": name} | asdict(found)
         for suite in suites

@@ -8,7 +8,6 @@ hold is drawn as missing.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from itertools import cycle
@@ -32,8 +31,11 @@ from sphere_rl.report.appearance import (
     plain_names,
     shade,
     styled,
+    symbol,
+    veil,
 )
-from sphere_rl.report.curves import Curve
+from sphere_rl.report.axes import mark_tasks, scale, steps, wrapped
+from sphere_rl.report.curves import Curve, grouped
 from sphere_rl.report.foresight import foresight
 from sphere_rl.runs import make_folder, write_atomic
 from sphere_rl.statistics import Estimate, correlation
@@ -117,21 +119,22 @@ def success_bars(
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    if not any(row[protocol] for row in rows for protocol in ("rl", "crl")):
+    if not any(row[name] for row in rows for name in ("rl", "crl")):
         return missing("No method has finished its tasks with every seed yet", caption)
     figure = _figure((max(4.0, 1.1 * len(rows) + 1.5), 3.2))
     axes = figure.add_subplot()
+    known = [name for name in ("rl", "crl") if any(row[name] for row in rows)]
     for x, row in enumerate(rows):
         own = color(row.get("label", ""), x, order)
-        for i, protocol in enumerate(("rl", "crl")):
-            _bar(axes, x + 0.4 * i - 0.2, row[protocol], 0.38, fill(own, protocol))
+        for protocol in known:
+            _bar(axes, x + {"rl": -0.2, "crl": 0.2}[protocol], row[protocol], 0.38, fill(own, protocol))
         if paper := row.get("paper"):
             axes.plot((x - 0.2, x + 0.2), paper, **PAPER)
-    axes.set_xticks(range(len(rows)), [_wrap(str(row[label])) for row in rows])
+    axes.set_xticks(range(len(rows)), [wrapped(str(row[label])) for row in rows])
     axes.set_ylabel(ylabel)
-    _scale(axes, ylabel)
+    scale(axes, ylabel)
     axes.grid(axis="x", visible=False)
-    marks: list[Any] = [Patch(**fill("#666666", protocol), label=protocol.upper()) for protocol in ("rl", "crl")]
+    marks: list[Any] = [Patch(**fill("#666666", protocol), label=protocol.upper()) for protocol in known]
     marks += [Line2D([], [], **PAPER, label="the paper's")] if any(row.get("paper") for row in rows) else []
     axes.legend(handles=marks, loc="upper left", bbox_to_anchor=(1, 1))
     return _captioned(figure, caption)
@@ -151,27 +154,19 @@ def line_plot(
         own, place = color(curve.label, i, order), index(curve.label, i, order)
         points, mean, low, high = (np.array(values, float) for values in (curve.x, curve.mean, curve.low, curve.high))
         axes.plot(
-            points, mean, color=own, linestyle=LINES[place % len(LINES)], marker=MARKERS[place % len(MARKERS)],
+            points, mean, color=own, linestyle=LINES[place % len(LINES)], marker=symbol(place, MARKERS),
             markersize=3, linewidth=1.4, markevery=max(1, len(points) // 15), label=f"{curve.label} ({curve.seeds})",
         )  # fmt: skip
-        axes.fill_between(points, low, high, color=own, alpha=0.15, linewidth=0)
+        axes.fill_between(points, low, high, color=own, alpha=veil(len(lines)), linewidth=0)
     if log:
         axes.set_yscale("log")
-    mark_tasks(axes, boundaries)
+    if boundaries:
+        mark_tasks(axes, boundaries)
+        steps(axes)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    _scale(axes, ylabel)
+    scale(axes, ylabel)
     make_room(axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title="method (seeds)"))
     return _captioned(figure, caption)
-
-
-def mark_tasks(axes: Axes, boundaries: Mapping[float, str]) -> None:
-    """Mark where each task begins, with its name."""
-    for step, task in boundaries.items():
-        axes.axvline(step, color="#888888", linewidth=0.6, linestyle=(0, (2, 2)))
-        axes.text(
-            step, 1.01, f" {task}", transform=axes.get_xaxis_transform(), fontsize=6, rotation=28, color="#555555",
-            va="bottom",
-        )  # fmt: skip
 
 
 @styled
@@ -181,23 +176,23 @@ def routing(
 ) -> Figure:  # fmt: skip
     """Share of the probe states that each expert is selected for (rows) through training (columns), a panel a run.
 
-    A column reaches from the measurement before to its own.
+    A column reaches from the measurement before to its own; all panels have the steps of the longest run.
     """
     if not loads:
         return missing("No routing measured: no mixture of experts, or no spectrum lines", caption)
+    end = max(measured[-1] for measured, _ in loads.values())  # one for all: a run that goes on is shorter
+    starts = {step: task for step, task in (boundaries or {}).items() if step < end}
     figure = _figure((7.0, 1.9 * len(loads)))
-    for i, (label, (steps, load)) in enumerate(loads.items()):
+    for i, (label, (measured, load)) in enumerate(loads.items()):
         axes = figure.add_subplot(len(loads), 1, i + 1)
-        edges = np.append(0, steps)
+        edges = np.append(0, measured)
         mesh = axes.pcolormesh(
             edges, np.arange(load.shape[1] + 1), load.T, cmap="cividis", vmin=0, vmax=1, rasterized=True
         )
-        axes.set_title(label, loc="left", pad=22 if boundaries and not i else 6)
-        for step, task in (boundaries or {}).items():
-            axes.axvline(step, color="#FFFFFF", linewidth=0.9, linestyle=(0, (2, 2)))
-            if not i:
-                axes.text(step, 1.01, f" {task}", transform=axes.get_xaxis_transform(), fontsize=6, color="#555555")
-        axes.set(xlim=(0, edges[-1]), ylabel="Expert", yticks=np.arange(load.shape[1]) + 0.5)
+        axes.set_title(label, loc="left", pad=34 if starts and not i else 6)
+        mark_tasks(axes, starts, "#FFFFFF", names=not i)
+        steps(axes)
+        axes.set(xlim=(0, end), ylabel="Expert", yticks=np.arange(load.shape[1]) + 0.5)
         axes.set_yticklabels(map(str, range(load.shape[1])), fontsize=6)
         axes.grid(visible=False)
         figure.colorbar(mesh, ax=axes, label="share of states", fraction=0.03)
@@ -288,8 +283,8 @@ def entry_scatter(table: pl.DataFrame, caption: str, ylabel: str = "Success", or
     for axes, metric, name in zip(every, ("r_e_K", "r_e_A"), ("$r_e(K)$", "$r_e(A)$"), strict=True):
         _points(axes, table, (metric, "score"), "label", order, 16.0)
         axes.set(xlabel=f"{name} at the end of the task before")
-        axes.set_title(_wrap(str(foresight(table, metric)), 40), fontsize=8)
-        _scale(axes, ylabel)
+        axes.set_title(wrapped(str(foresight(table, metric)), 40), fontsize=8)
+        scale(axes, ylabel)
     every[0].set_ylabel(ylabel)
     make_room(every[1].legend(loc="upper left", bbox_to_anchor=(1, 1)))
     return _captioned(figure, caption)
@@ -320,8 +315,10 @@ def option_sweep(
                           markerfacecolor=("white", own)[i])  # fmt: skip
     if min(points) > 0:
         axes.set_xscale("log")
+    axes.set_xticks(sorted(points), [f"{x:g}" for x in sorted(points)])
+    axes.minorticks_off()
     axes.set(xlabel=option, ylabel=ylabel)
-    _scale(axes, ylabel)
+    scale(axes, ylabel)
     axes.legend()
     return _captioned(figure, caption)
 
@@ -368,10 +365,9 @@ def _points(
     axes: Axes, table: pl.DataFrame, columns: tuple[str, str], by: str, order: Sequence[str], size: float
 ) -> None:
     """Points of a table, a colour and a marker a value of ``by``."""
-    for i, ((label, *_), group) in enumerate(table.group_by(by, maintain_order=True)):
-        marker = MARKERS[index(str(label), i, order) % len(MARKERS)]
-        axes.scatter(*(group[name] for name in columns), s=size, color=color(str(label), i, order), marker=marker,
-                     alpha=0.7, label=str(label), rasterized=True)  # fmt: skip
+    for label, i, group in grouped(table, by, order):
+        axes.scatter(*(group[name] for name in columns), s=size, color=color(label, i, order), alpha=0.7, label=label,
+                     marker=symbol(i, MARKERS), rasterized=True)  # fmt: skip
 
 
 def _bar(axes: Axes, x: float, found: Estimate | None, width: float, fill: Mapping[str, Any]) -> None:
@@ -383,17 +379,7 @@ def _bar(axes: Axes, x: float, found: Estimate | None, width: float, fill: Mappi
         axes.errorbar(x, found.value, _errors([found]), color="black", capsize=2.5, linewidth=1)
 
 
-def _scale(axes: Axes, ylabel: str) -> None:
-    """Success is a share: the same scale in every figure."""
-    if ylabel == "Success":
-        axes.set_ylim(-0.02, 1.05)
-
-
 def _errors(found: Sequence[Estimate]) -> Float[ndarray, "2 n"]:
     """Distances from the value down and up to the interval's ends; 0 where there is none."""
     spans = [(0.0, 0.0) if f.low is None or f.high is None else (f.value - f.low, f.high - f.value) for f in found]
     return np.clip(np.array(spans, dtype=float).T, 0, None)
-
-
-def _wrap(text: str, width: int = 14) -> str:
-    return "\n".join(textwrap.wrap(text.replace("+", "+ "), width))

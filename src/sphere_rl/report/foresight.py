@@ -11,6 +11,8 @@ from typing import Any
 
 import polars as pl
 
+from sphere_rl.statistics import correlation_interval
+
 
 @dataclass(frozen=True)
 class Foresight:
@@ -18,15 +20,21 @@ class Foresight:
 
     ``within``: the same after the mean of each task is taken from both, so that tasks which are hard for all agents say
     nothing; of tasks that two runs or more have entered. ``None`` where there are fewer than three or no differences.
+    Each has a 95 % interval under resampling of runs, ``None`` with one run.
     """
 
     entries: int
     runs: int
     spearman: float | None
     within: float | None
+    spearman_low: float | None = None
+    spearman_high: float | None = None
+    within_low: float | None = None
+    within_high: float | None = None
 
     def __str__(self) -> str:
-        whole, within = ("–" if r is None else f"{r:.2f}".replace("-", "−") for r in (self.spearman, self.within))
+        whole = _text(self.spearman, self.spearman_low, self.spearman_high)
+        within = _text(self.within, self.within_low, self.within_high)
         runs = f"{self.runs} run{'s' if self.runs != 1 else ''}"
         return f"Spearman {whole} over {self.entries} entries of {runs}; {within} within tasks"
 
@@ -45,15 +53,26 @@ def foresight(table: pl.DataFrame, metric: str) -> Foresight:
     """What one metric of `entries` foretells."""
     known = table.filter(pl.col(metric).is_not_null() & pl.col(metric).is_finite())
     peers = known.filter(pl.col("run").n_unique().over("place") > 1)
-    left = peers.select((pl.col(name) - pl.col(name).mean()).over("place") for name in (metric, "score"))
-    return Foresight(known.height, known["run"].n_unique(), _spearman(known, metric), _spearman(left, metric))
+    left = peers.select("run", *((pl.col(name) - pl.col(name).mean()).over("place") for name in (metric, "score")))
+    (whole, *ends), (within, *within_ends) = _spearman(known, metric), _spearman(left, metric)
+    return Foresight(known.height, known["run"].n_unique(), whole, within, *ends, *within_ends)
 
 
-def _spearman(table: pl.DataFrame, metric: str) -> float | None:
+def _spearman(table: pl.DataFrame, metric: str) -> tuple[float | None, float | None, float | None]:
+    """The correlation and its interval's ends."""
     from scipy.stats import spearmanr
 
     rounded = table.select(pl.col(metric, "score").round(12))  # a mean taken out leaves rounding, which has ranks, too
     if rounded.height < 3 or min(rounded[name].n_unique() for name in (metric, "score")) < 2:
-        return None
-    found: Any = spearmanr(rounded[metric], rounded["score"])
-    return float(found.statistic)
+        return None, None, None
+    x, y = (rounded[name].cast(pl.Float64).to_numpy() for name in (metric, "score"))
+    found: Any = spearmanr(x, y)
+    low, high = correlation_interval(x, y, table["run"].to_list(), ranks=True)
+    return float(found.statistic), low, high
+
+
+def _text(value: float | None, low: float | None, high: float | None) -> str:
+    if value is None:
+        return "–"
+    text = f"{value:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
+    return text.replace("-", "−")

@@ -9,6 +9,7 @@
   const fade = (hex, alpha) => hex + Math.round(alpha * 255).toString(16).padStart(2, "0");
   const mix = (hex, other, share) => "#" + [1, 3, 5].map((i) => Math.round(share * parseInt(hex.slice(i, i + 2), 16) + (1 - share) * parseInt(other.slice(i, i + 2), 16)).toString(16).padStart(2, "0")).join("");
   const config = { responsive: true, displayModeBar: false };
+  const LEGEND = 46;  // two rows of it are within a plot's usual height
 
   function merge(base, changes) {
     const result = { ...base };
@@ -28,7 +29,7 @@
       legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0 }, bargap: 0.3, bargroupgap: 0.06,
     };
     const layout = merge(base, panel.layout);
-    if (panel.chosen_axis) layout[panel.chosen_axis] = merge(layout[panel.chosen_axis], { title: { text: choice } });
+    if (panel.chosen_axis) layout[panel.chosen_axis] = merge(layout[panel.chosen_axis], { title: { text: panel.names[choice] || choice } });
     for (const name of ["xaxis", "yaxis"]) layout[name] = merge(layout[name], { title: { font: { size: 13, color: css("--soft") }, standoff: 8 } });
     for (const shape of layout.shapes || []) shape.line.color = css("--soft");
     if (layout.annotations) {
@@ -42,7 +43,7 @@
     const each = (change) => Array.isArray(trace.palette) ? trace.palette.map((index) => change(color(index))) : change(color(trace.palette === undefined ? 0 : trace.palette));
     const own = each((hex) => hex), line = Array.isArray(trace.palette) ? css("--soft") : own;
     const painted = merge(trace, {});
-    if (trace.band) painted.fillcolor = fade(own, 0.15);
+    if (trace.band) painted.fillcolor = fade(own, trace.band);
     else if (trace.type === "heatmap") painted.colorbar = { ...trace.colorbar, outlinewidth: 0, thickness: 12 };
     else if (trace.type === "bar") {
       const light = each((hex) => mix(hex, css("--card"), 0.35)), hatched = trace.protocol === "rl";
@@ -58,6 +59,28 @@
     return painted;
   }
 
+  // A name in lines of so many characters: a legend's, which the drawing library would cut off or give all the room to.
+  function lines(name, length) {
+    const found = [""];
+    for (const word of name.split(" ")) {
+      const last = found[found.length - 1];
+      if (last && last.length + word.length >= length) found.push(word);
+      else found[found.length - 1] = last ? `${last} ${word}` : word;
+    }
+    return found;
+  }
+
+  // Traces with wrapped names, and how high their legend is below the plot: entries fill its width row by row.
+  function legend(box, traces) {
+    const room = Math.max(240, box.clientWidth - 40), length = Math.floor((room - 60) / 7);
+    const named = traces.map((trace) => trace.showlegend === false || !trace.name ? trace : { ...trace, name: lines(trace.name, length).join("<br>") });
+    const names = [...new Set(named.filter((trace) => trace.showlegend !== false && trace.name).map((trace) => trace.name))];
+    const split = names.map((name) => name.split("<br>"));
+    const widest = Math.max(0, ...split.flat().map((text) => 60 + 7.4 * text.length));
+    const columns = Math.max(1, Math.floor(room / widest)), tallest = Math.max(1, ...split.map((texts) => texts.length));
+    return { named, height: Math.ceil(names.length / columns) * (6 + 17 * tallest) };
+  }
+
   function draw(id) {
     const panel = data.panels[id];
     const box = document.getElementById(id);
@@ -69,7 +92,11 @@
     box.setAttribute("aria-label", title);
     if (paper) paper.hidden = title !== panel.title;  // the paper's figure is of the first choice
     if (note) note.textContent = panel.notes[choice] || "";
-    Plotly.react(box, panel.choices[choice].map(paint), layoutOf(panel, choice), config);
+    const { named, height } = legend(box, panel.choices[choice]), layout = layoutOf(panel, choice);
+    box.style.height = "";
+    box.style.height = `${box.clientHeight + Math.max(0, height - LEGEND)}px`;
+    layout.legend = { ...layout.legend, maxheight: height + 20 };
+    Plotly.react(box, named.map(paint), layout, config);
   }
 
   // ---- the unit sphere and its image under K

@@ -157,6 +157,7 @@ def policy(scripts: Iterable[str]) -> str:
 
 def _view(suite: SuiteContent) -> dict[str, Any]:
     """What the template shows of a suite."""
+    large = {name for name in tables.COLUMNS for row in suite.by_task if row[name] and abs(row[name].value) >= 100}
     return {
         "name": suite.name,
         "file": file_name(suite.name),
@@ -170,7 +171,10 @@ def _view(suite: SuiteContent) -> dict[str, Any]:
             row | {"cells": {name: _cell(row[name], name != "improvement") for name in DIFFERENCES}}
             for row in suite.differences
         ],
-        "by_task": [row | {"cells": {name: _cell(row[name]) for name in tables.COLUMNS}} for row in suite.by_task],
+        "by_task": [
+            row | {"cells": {name: _cell(row[name], large=name in large) for name in tables.COLUMNS}}
+            for row in suite.by_task
+        ],
         "panels": [asdict(panel) for panel in suite.panels],
         "ablation": suite.ablation(),
         "geometry": {label: [_ellipsoid(s) for s in row] for label, row in suite.snapshots.items()},
@@ -178,7 +182,9 @@ def _view(suite: SuiteContent) -> dict[str, Any]:
         "warnings": {
             run["run"]: texts for run in suite.runs.iter_rows(named=True) if (texts := _warnings(run, suite.results))
         },
-        "absent": suite.absent,
+        "absences": suite.absences,
+        "unfinished": suite.unfinished,
+        "shortened": suite.shortened,
     }
 
 
@@ -215,11 +221,11 @@ def _cards(suite: SuiteContent) -> list[dict[str, str]]:
     return cards if any(card["value"] != MISSING for card in cards) else []
 
 
-def _cell(found: Estimate | None, signed: bool = False) -> dict[str, str]:
-    """An estimate as text: value, interval, seeds; differences with their sign."""
+def _cell(found: Estimate | None, signed: bool = False, large: bool = False) -> dict[str, str]:
+    """An estimate as text: value, interval, seeds; differences with their sign. ``large``: without decimals."""
     if found is None:
         return {"value": MISSING, "interval": "missing", "seeds": ""}
-    form = f"{'+' if signed else ''}.{2 if abs(found.value) < 100 else 0}f"
+    form = f"{'+' if signed else ''}.{0 if large or abs(found.value) >= 100 else 2}f"
     value, *bounds = (
         "" if number is None else format(number, form).replace("-", "−")
         for number in (found.value, found.low, found.high)

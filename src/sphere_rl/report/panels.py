@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from sphere_rl.report.appearance import index, shade
-from sphere_rl.report.curves import Curve
+from sphere_rl.report.appearance import index, shade, symbol, veil
+from sphere_rl.report.curves import Curve, grouped
 from sphere_rl.report.geometry import Snapshot
 from sphere_rl.statistics import Estimate
 
@@ -25,6 +25,8 @@ PROTOCOLS = ("rl", "crl")
 SHOWN_EIGENVALUES = 64
 TITLES = {"r_e_K": "Effective rank of the eNTK, rₑ(K)", "r_e_A": "Effective rank of the features, rₑ(A)"}
 """Headings of the metrics that have one; the others go by their name."""
+AXES = {"r_e_K": "rₑ(K)", "r_e_A": "rₑ(A)"}
+"""Metrics at an axis; the others go by their name."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Panel:
     """Headings of the choices that have one of their own; ``title`` of the others."""
     chosen_axis: str = ""
     """Axis whose title is the choice, such as "yaxis"."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """What that axis says for a choice, where it is not the choice itself."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """What a choice shows, such as a metric's definition."""
 
@@ -70,6 +74,7 @@ def bars(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], order: Sequen
         {"type": "bar", "name": protocol.upper(), "protocol": protocol, "offsetgroup": protocol, "x": [labels[0]],
          "y": [None], "palette": None, "hoverinfo": "skip"}
         for protocol in PROTOCOLS
+        if any(row[protocol] for row in rows)
     ]  # fmt: skip
     paper = [
         {
@@ -91,10 +96,10 @@ def lines(curves: Sequence[Curve], order: Sequence[str], hover: str = "%{y:.3f}"
     for i, curve in enumerate(curves):
         place = index(curve.label, i, order)
         shared = {"type": "scatter", "legendgroup": curve.label, "name": curve.label, "palette": place}
-        band = {"fill": "toself", "mode": "none", "hoverinfo": "skip", "showlegend": False, "band": True}
+        band = {"fill": "toself", "mode": "none", "hoverinfo": "skip", "showlegend": False, "band": veil(len(curves))}
         traces.append(shared | _band(curve) | band)
         style = {"line": {"dash": DASHES[place % len(DASHES)], "width": 2.2}}
-        style["marker"] = {"size": 6, "symbol": SYMBOLS[place % len(SYMBOLS)]}
+        style["marker"] = {"size": 6, "symbol": symbol(place, SYMBOLS)}
         text = {"hovertemplate": f"{curve.label} · {hover} · {curve.seeds} seed(s)<extra></extra>"}
         mode = "lines+markers" if len(curve.x) <= 40 else "lines"
         traces.append(shared | style | text | {"x": list(curve.x), "y": list(curve.mean), "mode": mode})
@@ -209,11 +214,10 @@ def _points(
 ) -> list[dict[str, Any]]:
     """Points of a table, a colour and a symbol a label; hover shows their ``text`` and these numbers."""
     traces = []
-    for place, ((label, *_), group) in enumerate(table.group_by("label", maintain_order=True)):
-        i = index(str(label), place, order)
+    for label, i, group in grouped(table, "label", order):
         traces.append({
-            "type": "scatter", "mode": "markers", "name": str(label), "x": group[x].to_list(), "y": group[y].to_list(),
-            "palette": i, "marker": {**marker, "symbol": SYMBOLS[i % len(SYMBOLS)]}, "text": group["text"].to_list(),
+            "type": "scatter", "mode": "markers", "name": label, "x": group[x].to_list(), "y": group[y].to_list(),
+            "palette": i, "marker": {**marker, "symbol": symbol(i, SYMBOLS)}, "text": group["text"].to_list(),
             "hovertemplate": f"%{{text}}<br>{numbers}<extra></extra>",
         })  # fmt: skip
     return traces
@@ -232,8 +236,10 @@ def option_lines(points: Mapping[float, Mapping[str, Any]], order: Sequence[str]
             "x": [x for x, _ in ordered], "y": [row[protocol].value if row[protocol] else None for _, row in ordered],
             "palette": colors, "error_y": _error_bars([row[protocol] for _, row in ordered]),
             "line": {"dash": ("dash", "solid")[i]}, "marker": {"size": 9, "symbol": ("circle-open", "circle")[i]},
+            "hovertemplate": "ρ = %{x}: " + protocol.upper() + " %{y:.3f}<extra></extra>",
         }
         for i, protocol in enumerate(PROTOCOLS)
+        if any(row[protocol] for row in points.values())
     ]  # fmt: skip
 
 

@@ -28,8 +28,14 @@ NUMBERS = ("rl", "crl", "crl_iqm", "gap", "retention", "forgetting", "forward_tr
 
 def arms(results: Results) -> tuple[tuple[str, str], ...]:
     """(actor, method) of every run, by actor, plain PPO first: the order of tables, and of colours."""
-    found = {(row["actor"], row["method"]): row["methods"] for row in results.runs.iter_rows(named=True)}
-    return tuple(sorted(found, key=lambda arm: (arm[0], tuple(found[arm]) != PLAIN, arm[1])))
+    found = {
+        (row["actor"], row["method"]): (
+            tuple(row["methods"]) != PLAIN,
+            results.labels[row["suite"], row["actor"], row["method"]],
+        )
+        for row in results.runs.iter_rows(named=True)
+    }
+    return tuple(sorted(found, key=lambda arm: (arm[0], *found[arm])))
 
 
 @dataclass(frozen=True)
@@ -123,6 +129,11 @@ class SuiteRuns:
         """Labels in the order of the headline."""
         return [row["label"] for row in self.rows]
 
+    @property
+    def shortened(self) -> bool:
+        """Whether a label leaves settings out that are the suite's own."""
+        return any(not row["label"].endswith(row["method"]) for row in self.rows)
+
     @cached_property
     def order(self) -> list[str]:
         """Labels by colour: the page's methods, those that this part does not have as empty places."""
@@ -185,6 +196,29 @@ class SuiteRuns:
     def absent(self) -> dict[str, str]:
         """For each label without snapshots the reason."""
         return {label: why for label, why in self._geometry.items() if isinstance(why, str)}
+
+    @property
+    def absences(self) -> dict[str, list[str]]:
+        """For each reason the labels without snapshots."""
+        found: dict[str, list[str]] = {}
+        for label, why in self.absent.items():
+            found.setdefault(why, []).append(label)
+        return found
+
+    @property
+    def without_policies(self) -> str:
+        """Why there is no snapshot of any method."""
+        return "; ".join(self.absences)
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Runs that have not come to their end, as far as they are."""
+        rows = self.runs.filter(pl.col("state") != "finished").iter_rows(named=True)
+        return [
+            f"{row['run']} ({row['state']}, {row['tasks_done']} of {row['num_tasks']} tasks, {row['global_step']:,} of "
+            f"{row['steps_per_task'] * row['num_tasks']:,} steps)"
+            for row in rows
+        ]
 
     @cached_property
     def unreadable(self) -> dict[str, str]:
@@ -306,4 +340,5 @@ class SuiteRuns:
         return table.with_columns(place=place, position=place * self.steps + pl.col("task_step"), label=label)
 
     def _label(self, actor: str, method: str) -> str:
-        return method if self.runs["actor"].n_unique() == 1 else f"{actor} {method}"
+        label = self.results.labels[self.suite, actor, method]
+        return label if self.runs["actor"].n_unique() == 1 else f"{actor} {label}"
