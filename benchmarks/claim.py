@@ -15,24 +15,31 @@ from sphere_rl.results import Results, load_results
 
 
 def rows(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
-    """Head and rows: of each task the success of every run at its end, return in brackets, and r_e(K) on own states."""
+    """Head and rows: of each task that a run has finished, success at its end with the return in brackets, and the mean
+    of r_e(K) within it on the policy's own states and on the fixed probe states.
+    """
     runs = (
         results.runs.filter(pl.col("protocol") == "crl").sort("method", "seed").select("run", "method", "seed").rows()
     )
-    own = results.spectra.filter(pl.col("batch") == "rollout")
     table = []
     for index, task in enumerate(results.tasks["cw10"]):
         cells = []
         for run, _, _ in runs:
             here = (pl.col("run") == run) & (pl.col("task_index") == index)
             final = results.evals.filter(here & (pl.col("phase") == "final"))
-            rank = own.filter(here)["r_e_K"].mean()
-            score = f"{final['success_final'][0]:.2f} ({final['mean_return'][0]:.0f})" if final.height else "–"
-            cells += [score, "–" if rank is None else f"{rank:.1f}"]
+            if not final.height:
+                cells += ["–", "–"]
+                continue
+            ranks = [
+                results.spectra.filter(here & (pl.col("batch") == batch))["r_e_K"].mean()
+                for batch in ("rollout", "probe")
+            ]
+            cells.append(f"{final['success_final'][0]:.2f} ({final['mean_return'][0]:.0f})")
+            cells.append(", ".join(f"{rank:.1f}" for rank in ranks))
         if set(cells) != {"–"}:
             table.append((task, *cells))
     names = [f"`{method}`, seed {seed}" for _, method, seed in runs]
-    return ["task", *(text for name in names for text in (name, "r_e(K)"))], table
+    return ["task", *(text for name in names for text in (name, "r_e(K): own, fixed"))], table
 
 
 def main() -> None:
