@@ -6,6 +6,7 @@ A *method* in these tables is a label: the composed names, and every setting in 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -113,11 +114,10 @@ class Results:
     @property
     def tasks(self) -> dict[str, tuple[str, ...]]:
         """For each suite its tasks in training order: the longest sequence among the runs, then all others."""
-        found: dict[str, list[str]] = {}
+        found: dict[str, tuple[str, ...]] = {}
         for row in self.runs.sort("num_tasks", descending=True, maintain_order=True).iter_rows(named=True):
-            names = found.setdefault(row["suite"], list(row["tasks"]))
-            names.extend(task for task in row["tasks"] if task not in names)
-        return {suite: tuple(names) for suite, names in found.items()}
+            found[row["suite"]] = merged(found.get(row["suite"], ()), row["tasks"])
+        return found
 
     def by_sequence(self) -> dict[str, Results]:
         """Results of each suite apart, and of each task sequence where CRL runs of a suite differ in theirs.
@@ -133,7 +133,7 @@ class Results:
                 [
                     run
                     for run, protocol, tasks in runs
-                    if tuple(tasks) == one or (protocol == "rl" and {*tasks} <= {*one})
+                    if tuple(tasks) == one or (protocol == "rl" and Counter(tasks) <= Counter(one))
                 ]
                 for one in sorted(crl, key=len, reverse=True)
             ]
@@ -144,6 +144,12 @@ class Results:
                 tables = (table.filter(pl.col("run").is_in(names)) for table in (self.runs, self.evals, self.spectra))
                 parts[f"{suite}-{i + 1}" if i else suite] = Results(self.root, *tables)
         return parts
+
+
+def merged(sequence: Sequence[str], other: Sequence[str]) -> tuple[str, ...]:
+    """A task sequence, then what another one has beyond it: a task that comes twice in one of them does so here."""
+    more = [task for i, task in enumerate(other) if other[:i].count(task) >= sequence.count(task)]
+    return (*sequence, *more)
 
 
 def run_folders(root: Path | str) -> list[Path]:

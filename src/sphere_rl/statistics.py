@@ -198,7 +198,7 @@ def matrix(scores: pl.DataFrame, places: Sequence[int] | None = None) -> Float[n
 def final_scores(evals: pl.DataFrame, tasks: Sequence[str], column: str = "success_final") -> pl.DataFrame:
     """Score at the end of training on each task: evals of one experiment (phase final) → seed, place, task, score.
 
-    ``place`` is the task's index in ``tasks``, the sequence; in runs of protocol rl that hold a single task, too.
+    ``place`` is that of `placed` in the sequence ``tasks``; scores of protocol rl stand at every place of their task.
     """
     return _scores(evals.filter(pl.col("phase") == "final"), tasks, column)
 
@@ -238,18 +238,24 @@ def forward_transfer_scores(
 
     ``evals``: both protocols of one method.
     """
-    areas: dict[str, dict[tuple[int, str], float]] = {"rl": {}, "crl": {}}
-    curves = evals.filter(pl.col("phase").is_in(["train", "final"]) & pl.col(column).is_not_null())
-    for (protocol, seed, task), curve in curves.group_by("protocol", "seed", "task", maintain_order=True):
-        area = area_under_curve(curve["task_step"].to_list(), curve[column].to_list(), steps)
-        areas[str(protocol)][int(str(seed)), str(task)] = area
-    finished = {(seed, task) for seed, task in final_scores(evals, tasks, column).select("seed", "task").iter_rows()}
-    rows = []
-    for (seed, task), area in areas["crl"].items():
-        alone = [value for (_, name), value in areas["rl"].items() if name == task]
-        if alone and (seed, task) in finished:
-            transfer = forward_transfer(area, float(np.mean(alone)))
-            rows.append({"seed": seed, "place": tasks.index(task), "task": task, "score": transfer})
+    curves = placed(evals.filter(pl.col("phase").is_in(["train", "final"]) & pl.col(column).is_not_null()), tasks)
+    key = ("protocol", "run", "seed", "place", "task")
+    areas = [
+        dict(zip(key, names, strict=True))
+        | {"area": area_under_curve(curve["task_step"].to_list(), curve[column].to_list(), steps)}
+        for names, curve in curves.filter(pl.col("place").is_not_null()).group_by(key, maintain_order=True)
+    ]
+    alone: dict[str, list[float]] = {}
+    for one in areas:
+        if one["protocol"] == "rl":
+            alone.setdefault(one["task"], []).append(one["area"])
+    finished = {*final_scores(evals.filter(pl.col("protocol") == "crl"), tasks, column).select("seed", "place").rows()}
+    rows = [
+        {name: one[name] for name in ("seed", "place", "task")}
+        | {"score": forward_transfer(one["area"], float(np.mean(alone[one["task"]])))}
+        for one in areas
+        if one["protocol"] == "crl" and one["task"] in alone and (one["seed"], one["place"]) in finished
+    ]
     return pl.DataFrame(rows, schema=SCORES)
 
 
@@ -315,17 +321,34 @@ def differences(
 
 
 def _scores(evals: pl.DataFrame, tasks: Sequence[str], column: str) -> pl.DataFrame:
-    rows = [
-        {"seed": row["seed"], "place": _place(row, tasks), "task": row["task"], "score": row[column]}
-        for row in evals.filter(pl.col(column).is_not_null()).iter_rows(named=True)
-    ]
-    return pl.DataFrame(rows, schema=SCORES)
+    lines = everywhere(placed(evals.filter(pl.col(column).is_not_null()), tasks), tasks)
+    return lines.filter(pl.col("place").is_not_null()).select("seed", "place", "task", score=column).cast(SCORES)
 
 
-def _place(row: dict[str, Any], tasks: Sequence[str]) -> int:
-    """A task's place in the sequence: the run's own, unless the run trained that task apart from the others."""
-    index = row["task_index"]
-    return index if index < len(tasks) and tasks[index] == row["task"] else tasks.index(row["task"])
+def placed(lines: pl.DataFrame, tasks: Sequence[str]) -> pl.DataFrame:
+    """Lines of logs with their ``place`` in the sequence ``tasks``: the k-th time of a task in a run is its k-th there.
+
+    So a run that trained a task apart from the others has it at the task's place. What ``tasks`` does not have so often
+    has no place.
+    """
+    order = {"task": pl.Series(tasks, dtype=pl.String), "place": pl.Series(range(len(tasks)), dtype=pl.Int64)}
+    places = pl.DataFrame(order).with_columns(time=pl.int_range(pl.len()).over("task"))
+    times = (pl.col("task_index").rank("dense").over("run", "task") - 1).cast(pl.Int64)
+    known = lines.drop("place", strict=False).with_columns(time=times).with_row_index("line")
+    return known.join(places, on=["task", "time"], how="left").sort("line").drop("line", "time")
+
+
+def everywhere(lines: pl.DataFrame, tasks: Sequence[str]) -> pl.DataFrame:
+    """The lines of `placed`, those of protocol rl at every place of their task: a fresh agent is as good at each.
+
+    A place that the runs of a seed have trained keeps their own lines; the others have those of the task's first.
+    """
+    first = {"task": pl.String, "place": pl.Int64, "later": pl.Int64}
+    again = [(task, tasks.index(task), place) for place, task in enumerate(tasks) if task in tasks[:place]]
+    alone = lines.filter(pl.col("protocol") == "rl")
+    copies = alone.join(pl.DataFrame(again, schema=first, orient="row"), on=["task", "place"])
+    copies = copies.with_columns(place=pl.col("later")).join(alone, on=[*GROUP, "seed", "place"], how="anti")
+    return pl.concat([lines, copies.select(lines.columns)])
 
 
 SCORES = {"seed": pl.Int64, "place": pl.Int64, "task": pl.String, "score": pl.Float64}

@@ -13,7 +13,7 @@ from sphere_rl import statistics
 from sphere_rl.errors import CommandLineError
 from sphere_rl.numbers import number
 from sphere_rl.report.tables import rank_scores
-from sphere_rl.results import Results, load_results
+from sphere_rl.results import Results, load_results, merged
 from sphere_rl.terminal.parsers import ArgumentParser
 from sphere_rl.terminal.tables import print_table
 
@@ -41,6 +41,8 @@ def command(words: list[str]) -> None:
 def compare(ours: Results, theirs: Results) -> Iterator[dict[str, Any]]:
     """Rows of A − B: suite, actors and methods, protocol, score, task, means of both, difference, interval and seeds.
 
+    ``place`` tells one time of a task in the sequence from another.
+
     Only what both have counts: the seeds that finished a task in both, and for all tasks the seeds that finished every
     task that any seed finished in both.
 
@@ -48,7 +50,7 @@ def compare(ours: Results, theirs: Results) -> Iterator[dict[str, Any]]:
         CommandLineError: several methods in one of them, and none of the same name in the other.
     """
     for suite in [name for name in ours.tasks if name in theirs.tasks]:
-        tasks = tuple(dict.fromkeys((*ours.tasks[suite], *theirs.tasks[suite])))
+        tasks = merged(ours.tasks[suite], theirs.tasks[suite])
         for ours_key, theirs_key in pairs(groups(ours, suite), groups(theirs, suite)):
             for protocol in ("rl", "crl"):
                 one, two = (
@@ -97,12 +99,13 @@ def differences(
     paired = statistics.paired_scores(one, two)
     both = {"A": one.join(two, on=["seed", "place"], how="semi"), "B": two.join(one, on=["seed", "place"], how="semi")}
     places = sorted(paired["place"].unique())
-    for task, chosen in [*((tasks[place], [place]) for place in places), *([(ALL, places)] if len(places) > 1 else [])]:
+    for chosen in [*([place] for place in places), *([places] if len(places) > 1 else [])]:
         gain = statistics.estimate(statistics.matrix(paired, chosen), protocol)
         if gain is not None:
             means = {f"mean_{side}": mean_of(scores, chosen) for side, scores in both.items()}
             ends = {"difference": gain.value, "low": gain.low, "high": gain.high, "seeds": gain.seeds}
-            yield {"score": name, "task": task} | means | ends
+            place = chosen[0] if len(chosen) == 1 else None
+            yield {"score": name, "task": ALL if place is None else tasks[place], "place": place} | means | ends
 
 
 def mean_of(scores: pl.DataFrame, places: list[int]) -> float:
