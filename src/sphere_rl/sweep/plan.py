@@ -22,8 +22,8 @@ from sphere_rl.config import TrainConfig, convert, idle_options, tell_idle, to_d
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods import methods
 from sphere_rl.runs import RunFolder, file_name, read_sweep, write_atomic
-from sphere_rl.suites.env_args import FLAG, word_of
-from sphere_rl.terminal.arguments import named_options, parse_train
+from sphere_rl.suites.env_args import value_of, word_of
+from sphere_rl.terminal.arguments import named_options, option_words, parse_train
 from sphere_rl.training.saved import config_of
 
 
@@ -210,7 +210,7 @@ def _arm(name: str, options: Any) -> tuple[str, ...]:
     chosen = options.get("method", "none")
     names = chosen if isinstance(chosen, list) else str(chosen).split("+")
     words = [word for key, value in _flat(options) if key != "method" for word in _flag(key, _word(key, value))]
-    return ("--method", *map(str, names), "--label", name, *words)
+    return ("--method", *map(str, names), *option_words("label", name), *words)
 
 
 def _stage(table: Any) -> dict[str, Any]:
@@ -257,20 +257,19 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def _word(name: str, value: Any) -> Any:
     """A value as a word of the command line; a text that is an environment's argument stays one: "1" is not 1."""
-    if name.replace("-", "_").startswith("env_args."):
+    if _of_environment(name):
         return word_of(value)
     return value if isinstance(value, list) else str(value)
 
 
-def _flag(name: str, value: Any) -> list[str]:
-    """Words of one option: ``--sphere.rho 0.1``; switches are ``--crelu`` and ``--no-crelu``."""
-    if name.replace("-", "_").startswith("env_args."):
-        return [FLAG, f"{name.partition('.')[2]}={value}"]
-    flag = name.replace("_", "-")
-    if str(value).lower() in ("true", "false"):
-        table, dot, inner = flag.rpartition(".")
-        return [f"--{table}{dot}{'' if str(value).lower() == 'true' else 'no-'}{inner}"]
-    return [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+def _flag(name: str, word: Any) -> list[str]:
+    """Words of one option that is set to a word, as axes have them: a truth value is a switch."""
+    meant = {"true": True, "false": False}.get(str(word).lower(), word)
+    return option_words(name, value_of(word) if _of_environment(name) else meant)
+
+
+def _of_environment(name: str) -> bool:
+    return name.replace("-", "_").startswith("env_args.")
 
 
 def _tasks(tasks: Sequence[str]) -> list[str]:

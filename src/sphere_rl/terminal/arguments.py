@@ -11,7 +11,8 @@ from typing import Any
 
 from sphere_rl.config import TrainConfig, load_toml, names_of, overridden, preset, read_toml, use_plugins
 from sphere_rl.suites import make_suite
-from sphere_rl.suites.env_args import taken_from
+from sphere_rl.suites.env_args import FLAG as ENV_ARGS
+from sphere_rl.suites.env_args import taken_from, word_of
 from sphere_rl.terminal.options import train_parser
 from sphere_rl.training.monitors import check_watchers
 
@@ -41,6 +42,20 @@ def parse_train(words: list[str]) -> tuple[TrainConfig, Path, bool]:
     settings = overridden(default, given | {"env_args": arguments})
     check_watchers(settings)
     return settings, own["out"] or Path("runs") / default_name(settings), bool(own["quiet"])
+
+
+def option_words(name: str, value: Any) -> list[str]:
+    """Words of ``sphere train`` that set an option: ``--sphere.rho 0.1``, ``--no-crelu``, ``--env-args g=1.6``."""
+    table, dot, inner = name.replace("_", "-").rpartition(".")
+    if table.partition(".")[0] == ENV_ARGS.removeprefix("--"):  # whose name may have underscores and dots
+        word = f"{name.partition('.')[2]}={word_of(value)}"
+        return [f"{ENV_ARGS}={word}"] if word.startswith("-") else [ENV_ARGS, word]
+    if isinstance(value, bool):
+        return [f"--{table}{dot}{'' if value else 'no-'}{inner}"]
+    flag = f"--{table}{dot}{inner}"
+    if isinstance(value, str) and value.startswith("-"):
+        return [f"{flag}={value}"]
+    return [flag, *map(str, value if isinstance(value, list | tuple) else [value])]
 
 
 def flag_of(word: str) -> str:
