@@ -131,6 +131,8 @@ def test_labels_tell_runs_apart_by_what_differs() -> None:
     assert method_labels(given) == ["none g=1 name=None", "none g=None name=None", "none g=2 name=x"]
     assert method_labels([plain, plain | {"max_episode_steps": 0, "env_args": {}}]) == ["none", "none"]  # older runs
     assert method_labels([plain, plain | {"gamma": 0.5}]) == ["none gamma=0.9", "none gamma=0.5"]
+    segments = [plain | {"checkpoint_every": steps} for steps in (16384, 1000000)]  # environments start anew at each
+    assert method_labels(segments) == ["none checkpoint_every=16384", "none checkpoint_every=1000000"]
     old = base | {"method": ["sphere"], "sphere": {"rho": 0.1, "strength": 1e-3}}  # from before there was a scale
     new, free = (old | {"sphere": {"rho": 0.1, "strength": None, "scale": scale}} for scale in ("literal", "free"))
     assert method_labels([old, new]) == ["sphere", "sphere"]

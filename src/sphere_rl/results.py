@@ -30,8 +30,8 @@ KEY = ("suite", "protocol", "actor", "method", "seed")
 """Columns that name an experiment: one seed of one method. Protocol rl may spread its tasks over several folders."""
 IDENTITY = {"suite", "protocol", "actor", "method", "label", "seed", "tasks"}
 """Fields of a configuration that name a run; runs that differ in others carry the difference in their label."""
-INCIDENTAL = {"plugin", "log", "films", "device", "env_threads", "torch_threads", "checkpoint_every", "eval_every",
-              "eval_max_steps", "spectrum_every", "on_nan", "env_timeout"}  # fmt: skip
+INCIDENTAL = {"plugin", "log", "films", "device", "env_threads", "torch_threads", "eval_every", "eval_max_steps",
+              "spectrum_every", "on_nan", "env_timeout"}  # fmt: skip
 """Fields that change how a run is watched or computed, not what is trained."""
 EVAL = {
     "global_step": pl.Int64, "task_index": pl.Int64, "task": pl.String, "task_step": pl.Int64, "phase": pl.String,
