@@ -19,7 +19,7 @@ LAYERS = [
     ["experts", "runs", "runtime", "suites"],
     ["learner", "spectrum"],
     ["integrations", "methods"],
-    ["config"],
+    ["config", "settings"],
     ["training"],
     ["protocol", "results"],
     ["terminal"],

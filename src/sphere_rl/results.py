@@ -7,7 +7,7 @@ A *method* in these tables is a label: the composed names, and every setting in 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -23,16 +23,12 @@ from sphere_rl.methods import methods
 from sphere_rl.runs import LOGS, RunFolder
 from sphere_rl.runs.published import PublishedRun, published_runs
 from sphere_rl.runs.records import LOG_COLUMNS
+from sphere_rl.settings import TRAINS, settings
 from sphere_rl.suites import suites
 from sphere_rl.training.saved import config_of
 
 KEY = ("suite", "protocol", "actor", "method", "seed")
 """Columns that name an experiment: one seed of one method. Protocol rl may spread its tasks over several folders."""
-IDENTITY = {"suite", "protocol", "actor", "method", "label", "seed", "tasks"}
-"""Fields of a configuration that name a run; runs that differ in others carry the difference in their label."""
-INCIDENTAL = {"plugin", "log", "films", "device", "env_threads", "torch_threads", "eval_every", "eval_max_steps",
-              "spectrum_every", "on_nan", "env_timeout"}  # fmt: skip
-"""Fields that change how a run is watched or computed, not what is trained."""
 EVAL = {
     "global_step": pl.Int64, "task_index": pl.Int64, "task": pl.String, "task_step": pl.Int64, "phase": pl.String,
     "episodes": pl.Int64, "success_final": pl.Float64, "success_once": pl.Float64, "mean_return": pl.Float64,
@@ -109,7 +105,7 @@ class Results:
 
     def trained(self, run: str) -> dict[str, Any]:
         """A run's settings that tell what was trained, by name, as recorded; those it did not know are the defaults."""
-        return dict(_settings(updated(self.folder(run).config())))
+        return dict(settings(updated(self.folder(run).config()), TRAINS))
 
     @property
     def tasks(self) -> dict[str, tuple[str, ...]]:
@@ -245,7 +241,7 @@ def method_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """For each run ``name=value`` of every setting in which its peers differ; see `method_labels`."""
-    flat = [dict(_settings(updated(config))) for config in configs]
+    flat = [dict(settings(updated(config), TRAINS)) for config in configs]
     groups: dict[tuple[str, ...], list[int]] = {}
     for i, (config, name) in enumerate(zip(configs, _names(configs), strict=True)):
         groups.setdefault((config["suite"], config["actor"], name), []).append(i)
@@ -273,16 +269,6 @@ def _names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 def plain(value: Any) -> str:
     """A setting's value in few characters."""
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Settings that tell what was trained: own fields, the network's, and the options of the methods in use."""
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            if name in ("network", "env_args") or name in config["method"]:
-                yield from ((f"{name}.{inner}", item) for inner, item in value.items())
-        elif name not in IDENTITY | INCIDENTAL:
-            yield name, value
 
 
 def _sequences(found: Sequence[_Read]) -> dict[str, tuple[str, ...]]:

@@ -22,6 +22,7 @@ from sphere_rl.config import TrainConfig, convert, idle_options, tell_idle, to_d
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods import methods
 from sphere_rl.runs import RunFolder, file_name, read_sweep, write_atomic
+from sphere_rl.settings import ROLES
 from sphere_rl.suites.env_args import value_of, word_of
 from sphere_rl.terminal.arguments import named_options, option_words, parse_train
 from sphere_rl.training.saved import config_of
@@ -141,8 +142,8 @@ def check_folder(run: PlannedRun) -> None:
     if not RunFolder(run.folder).config_path.is_file():
         return
     ours, theirs = to_dict(run.config), to_dict(config_of(RunFolder(run.folder)))
-    for name in ours.keys() - {"log", "films", "env_threads", "torch_threads"}:  # how it is computed, not what
-        if ours[name] != theirs[name]:
+    for name in ours:
+        if ROLES.get(name) != "spares" and ours[name] != theirs[name]:
             raise ConfigError(name, ours[name], f"{theirs[name]!r}, as in {run.folder}; choose another --out")
 
 

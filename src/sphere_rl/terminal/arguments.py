@@ -46,7 +46,7 @@ def parse_train(words: list[str]) -> tuple[TrainConfig, Path, bool]:
 
 def option_words(name: str, value: Any) -> list[str]:
     """Words of ``sphere train`` that set an option: ``--sphere.rho 0.1``, ``--no-crelu``, ``--env-args g=1.6``."""
-    table, dot, inner = name.replace("_", "-").rpartition(".")
+    table, dot, inner = name.removeprefix("network.").replace("_", "-").rpartition(".")
     if table.partition(".")[0] == ENV_ARGS.removeprefix("--"):  # whose name may have underscores and dots
         word = f"{name.partition('.')[2]}={word_of(value)}"
         return [f"{ENV_ARGS}={word}"] if word.startswith("-") else [ENV_ARGS, word]
