@@ -80,6 +80,37 @@ def test_a_task_that_comes_twice_is_compared_at_each_of_its_places(
     assert [row["difference"] for row in rows] == pytest.approx([0.8, 0, -0.8, 0])
 
 
+def test_a_run_that_is_there_twice_counts_once_and_is_named(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, theirs = folders
+    assert main(["compare", str(ours), str(theirs), "--json"]) == 0
+    expected = rows_of(capsys)
+    write_run(ours / "again", [0.0, 0.0], method=["sphere"], seed=1, eval_every=7)
+    for name, tasks in {"r0": TASKS[:1], "r1": TASKS[1:], "r2": TASKS}.items():
+        write_run(ours / name, [1.0] * len(tasks), tasks, protocol="rl", method=["sphere"], seed=1)
+    assert main(["compare", str(ours), str(theirs), "--json"]) == 0
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    like = "with seed 1 on tasks of"
+    assert [line.partition(", too;")[0] for line in lines] == [
+        f"sphere: left out: {ours / 'again'}: is gym crl topk_moe sphere {like} {ours / '1'}",
+        f"sphere: left out: {ours / 'r2'}: is gym rl topk_moe sphere {like} {ours / 'r0'}",
+    ]
+    rows = {(row["score"], row["task"]): row for row in map(json.loads, printed.out.splitlines())}
+    assert rows == expected
+
+
+def test_agents_of_two_sequences_are_not_paired(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = folders
+    write_run(ours / "short", [1.0], TASKS[:1], method=["sphere"], seed=1)
+    assert main(["compare", str(ours), str(theirs)]) == 2
+    said = (
+        f"sphere: compare: {ours / '1'} and {ours / 'short'} differ in their tasks; give folders of one sequence each"
+    )
+    assert capsys.readouterr().err.strip() == said
+
+
 def test_single_runs_have_no_interval_and_methods_of_one_name_are_paired(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -288,3 +288,12 @@ def test_an_rl_run_of_the_whole_sequence_keeps_its_own_scores() -> None:
     assert statistics.matrix(statistics.final_scores(lines, tuple("ABA"))).tolist() == [[0.25, 0.5, 1.0]]
     apart = pl.DataFrame(lines_of("crl", "r", "BA", [0.25, 0.5]))  # of another sequence: by task
     assert statistics.matrix(statistics.final_scores(apart, tuple("ABA")), range(2)).tolist() == [[0.5, 0.25]]
+
+
+def test_two_runs_of_a_seed_are_not_one() -> None:
+    lines = pl.DataFrame(lines_of("crl", "one", "AB", [0.1, 0.2]) + lines_of("crl", "two", "AB", [0.3, 0.4]))
+    scores = statistics.final_scores(lines, ("A", "B"))
+    with pytest.raises(ValueError, match="two runs of one seed"):
+        statistics.matrix(scores)
+    with pytest.raises(pl.exceptions.ComputeError):
+        statistics.paired_scores(scores, scores)

@@ -64,7 +64,7 @@ class Results:
             ``settings`` of its label.
         evals: one row a line of ``eval.jsonl``.
         spectra: one row a line of ``spectrum.jsonl``.
-        broken: the runs that cannot be read and are in none of the others, ``run`` and ``reason``.
+        broken: the runs that cannot be read, or are there twice, and are in none of the others: ``run``, ``reason``.
     """
 
     root: Path
@@ -164,7 +164,8 @@ def load_results(root: Path | str) -> Results:
 
     Runs that are still going are read as far as they are.
 
-    One that cannot be read is left out of the tables, and listed in `Results.broken`.
+    One that cannot be read, or that is a run which another folder holds already, is left out of the tables, and listed
+    in `Results.broken`.
 
     Raises:
         RunFolderError: there is no run folder, or none that can be read.
@@ -183,10 +184,17 @@ def load_results(root: Path | str) -> Results:
         raise RunFolderError(broken[0]["reason"] + (f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""))
     configs, sequences = [one.config for one in found], _sequences(found)
     runs, evals, spectra = [], [], []
+    known: dict[tuple[Any, ...], str] = {}
     for one, label, differs in zip(found, method_labels(configs), differing(configs), strict=True):
         key = {"run": one.run} | {name: one.config[name] for name in KEY} | {"method": label}
         made = {"methods": list(one.config["method"]), "settings": differs}
-        runs.append(key | made | _run_row(one, one.config["tasks"] or sequences[one.config["suite"]]))
+        tasks = tuple(one.config["tasks"] or sequences[one.config["suite"]])
+        parts = [(*[key[name] for name in KEY], part) for part in (tasks if key["protocol"] == "rl" else (tasks,))]
+        if twin := next((known[part] for part in parts if part in known), None):
+            broken.append({"run": one.run, "reason": f"{root / one.run}: {_like(twin, key)}"})
+            continue
+        known |= dict.fromkeys(parts, str(root / one.run))
+        runs.append(key | made | _run_row(one, tasks))
         evals.extend(key | row for row in one.logs["eval"])
         spectra.extend(key | row for row in one.logs["spectrum"])
     return Results(
@@ -196,6 +204,12 @@ def load_results(root: Path | str) -> Results:
         _table(spectra, KEYS | SPECTRUM),
         pl.DataFrame(broken, schema=BROKEN),
     )
+
+
+def _like(twin: str, key: Mapping[str, Any]) -> str:
+    """Why a run is left out that has the key and tasks of another one."""
+    name = " ".join(str(key[part]) for part in ("suite", "protocol", "actor", "method"))
+    return f"is {name} with seed {key['seed']} on tasks of {twin}, too; expected one run of each (look at them apart)"
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ def paired_difference(
 
 def paired_scores(ours: pl.DataFrame, theirs: pl.DataFrame) -> pl.DataFrame:
     """Return ours − theirs for every (seed, task) that both have: columns seed, place, score."""
-    both = ours.join(theirs, on=["seed", "place"], suffix="_theirs")
+    both = ours.join(theirs, on=["seed", "place"], suffix="_theirs", validate="1:1")
     return both.select("seed", "place", score=pl.col("score") - pl.col("score_theirs"))
 
 
@@ -185,7 +185,13 @@ def complete(scores: Float[ndarray, "S T"]) -> Float[ndarray, "R T"]:
 
 
 def matrix(scores: pl.DataFrame, places: Sequence[int] | None = None) -> Float[ndarray, "S T"]:
-    """Scores [S, T] of a table with columns seed, place and score, NaN where there is none."""
+    """Scores [S, T] of a table with columns seed, place and score, NaN where there is none.
+
+    Raises:
+        ValueError: a seed has two scores at a place, of two runs.
+    """
+    if scores.select("seed", "place").is_duplicated().any():
+        raise ValueError("two runs of one seed on one task; expected evaluations of one run of each")
     places = list(places) if places is not None else sorted(scores["place"].unique())
     seeds = sorted(scores["seed"].unique())
     filled = np.full((len(seeds), len(places)), np.nan)
@@ -210,7 +216,7 @@ def retention_scores(evals: pl.DataFrame, tasks: Sequence[str], column: str = "s
 
 def forgetting_scores(final: pl.DataFrame, retention: pl.DataFrame) -> pl.DataFrame:
     """Score at the end of task i − retention of task i; positive: forgotten. The last task counts, with about 0."""
-    both = final.join(retention, on=["seed", "place"], suffix="_later")
+    both = final.join(retention, on=["seed", "place"], suffix="_later", validate="1:1")
     return both.select("seed", "place", "task", score=pl.col("score") - pl.col("score_later"))
 
 
