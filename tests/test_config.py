@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sphere_rl.cli import main
-from sphere_rl.config import TrainConfig, from_dict, load_toml, override, preset, to_dict
+from sphere_rl.config import TrainConfig, from_dict, load_toml, override, preset, task_steps, to_dict
 from sphere_rl.errors import CommandLineError, ConfigError
 from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.settings import TRAINS, settings
@@ -28,6 +28,7 @@ def test_defaults_are_the_cw10_preset() -> None:
     assert c.task_sequence[0] == "hammer"
     assert c.task_sequence[-1] == "peg-unplug-side"
     assert c.iterations_per_task == 61  # 1 000 000 // 16 384
+    assert c.steps_of_task == task_steps(to_dict(c)) == 61 * 16_384
 
 
 def test_h1_preset() -> None:

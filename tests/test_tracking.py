@@ -88,7 +88,7 @@ def test_a_task_is_measured_twenty_times_the_last_time_at_its_end() -> None:
     for config, expected in ((TrainConfig(), 20), (TrainConfig(steps_per_task=10 * 16_384), 10)):
         steps = due_steps(config)
         assert len(steps) == expected
-        assert steps[-1] == config.iterations_per_task * config.steps_per_iteration
+        assert steps[-1] == config.steps_of_task
     assert not due_steps(TrainConfig(spectrum_every=-1))
 
 

@@ -57,8 +57,7 @@ class MethodOptions:
 
 
 NAMES, WATCHES, SPARES = {"role": "names"}, {"role": "watches"}, {"role": "spares"}
-"""What a field is for, where it does not say what is trained: it names a run, says how it is measured or what becomes
-of it, or changes no number of it. `sphere_rl.settings` reads this."""
+"""Of fields that do not say what is trained: they name a run, say how it is watched, or change no number of it."""
 
 
 @dataclass(frozen=True)
@@ -194,15 +193,7 @@ class TrainConfig:
         for name in POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(name, getattr(self, name), "a finite number above 0")
-        for name in (
-            "seed",
-            "target_kl",
-            "max_episode_steps",
-            "value_coefficient",
-            "entropy_coefficient",
-            "learning_rate_end",
-            "env_timeout",
-        ):
+        for name in NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(name, getattr(self, name), "a finite number, 0 or more")
         for name in ("gamma", "gae_lambda"):
@@ -229,6 +220,11 @@ class TrainConfig:
         return self.steps_per_task // self.steps_per_iteration
 
     @property
+    def steps_of_task(self) -> int:
+        """Environment steps on a task, whole rollouts."""
+        return task_steps(vars(self))
+
+    @property
     def task_sequence(self) -> tuple[str, ...]:
         """The tasks to train, in order.
 
@@ -245,9 +241,15 @@ POSITIVE = (
     "steps_per_task num_envs num_steps minibatch_size num_epochs learning_rate kl_target adam_eps clip max_grad_norm "
     "observation_clip eval_every eval_episodes final_eval_episodes eval_max_steps checkpoint_every"
 ).split()
-
-
+NOT_NEGATIVE = (
+    "seed target_kl max_episode_steps value_coefficient entropy_coefficient learning_rate_end env_timeout"
+).split()
 LONGEST_WAIT = 1e6
+
+
+def task_steps(config: Mapping[str, Any]) -> int:
+    """Environment steps on a task: those of the whole rollouts that fit; also of what an unknown suite recorded."""
+    return config["steps_per_task"] - config["steps_per_task"] % (config["num_envs"] * config["num_steps"])
 
 
 def preset(suite: Suite) -> TrainConfig:

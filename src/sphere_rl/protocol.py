@@ -355,9 +355,9 @@ class Run:
         return None
 
     def _evaluate_earlier_tasks(self, agent: Agent) -> None:
-        steps = self.config.iterations_per_task * self.config.steps_per_iteration
         for index in range(len(self.tasks)):
-            self._evaluate(Policy(agent.actor, agent.normalizer), Due("retention", index, steps))
+            due = Due("retention", index, self.config.steps_of_task)
+            self._evaluate(Policy(agent.actor, agent.normalizer), due)
 
     def _evaluate(self, policy: Policy, due: Due) -> None:
         config, task, step = self.config, self.tasks[due.task_index], self.progress.global_step

@@ -16,7 +16,7 @@ from typing import Any
 
 import polars as pl
 
-from sphere_rl.config import updated
+from sphere_rl.config import task_steps, updated
 from sphere_rl.errors import RunFolderError
 from sphere_rl.extras import require
 from sphere_rl.methods import methods
@@ -305,7 +305,6 @@ def _run_row(one: _Read, tasks: Sequence[str]) -> dict[str, Any]:
     config, status, train = one.config, one.status, one.logs["train"]
     speeds = sorted(row["steps_per_second"] for row in train)
     finals = [row["task"] for row in one.logs["eval"] if row["phase"] == "final"]
-    batch = config["num_envs"] * config["num_steps"]
     return {
         "state": status.get("state", "new"),
         "task": status.get("task"),
@@ -313,7 +312,7 @@ def _run_row(one: _Read, tasks: Sequence[str]) -> dict[str, Any]:
         "tasks": list(tasks),
         "num_tasks": len(tasks),
         "tasks_done": len(finals),
-        "steps_per_task": config["steps_per_task"] // batch * batch,
+        "steps_per_task": task_steps(config),
         "global_step": train[-1]["global_step"] if train else status.get("global_step", 0),
         "speed": speeds[len(speeds) // 2] if speeds else None,
         "commit": one.commit,

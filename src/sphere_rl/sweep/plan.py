@@ -71,8 +71,7 @@ class PlannedRun:
     @property
     def steps(self) -> int:
         """Environment steps of the whole run."""
-        config = self.config
-        return config.iterations_per_task * config.steps_per_iteration * len(config.task_sequence)
+        return self.config.steps_of_task * len(self.config.task_sequence)
 
     @property
     def threads(self) -> int:
