@@ -11,14 +11,13 @@ the axes that it names itself and the file's for all others.
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product, repeat
 from pathlib import Path
 from typing import Any, Literal
 
-from sphere_rl.config import TrainConfig, convert, idle_options, tell_idle, to_dict
+from sphere_rl.config import TrainConfig, convert, idle_options, read_toml, tell_idle, to_dict
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods import methods
 from sphere_rl.runs import RunFolder, file_name, read_sweep, write_atomic
@@ -170,10 +169,7 @@ def load_grid(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, is not TOML, or has a key or a value of a kind that does not exist.
     """
-    try:
-        data = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError("config", str(path), f"a readable TOML file ({error})") from None
+    data = read_toml(path)
     for key, value in data.items():
         if key not in TABLES:
             raise ConfigError(key, value, f"one of {', '.join(TABLES)}")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sphere_rl.config import TrainConfig, load_toml, names_of, overridden, preset, read_toml, use_plugins
+from sphere_rl.errors import ConfigError
 from sphere_rl.suites import make_suite
 from sphere_rl.suites.env_args import FLAG as ENV_ARGS
 from sphere_rl.suites.env_args import taken_from, word_of
@@ -80,6 +80,6 @@ def default_name(config: TrainConfig) -> str:
 
 def _peek(path: Path) -> dict[str, Any]:
     """What a TOML file holds; whatever is wrong with the file is said when it is loaded."""
-    with contextlib.suppress(OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
-        return tomllib.loads(path.read_text())
+    with contextlib.suppress(ConfigError):
+        return read_toml(path)
     return {}
