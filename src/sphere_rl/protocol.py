@@ -81,7 +81,7 @@ def resume(folder: RunFolder, monitors: Callable[[int], list[Monitor]]) -> None:
         check_device(config.device)
     except ConfigError as error:  # of the machine that the run was started on
         raise RunFolderError(f"{folder.config_path}: {error}") from None
-    tune_process(min(2, threads("auto")) if config.torch_threads == "auto" else config.torch_threads)
+    tune_process(config.torch_threads)
     run = Run(config, folder, checkpoint.newest(folder), monitors)
     while (error := carry_on(run)) is not None:  # bad numbers, and it is to go back
         found = checkpoint.newest(folder)
