@@ -53,7 +53,7 @@ def test_unknown_suite_and_method_have_their_recorded_names(tmp_path: Path) -> N
     results = load_results(tmp_path / "r")
     assert results.tasks == {"elsewhere": ("push", "pull")}
     assert list(results.by_sequence()) == ["elsewhere"]
-    html = page.write_page(tmp_path / "r", tmp_path / "p").read_text()
+    html = page.make_page(load_results(tmp_path / "r"), tmp_path / "p").path.read_text()
     assert headline(tmp_path / "p", "crl") == pytest.approx({"none": 0.25, "elixir": 0.75})
     assert headline(tmp_path / "p", "r_e_K") == pytest.approx({"none": 4.5, "elixir": 4.5})
     assert "<li>push</li><li>pull</li>" in html
@@ -64,7 +64,7 @@ def test_unknown_suite_and_method_have_their_recorded_names(tmp_path: Path) -> N
 
 def test_a_run_that_has_recorded_nothing_breaks_no_page(tmp_path: Path) -> None:
     record(tmp_path / "r" / "a", tasks=0)
-    html = page.write_page(tmp_path / "r", tmp_path / "p").read_text()
+    html = page.make_page(load_results(tmp_path / "r"), tmp_path / "p").path.read_text()
     assert "elsewhere: 0 tasks" in html
 
 
@@ -78,7 +78,7 @@ def test_labels_do_not_hide_methods(tmp_path: Path) -> None:
     assert {row["label"]: row["reference"] for row in suite.differences} == dict.fromkeys(
         ("free", "sphere_like"), "baseline"
     )
-    html = page.write_page(tmp_path / "r", tmp_path / "p").read_text()
+    html = page.make_page(load_results(tmp_path / "r"), tmp_path / "p").path.read_text()
     cards = re.findall(r'<p class="number">(.*?)</p><p class="who"><span>(.*?)</span>', html)
     assert cards[:3] == [("0.25", "baseline"), ("0.75", "free"), ("+0.50", "free − baseline")]
     assert cards[4:] == [("4.50", "baseline"), ("6.50", "free")]
@@ -161,7 +161,7 @@ def test_figures_that_have_lost_their_data_are_taken_away(tmp_path: Path) -> Non
     (tmp_path / "p" / "figures").mkdir(parents=True)
     for kind in ("png", "svg", "pdf"):
         (tmp_path / "p" / "figures" / f"elsewhere-rho.{kind}").write_text("of an earlier page")
-    html = page.write_page(tmp_path / "r", tmp_path / "p").read_text()
+    html = page.make_page(load_results(tmp_path / "r"), tmp_path / "p").path.read_text()
     drawn = {path.stem for path in (tmp_path / "p" / "figures").iterdir()}
     assert drawn == {f"elsewhere-{name}" for name in ("rank", "success", "learning", "proxy", "profile")}
     assert "elsewhere-rho" not in html

@@ -117,7 +117,7 @@ def test_interval_holds_within_the_scores(scores: np.ndarray) -> None:
 def test_paired_difference_uses_common_seeds_only() -> None:
     ours = pl.DataFrame({"seed": [0, 0, 1, 1, 2, 2], "place": [0, 1] * 3, "score": [0.5, 0.7, 0.6, 0.8, 1.0, 1.0]})
     theirs = pl.DataFrame({"seed": [0, 0, 1, 1], "place": [0, 1] * 2, "score": [0.4, 0.5, 0.6, 0.5]})
-    found = statistics.paired_difference(ours, theirs, "crl")
+    found = statistics.estimate(statistics.matrix(statistics.paired_scores(ours, theirs)), "crl")
     assert found is not None
     assert astuple(found) == approximately(0.15, 0.15, 0.15, 2)
 

@@ -106,13 +106,6 @@ def ends(draws: Float[ndarray, "*k B"]) -> Float[ndarray, "2 *k"]:
     return np.quantile(draws, [tail, 1 - tail], axis=-1)
 
 
-def paired_difference(
-    ours: pl.DataFrame, theirs: pl.DataFrame, protocol: str, statistic: Statistic = mean, *, seed: int = 0
-) -> Estimate | None:
-    """Statistic of ours − theirs, entry by entry over the (seed, task) that both have: columns seed, place, score."""
-    return estimate(matrix(paired_scores(ours, theirs)), protocol, statistic, seed=seed)
-
-
 def paired_scores(ours: pl.DataFrame, theirs: pl.DataFrame) -> pl.DataFrame:
     """Return ours − theirs for every (seed, task) that both have: columns seed, place, score."""
     both = ours.join(theirs, on=["seed", "place"], suffix="_theirs", validate="1:1")

@@ -139,7 +139,7 @@ def success_bars(
 
 @styled
 def line_plot(
-    lines: Sequence[Curve], boundaries: Mapping[float, str], caption: str, ylabel: str, log: bool = False,
+    lines: Sequence[Curve], boundaries: Mapping[float, str], caption: str, ylabel: str,
     order: Sequence[str] = (), xlabel: str = "Environment steps",
 ) -> Figure:  # fmt: skip
     """Draw Figure 3 and the learning curves: a line a method, task boundaries marked, the range of seeds shaded."""
@@ -155,8 +155,6 @@ def line_plot(
             markersize=3, linewidth=1.4, markevery=max(1, len(points) // 15), label=f"{curve.label} ({curve.seeds})",
         )  # fmt: skip
         axes.fill_between(points, low, high, color=own, alpha=0.15, linewidth=0)
-    if log:
-        axes.set_yscale("log")
     mark_tasks(axes, boundaries)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     _scale(axes, ylabel)
