@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ TASKS = ("Pendulum-v1", "MountainCarContinuous-v0")
 SCORES = dict.fromkeys(("success_final", "success_once", "std_return", "mean_length"))
 
 
-def write_run(path: Path, returns: list[float], tasks: tuple[str, ...] = TASKS, **changes: Any) -> RunFolder:
+def write_run(path: Path, returns: list[float], tasks: Sequence[str] = TASKS, **changes: Any) -> RunFolder:
     """A run's folder as training writes it, with these returns at the ends of its tasks."""
     settings = {"suite": "gym", "tasks": list(tasks), "method": ["none"], **changes}
     with RunFolder(path) as folder:

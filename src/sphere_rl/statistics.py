@@ -239,7 +239,7 @@ def forward_transfer_scores(
     """
     curves = placed(evals.filter(pl.col("phase").is_in(["train", "final"]) & pl.col(column).is_not_null()), tasks)
     key = ("protocol", "run", "seed", "place", "task")
-    areas = [
+    areas: list[dict[str, Any]] = [
         dict(zip(key, names, strict=True))
         | {"area": area_under_curve(curve["task_step"].to_list(), curve[column].to_list(), steps)}
         for names, curve in curves.filter(pl.col("place").is_not_null()).group_by(key, maintain_order=True)
@@ -350,7 +350,7 @@ def everywhere(lines: pl.DataFrame, tasks: Sequence[str]) -> pl.DataFrame:
     return pl.concat([lines, copies.select(lines.columns)])
 
 
-SCORES = {"seed": pl.Int64, "place": pl.Int64, "task": pl.String, "score": pl.Float64}
+SCORES = pl.Schema({"seed": pl.Int64, "place": pl.Int64, "task": pl.String, "score": pl.Float64})
 
 
 def correlation(table: pl.DataFrame) -> dict[str, Any]:
