@@ -48,7 +48,7 @@ def steps() -> dict[str, Callable[[], None]]:
     from sphere_rl.config import TrainConfig, override
     from sphere_rl.runtime import tune_process
 
-    tune_process(torch_threads=1)
+    tune_process(1)
     agent_of, spaces = (
         first("training.agent.Agent", "agent.Agent"),
         first("learner.actor_critic.Spaces", "agent.Spaces"),

@@ -16,10 +16,11 @@ BEGIN, END = "<!-- map: written by scripts/architecture.py -->", "<!-- end of th
 MODULES = sorted(path.relative_to(SOURCE).with_suffix("").as_posix() for path in SOURCE.rglob("*.py"))
 LAYERS = [
     ["errors", "extras", "kernels", "numbers", "penalty", "plugins", "seeding", "statistics"],
+    ["correlations"],
     ["experts", "runs", "runtime", "suites"],
     ["learner", "spectrum"],
     ["integrations", "methods"],
-    ["config"],
+    ["config", "settings"],
     ["training"],
     ["protocol", "results"],
     ["terminal"],

@@ -39,8 +39,9 @@ def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _content(folder: RunFolder) -> dict[str, Any]:
-    state = checkpoint.latest_run(folder)
-    assert state is not None
+    found = checkpoint.newest(folder)
+    assert found is not None
+    state = found[1]
     del state["logs"]  # byte lengths: the measured times differ in length
     logs = {log: timeless(folder.read(log)) for log in ("train", "eval", "spectrum")}
     return logs | {"state": state, "status": folder.status()}

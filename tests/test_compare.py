@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ TASKS = ("Pendulum-v1", "MountainCarContinuous-v0")
 SCORES = dict.fromkeys(("success_final", "success_once", "std_return", "mean_length"))
 
 
-def write_run(path: Path, returns: list[float], **changes: Any) -> RunFolder:
+def write_run(path: Path, returns: list[float], tasks: Sequence[str] = TASKS, **changes: Any) -> RunFolder:
     """A run's folder as training writes it, with these returns at the ends of its tasks."""
-    settings = {"suite": "gym", "tasks": list(TASKS), "method": ["none"], **changes}
+    settings = {"suite": "gym", "tasks": list(tasks), "method": ["none"], **changes}
     with RunFolder(path) as folder:
         folder.create(to_dict(overridden(TrainConfig(), settings)))
         logs = Logs(folder, {})
         for index, value in enumerate(returns):
-            place = {"global_step": 256 * (index + 1), "task_index": index, "task": TASKS[index], "task_step": 256}
+            place = {"global_step": 256 * (index + 1), "task_index": index, "task": tasks[index], "task_step": 256}
             logs.append("train", place | {"iteration": 1, "steps_per_second": 100.0, "policy_loss": value / 2})
             logs.append("eval", place | {"phase": "final", "episodes": 5, "mean_return": value} | SCORES)
             logs.append("spectrum", place | {"batch": "probe", "r_e_K": value / 10, "expert_load": [0.5, 1.5]})
@@ -66,6 +67,49 @@ def test_differences_are_paired_by_task_and_seed(
     assert (both["mean_A"], both["mean_B"]) == (18, 14.5)
     assert rows["r_e_K", "all tasks"]["difference"] == pytest.approx(0.35)
     assert (both["A"], both["B"], both["protocol"]) == ("topk_moe sphere", "topk_moe none", "crl")
+
+
+def test_a_task_that_comes_twice_is_compared_at_each_of_its_places(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tasks = (*TASKS, TASKS[0])
+    ours = write_run(tmp_path / "ours", [0.9, 0.5, 0.1], tasks)
+    theirs = write_run(tmp_path / "theirs", [0.1, 0.5, 0.9], tasks)
+    assert main(["compare", str(ours.path), str(theirs.path), "--json"]) == 0
+    rows = [row for row in map(json.loads, capsys.readouterr().out.splitlines()) if row["score"] == "mean_return"]
+    assert [(row["task"], row["place"]) for row in rows] == [*zip(tasks, range(3), strict=True), ("all tasks", None)]
+    assert [row["difference"] for row in rows] == pytest.approx([0.8, 0, -0.8, 0])
+
+
+def test_a_run_that_is_there_twice_counts_once_and_is_named(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, theirs = folders
+    assert main(["compare", str(ours), str(theirs), "--json"]) == 0
+    expected = rows_of(capsys)
+    write_run(ours / "again", [0.0, 0.0], method=["sphere"], seed=1, eval_every=7)
+    for name, tasks in {"r0": TASKS[:1], "r1": TASKS[1:], "r2": TASKS}.items():
+        write_run(ours / name, [1.0] * len(tasks), tasks, protocol="rl", method=["sphere"], seed=1)
+    assert main(["compare", str(ours), str(theirs), "--json"]) == 0
+    printed = capsys.readouterr()
+    lines = printed.err.splitlines()
+    like = "with seed 1 on tasks of"
+    assert [line.partition(", too;")[0] for line in lines] == [
+        f"sphere: left out: {ours / 'again'}: is gym crl topk_moe sphere {like} {ours / '1'}",
+        f"sphere: left out: {ours / 'r2'}: is gym rl topk_moe sphere {like} {ours / 'r0'}",
+    ]
+    rows = {(row["score"], row["task"]): row for row in map(json.loads, printed.out.splitlines())}
+    assert rows == expected
+
+
+def test_agents_of_two_sequences_are_not_paired(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = folders
+    write_run(ours / "short", [1.0], TASKS[:1], method=["sphere"], seed=1)
+    assert main(["compare", str(ours), str(theirs)]) == 2
+    said = (
+        f"sphere: compare: {ours / '1'} and {ours / 'short'} differ in their tasks; give folders of one sequence each"
+    )
+    assert capsys.readouterr().err.strip() == said
 
 
 def test_single_runs_have_no_interval_and_methods_of_one_name_are_paired(

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from sphere_rl.cli import main
-from sphere_rl.config import TrainConfig, from_dict, load_toml, override, preset, to_dict
+from sphere_rl.config import TrainConfig, from_dict, load_toml, override, preset, task_steps, to_dict
 from sphere_rl.errors import CommandLineError, ConfigError
 from sphere_rl.experts.options import NetworkOptions
+from sphere_rl.settings import TRAINS, settings
 from sphere_rl.suites import make_suite
 from sphere_rl.terminal.arguments import parse_train
 from sphere_rl.terminal.options import GROUPS
@@ -27,6 +28,7 @@ def test_defaults_are_the_cw10_preset() -> None:
     assert c.task_sequence[0] == "hammer"
     assert c.task_sequence[-1] == "peg-unplug-side"
     assert c.iterations_per_task == 61  # 1 000 000 // 16 384
+    assert c.steps_of_task == task_steps(to_dict(c)) == 61 * 16_384
 
 
 def test_h1_preset() -> None:
@@ -51,6 +53,20 @@ def test_a_strength_that_is_not_given_stays_so(changes: dict[str, Any]) -> None:
     assert config.options.sphere.strength == changes.get("strength")
     own = {"literal": 1e-3, "free": 0.1}[config.options.sphere.scale]
     assert config.options.sphere.fixed_strength == changes.get("strength", own)
+
+
+def test_settings_are_told_apart_by_what_they_are_for() -> None:
+    config = override(TrainConfig(), {"suite": "gym", "env_args.g": 1, "method": ["redo"], "seed": 3, "device": "meta"})
+    recorded = to_dict(config) | {"of_another_version": 2}
+    names, trained, all_of_them = (dict(settings(recorded, *roles)) for roles in (["names"], [TRAINS], []))
+    assert [*names] == ["suite", "tasks", "protocol", "actor", "method", "label", "seed"]
+    assert trained.keys() >= {"gamma", "checkpoint_every", "env_args.g", "network.width", "redo.threshold"}
+    assert trained["of_another_version"] == 2
+    assert all_of_them["seed"] == 3
+    others = {"plugin", "device", "eval_every", "eval_max_steps", "spectrum_every", "on_nan", "env_timeout"}
+    others |= {"log", "films", "env_threads", "torch_threads"}
+    assert all_of_them.keys() == names.keys() | trained.keys() | others
+    assert not trained.keys() & (others | {"sphere.rho", "seed"})
 
 
 def test_runs_from_before_the_scale_had_the_literal_penalty() -> None:

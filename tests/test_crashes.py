@@ -29,7 +29,8 @@ from sphere_rl.cli import main
 from sphere_rl.config import TrainConfig, to_dict
 from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.methods import methods
-from sphere_rl.report.page import write_page
+from sphere_rl.report.page import make_page
+from sphere_rl.results import load_results
 from sphere_rl.runs import LOGS, RunFolder, checkpoint
 from sphere_rl.training.sizes import checkpoint_bytes
 
@@ -198,7 +199,7 @@ def test_a_sweep_that_is_killed_ends_as_one_that_was_not(tmp_path: Path) -> None
 
 def report(runs: Path, out: Path) -> None:
     """What the process does."""
-    write_page(runs, out)
+    make_page(load_results(runs), out)
 
 
 @pytest.mark.slow

@@ -16,9 +16,9 @@ from conftest import TINY
 from sphere_rl import protocol
 from sphere_rl.cli import main
 from sphere_rl.config import TrainConfig, override
+from sphere_rl.correlations import correlation
 from sphere_rl.runs import RunFolder
 from sphere_rl.spectrum import SPECTRAL_METRICS, effective_rank, entk, gram_effective_rank, measure
-from sphere_rl.statistics import correlation
 from sphere_rl.suites import make_suite
 from sphere_rl.terminal.tables import print_columns
 from sphere_rl.training.diagnosis import select

@@ -10,8 +10,11 @@ from typing import Any
 
 import polars as pl
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from sphere_rl.config import from_dict, override, preset, to_dict
+from sphere_rl.methods import methods
 from sphere_rl.report import commands, content, page
 from sphere_rl.results import load_results
 from sphere_rl.suites import make_suite
@@ -50,7 +53,7 @@ def test_unknown_suite_and_method_have_their_recorded_names(tmp_path: Path) -> N
     results = load_results(tmp_path / "r")
     assert results.tasks == {"elsewhere": ("push", "pull")}
     assert list(results.by_sequence()) == ["elsewhere"]
-    html = page.write_page(tmp_path / "r", tmp_path / "p").read_text()
+    html = page.make_page(load_results(tmp_path / "r"), tmp_path / "p").path.read_text()
     assert headline(tmp_path / "p", "crl") == pytest.approx({"none": 0.25, "elixir": 0.75})
     assert headline(tmp_path / "p", "r_e_K") == pytest.approx({"none": 4.5, "elixir": 4.5})
     assert "<li>push</li><li>pull</li>" in html
@@ -61,7 +64,7 @@ def test_unknown_suite_and_method_have_their_recorded_names(tmp_path: Path) -> N
 
 def test_a_run_that_has_recorded_nothing_breaks_no_page(tmp_path: Path) -> None:
     record(tmp_path / "r" / "a", tasks=0)
-    html = page.write_page(tmp_path / "r", tmp_path / "p").read_text()
+    html = page.make_page(load_results(tmp_path / "r"), tmp_path / "p").path.read_text()
     assert "elsewhere: 0 tasks" in html
 
 
@@ -75,7 +78,7 @@ def test_labels_do_not_hide_methods(tmp_path: Path) -> None:
     assert {row["label"]: row["reference"] for row in suite.differences} == dict.fromkeys(
         ("free", "sphere_like"), "baseline"
     )
-    html = page.write_page(tmp_path / "r", tmp_path / "p").read_text()
+    html = page.make_page(load_results(tmp_path / "r"), tmp_path / "p").path.read_text()
     cards = re.findall(r'<p class="number">(.*?)</p><p class="who"><span>(.*?)</span>', html)
     assert cards[:3] == [("0.25", "baseline"), ("0.75", "free"), ("+0.50", "free − baseline")]
     assert cards[4:] == [("4.50", "baseline"), ("6.50", "free")]
@@ -117,6 +120,34 @@ def test_command_makes_the_recorded_configuration() -> None:
     )
 
 
+TEXTS = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=6).filter(
+    lambda text: text != "--"
+) | st.sampled_from(["1", "true", "-x"])
+ARGUMENTS = st.dictionaries(
+    st.from_regex(r"-?[a-z][a-z_.]{0,5}", fullmatch=True).filter(lambda name: name not in ("task", "seed")),
+    st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False, allow_infinity=False) | TEXTS, max_size=3,
+)  # fmt: skip
+CHANGES: Any = st.fixed_dictionaries({}, optional={
+    "env_args": ARGUMENTS, "label": TEXTS, "seed": st.integers(0, 2**62), "gamma": st.floats(0, 1),
+    "learning_rate_bounds": st.sampled_from([[1e-7, 1e-3], [1.0, 2.0]]), "torch_threads": st.sampled_from(["auto", 3]),
+    "films": st.booleans(), "spectrum_every": st.integers(-5, 5), "tasks": st.sampled_from([["A-v0"], ["x:B-v1"] * 2]),
+    "network": st.fixed_dictionaries({"crelu": st.booleans()}), "method": st.sampled_from([["sphere"], ["c_chain"]]),
+    "max_episode_steps": st.integers(0, 9),
+})  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@example({"env_args": {"-a.b_c": '"😀\x7f"', "d": "1", "e": True, "f": -1e-9}, "label": "-x y"}, {})
+@given(CHANGES, st.sampled_from([{}, {"method": ["sphere"], "sphere": {"strength": 0.5}}, {"sphere.rho": 1e-9}]))
+def test_commands_and_configurations_say_the_same(changes: dict[str, Any], options: dict[str, Any]) -> None:
+    """Whatever was recorded, its command makes it again, but for options of methods that are not in use."""
+    config = override(preset(make_suite("gym")), changes | options)
+    words = shlex.split(commands.train(json.loads(json.dumps(to_dict(config)))))
+    found = to_dict(parse_train(words[2:])[0])
+    used = {name: value for name, value in to_dict(config).items() if name not in {*methods()} - {*config.method}}
+    assert {name: found[name] for name in used} == used
+
+
 def test_missing_package_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     record(tmp_path / "a")
     monkeypatch.setattr(content, "find_spec", lambda name: None)
@@ -130,7 +161,7 @@ def test_figures_that_have_lost_their_data_are_taken_away(tmp_path: Path) -> Non
     (tmp_path / "p" / "figures").mkdir(parents=True)
     for kind in ("png", "svg", "pdf"):
         (tmp_path / "p" / "figures" / f"elsewhere-rho.{kind}").write_text("of an earlier page")
-    html = page.write_page(tmp_path / "r", tmp_path / "p").read_text()
+    html = page.make_page(load_results(tmp_path / "r"), tmp_path / "p").path.read_text()
     drawn = {path.stem for path in (tmp_path / "p" / "figures").iterdir()}
     assert drawn == {f"elsewhere-{name}" for name in ("rank", "success", "learning", "proxy", "profile")}
     assert "elsewhere-rho" not in html

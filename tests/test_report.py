@@ -85,7 +85,7 @@ def suite(runs: Path) -> content.SuiteContent:
 
 @pytest.fixture(scope="module")
 def written(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return page.write_page(runs, tmp_path_factory.mktemp("page"))
+    return page.make_page(load_results(runs), tmp_path_factory.mktemp("page")).path
 
 
 def lines(runs: Path, run: str, log: str = "eval", **match: Any) -> list[dict[str, Any]]:
@@ -131,6 +131,8 @@ def test_labels_tell_runs_apart_by_what_differs() -> None:
     assert method_labels(given) == ["none g=1 name=None", "none g=None name=None", "none g=2 name=x"]
     assert method_labels([plain, plain | {"max_episode_steps": 0, "env_args": {}}]) == ["none", "none"]  # older runs
     assert method_labels([plain, plain | {"gamma": 0.5}]) == ["none gamma=0.9", "none gamma=0.5"]
+    segments = [plain | {"checkpoint_every": steps} for steps in (16384, 1000000)]  # environments start anew at each
+    assert method_labels(segments) == ["none checkpoint_every=16384", "none checkpoint_every=1000000"]
     old = base | {"method": ["sphere"], "sphere": {"rho": 0.1, "strength": 1e-3}}  # from before there was a scale
     new, free = (old | {"sphere": {"rho": 0.1, "strength": None, "scale": scale}} for scale in ("literal", "free"))
     assert method_labels([old, new]) == ["sphere", "sphere"]
@@ -265,7 +267,7 @@ def test_unfinished_and_failed_runs_are_shown(runs: Path, tmp_path: Path) -> Non
     (folder.path / "spectrum.jsonl").unlink()
     folder.set_status("failed", 256, TASKS[1], "TrainingError: loss is not <finite>")
     (tmp_path / "r" / "sweep.json").write_text(json.dumps({"commands": ["sphere sweep --x"], "runs": ["other"]}))
-    html = page.write_page(tmp_path / "r", tmp_path / "p").read_text()
+    html = page.make_page(load_results(tmp_path / "r"), tmp_path / "p").path.read_text()
     assert "TrainingError: loss is not &lt;finite&gt;" in html
     assert '<th scope="row">other</th><td><span class="state">planned</span>' in html
     assert "<code>sphere sweep --x</code>" in html
@@ -311,7 +313,7 @@ def test_sequences_are_not_mixed(runs: Path, tmp_path: Path) -> None:
         "gym": ["crl-none-0", "rl-none-0"],
         "gym-2": ["other"],
     }
-    html = page.write_page(root, tmp_path / "p").read_text()  # with policies of two observation sizes
+    html = page.make_page(load_results(root), tmp_path / "p").path.read_text()  # with policies of two observation sizes
     assert '<h2 class="part">gym: MountainCarContinuous-v0</h2>' in html
     found = data_of(tmp_path / "p" / "index.html")["geometry"]
     assert {name: [one["task"] for one in views["none"]] for name, views in found.items()} == {
@@ -336,7 +338,7 @@ gymnasium.register(
 def test_sequence_that_fails_in_its_second_task_is_shown_as_far_as_it_came(tmp_path: Path) -> None:
     tasks = ["--tasks", "Pendulum-v1", "RuinedPendulum-v0", "--spectrum-every", "256"]
     assert cli.main(["train", *TRAIN, *tasks, "--method", "none", "--out", str(tmp_path / "r" / "run")]) == 3
-    html = page.write_page(tmp_path / "r", tmp_path / "p").read_text()
+    html = page.make_page(load_results(tmp_path / "r"), tmp_path / "p").path.read_text()
     assert "TrainingError: task RuinedPendulum-v0, iteration 1" in html
     views = data_of(tmp_path / "p" / "index.html")["geometry"]["gym"]
     assert [one["task"] for one in views["none"]] == ["Pendulum-v1"]
@@ -347,7 +349,7 @@ def test_broken_policy_is_missing_with_a_reason(runs: Path, tmp_path: Path) -> N
         shutil.copytree(runs / name, tmp_path / "r" / name)
     broken = tmp_path / "r" / "crl-sphere-0" / "checkpoints" / f"task-00-{TASKS[0]}.pt"
     broken.write_bytes(broken.read_bytes()[:-100])
-    html = page.write_page(tmp_path / "r", tmp_path / "p").read_text()
+    html = page.make_page(load_results(tmp_path / "r"), tmp_path / "p").path.read_text()
     assert re.search(r'<p class="missing">Missing: sphere \(.*task-00-Pendulum-v1\.pt', html)
     assert list(data_of(tmp_path / "p" / "index.html")["geometry"]["gym"]) == ["none"]
 

@@ -114,3 +114,19 @@ def test_an_entry_is_what_the_task_before_has_left(suite: SuiteContent) -> None:
     assert len(figure.axes) == 2
     assert figure.get_gid() != figures.MISSING
     assert figures.entry_scatter(found.head(2), "caption").get_gid() == figures.MISSING
+
+
+def test_curves_of_rl_stand_at_every_place_of_their_task(tmp_path: Path) -> None:
+    """A, B, A in CRL; RL trained A and B once each, which are the first and third task, and the second."""
+    write_run(tmp_path / "crl", ["push-v3", "reach-v3", "push-v3"], protocol="crl")
+    for task in ("push-v3", "reach-v3"):
+        write_run(tmp_path / task, [task], protocol="rl")
+    write_run(tmp_path / "twice", ["push-v3", "push-v3", "push-v3"], protocol="rl", seed=1)  # of no CRL sequence
+    parts = load_results(tmp_path).by_sequence()
+    assert [sorted(part.runs["run"]) for part in parts.values()] == [["crl", "push-v3", "reach-v3"], ["twice"]]
+    suite = SuiteContent("gym", parts["gym"])
+    assert suite.tasks == ("push-v3", "reach-v3", "push-v3")
+    (curve,) = suite.curves(suite.learned("rl"), "success_final")
+    assert [x for x in curve.x if x is not None] == [160, 320, 480, 640, 800, 960]
+    (row,) = suite.rows
+    assert row["rl"].seeds == 1

@@ -12,11 +12,12 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 from synthetic_runs import write_run
 
+from sphere_rl.correlations import correlation, correlation_interval
 from sphere_rl.report import appearance, axes, figures, page, panels
 from sphere_rl.report.content import SuiteContent
 from sphere_rl.report.curves import Curve
 from sphere_rl.results import load_results
-from sphere_rl.statistics import Estimate, correlation, correlation_interval
+from sphere_rl.statistics import Estimate
 
 ROOT = Path(__file__).parents[1]
 MANY = [f"method{i:02d}" for i in range(16)]
@@ -45,12 +46,12 @@ def test_long_labels_leave_out_what_the_preset_has(tmp_path: Path) -> None:
 def test_unfinished_runs_are_named_at_the_top(tmp_path: Path) -> None:
     write_run(tmp_path / "r" / "whole", ["Pendulum-v1"])
     write_run(tmp_path / "r" / "broken", ["Pendulum-v1"], seed=1, error="disk full")
-    html = page.write_page(tmp_path / "r", tmp_path / "p").read_text()
+    html = page.make_page(load_results(tmp_path / "r"), tmp_path / "p").path.read_text()
     notice = html[html.index("<b>Not finished</b>") : html.index("Headline numbers")]
     assert "broken (failed, 1 of 1 tasks, 320 of 320 steps)" in notice
     assert "whole" not in notice
     write_run(tmp_path / "q" / "whole", ["Pendulum-v1"])
-    assert "Not finished" not in page.write_page(tmp_path / "q", tmp_path / "p2").read_text()
+    assert "Not finished" not in page.make_page(load_results(tmp_path / "q"), tmp_path / "p2").path.read_text()
 
 
 def test_published_runs_have_one_reason_for_all_that_needs_policies() -> None:
@@ -104,7 +105,7 @@ def test_a_column_of_numbers_has_one_form_and_many_bands_are_thin(tmp_path: Path
     write_run(tmp_path / "r" / "a", ["Pendulum-v1", "CartPole-v1"], protocol="crl")
     path = tmp_path / "r" / "a" / "eval.jsonl"
     path.write_text(path.read_text().replace('"mean_return": 10.0', '"mean_return": 410.4', 1))
-    html = page.write_page(tmp_path / "r", tmp_path / "p").read_text()
+    html = page.make_page(load_results(tmp_path / "r"), tmp_path / "p").path.read_text()
     returns = re.findall(r'data-column="mean_return" data-label="Return"><b>([^<]*)</b>', html)
     assert returns == ["410", "10"]
     assert appearance.veil(2) == 0.15

@@ -15,7 +15,9 @@ import pytest
 import torch
 from gymnasium import spaces
 
+from sphere_rl import runtime
 from sphere_rl.cli import main
+from sphere_rl.commands import diagnose
 from sphere_rl.errors import ConfigError, RunFolderError
 from sphere_rl.report.geometry import snapshots
 from sphere_rl.results import load_results
@@ -189,6 +191,19 @@ NO_GPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="says what 
 
 
 @NO_GPU
+@pytest.mark.parametrize("command", ["evaluate", "diagnose"])
+def test_readers_compute_with_as_many_threads_as_the_run(
+    command: str, crl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With ``auto`` what training takes, and not every core: other threads give other bits."""
+    asked: list[object] = []
+    for module in (runtime, diagnose):
+        monkeypatch.setattr(module, "tune_process", asked.append)
+    words = {"evaluate": ["--episodes", "1"], "diagnose": ["--checkpoint", "latest", "--out", str(tmp_path / "a.png")]}
+    assert main([command, str(crl), *words[command]]) == 0
+    assert asked == [config_of(RunFolder(crl)).torch_threads] == ["auto"]
+
+
 def test_a_run_of_a_gpu_is_read_on_the_cpu(copy: Path, crl: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = rows_of(capsys, copy)
     on_gpu(copy)

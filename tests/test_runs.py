@@ -138,7 +138,9 @@ def test_the_last_two_checkpoints_are_kept(folder: RunFolder) -> None:
     for step in (1, 20, 300):
         checkpoint.save_run(folder, step, {"step": step})
     assert [path.stem for path in checkpoint.run_checkpoints(folder)] == ["step-000000000020", "step-000000000300"]
-    assert checkpoint.latest_run(folder) == {"step": 300}
+    found = checkpoint.newest(folder)
+    assert found is not None
+    assert found[1] == {"step": 300}
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
@@ -150,14 +152,14 @@ def test_a_broken_checkpoint_is_passed_over(folder: RunFolder, damage: str) -> N
     if damage == "flip":
         content[len(content) // 2] ^= 1
     newest.write_bytes(content[: {"cut": len(content) - 7, "flip": len(content), "empty": 0}[damage]])
-    state = checkpoint.latest_run(folder)
-    assert state is not None
-    assert state["step"] == 1
+    found = checkpoint.newest(folder)
+    assert found is not None
+    assert found[1]["step"] == 1
     with pytest.raises(RunFolderError, match="broken checkpoint"):
         checkpoint.load(newest)
     checkpoint.run_checkpoints(folder)[0].write_bytes(b"")
     with pytest.raises(RunFolderError, match="broken checkpoint"):
-        checkpoint.latest_run(folder)
+        checkpoint.newest(folder)
 
 
 def test_checkpoints_are_found_by_name(folder: RunFolder) -> None:

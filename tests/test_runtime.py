@@ -36,6 +36,7 @@ def test_denormals_are_flushed_and_freed_gradients_stay_in_the_process():
 
 
 LANES = """
+import os
 import torch
 from sphere_rl.runtime import tune_process
 
@@ -43,13 +44,17 @@ asked, ask = [], torch.set_num_interop_threads
 torch.set_num_interop_threads = lambda number: (asked.append(number), ask(number))
 for threads in (1, 2, 4):
     tune_process(threads)
-print(asked, torch.get_num_interop_threads())
+os.sched_getaffinity = lambda process: set(range(8))
+tune_process("auto")
+print(asked, torch.get_num_interop_threads(), torch.get_num_threads())
 """
 
 
 def test_two_lanes_have_two_threads_and_a_second_request_is_no_error():
-    result = subprocess.run([sys.executable, "-c", LANES], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[2, 2] 2"
+    """``auto`` is two of eight cores."""
+    free = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    result = subprocess.run([sys.executable, "-c", LANES], capture_output=True, text=True, check=True, env=free)
+    assert result.stdout.strip() == "[2, 2, 2] 2 1"
 
 
 def test_cores_are_those_of_the_process_and_no_more_than_are_pinned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ SCORES = np.array([[0.1, 0.9], [0.3, 0.5]])
 def rows(protocol: str, phase: str, seed: int, scores: tuple[float, ...], step: int = 100) -> list[dict]:
     return [
         {"suite": "s", "actor": "a", "method": "m", "protocol": protocol, "seed": seed, "phase": phase}
-        | {"task_index": i, "task": task, "task_step": step, "success_final": score}
+        | {"run": f"{protocol}-{seed}", "task_index": i, "task": task, "task_step": step, "success_final": score}
         for i, (task, score) in enumerate(zip(TASKS, scores, strict=True))
     ]
 
@@ -117,7 +117,7 @@ def test_interval_holds_within_the_scores(scores: np.ndarray) -> None:
 def test_paired_difference_uses_common_seeds_only() -> None:
     ours = pl.DataFrame({"seed": [0, 0, 1, 1, 2, 2], "place": [0, 1] * 3, "score": [0.5, 0.7, 0.6, 0.8, 1.0, 1.0]})
     theirs = pl.DataFrame({"seed": [0, 0, 1, 1], "place": [0, 1] * 2, "score": [0.4, 0.5, 0.6, 0.5]})
-    found = statistics.paired_difference(ours, theirs, "crl")
+    found = statistics.estimate(statistics.matrix(statistics.paired_scores(ours, theirs)), "crl")
     assert found is not None
     assert astuple(found) == approximately(0.15, 0.15, 0.15, 2)
 
@@ -245,7 +245,7 @@ def test_unfinished_sequence_has_no_headline() -> None:
 
 
 def test_single_task_runs_take_their_place_in_the_sequence() -> None:
-    lines = [row | {"task_index": 0} for row in rows("rl", "final", 0, (0.25, 0.75))]
+    lines = [row | {"task_index": 0, "run": row["task"]} for row in rows("rl", "final", 0, (0.25, 0.75))]
     found = statistics.final_scores(pl.DataFrame(lines), TASKS)
     assert statistics.matrix(found, range(2)).tolist() == [[0.25, 0.75]]
 
@@ -254,3 +254,46 @@ def test_repeated_tasks_keep_their_places() -> None:
     lines = [rows("crl", "final", 0, (0.25, 0.75))[0] | {"task_index": i, "success_final": i / 4} for i in range(3)]
     found = statistics.final_scores(pl.DataFrame(lines), ("push", "push", "push"))
     assert statistics.matrix(found).tolist() == [[0.0, 0.25, 0.5]]
+
+
+def lines_of(protocol: str, run: str, tasks: str, scores: list[float], phase: str = "final", step: int = 100) -> list:
+    key = {"suite": "s", "actor": "a", "method": "m", "protocol": protocol, "seed": 0, "run": run, "phase": phase}
+    return [
+        key | {"task_index": i, "task": task, "task_step": step, "success_final": score}
+        for i, (task, score) in enumerate(zip(tasks, scores, strict=True))
+    ]
+
+
+def test_a_task_that_comes_twice_has_both_its_places_in_every_number() -> None:
+    """A, B, A: agents of RL that were trained on A alone stand at both places, in CRL each time has its own scores."""
+    evals = pl.DataFrame(
+        lines_of("crl", "c", "ABA", [0.2, 0.4, 0.8])
+        + lines_of("crl", "c", "ABA", [0.2, 0.4, 0.4], "train", 50)
+        + lines_of("crl", "c", "ABA", [0.7, 0.1, 0.8], "retention")
+        + lines_of("rl", "a", "A", [0.5]) + lines_of("rl", "b", "B", [0.75])
+    )  # fmt: skip
+    (row,) = statistics.headline(evals, {"s": ("A", "B", "A")})
+    values = {name: number.value for name, number in row.items() if isinstance(number, statistics.Estimate)}
+    assert values["rl"] == pytest.approx((0.5 + 0.75 + 0.5) / 3)
+    assert values["crl"] == pytest.approx((0.2 + 0.4 + 0.8) / 3)
+    assert values["gap"] == pytest.approx(values["rl"] - values["crl"])
+    assert values["forgetting"] == pytest.approx((-0.5 + 0.3 + 0) / 3)
+    areas = [0.2, 0.4, 0.5 * 0.4 + 0.5 * 0.6]  # the last: held at 0.4 for half of the task, then up to 0.8
+    transfer = [(area - rl) / (1 - rl) for area, rl in zip(areas, [0.5, 0.75, 0.5], strict=True)]
+    assert values["forward_transfer"] == pytest.approx(np.mean(transfer))
+
+
+def test_an_rl_run_of_the_whole_sequence_keeps_its_own_scores() -> None:
+    lines = pl.DataFrame(lines_of("rl", "r", "ABA", [0.25, 0.5, 1.0]))
+    assert statistics.matrix(statistics.final_scores(lines, tuple("ABA"))).tolist() == [[0.25, 0.5, 1.0]]
+    apart = pl.DataFrame(lines_of("crl", "r", "BA", [0.25, 0.5]))  # of another sequence: by task
+    assert statistics.matrix(statistics.final_scores(apart, tuple("ABA")), range(2)).tolist() == [[0.5, 0.25]]
+
+
+def test_two_runs_of_a_seed_are_not_one() -> None:
+    lines = pl.DataFrame(lines_of("crl", "one", "AB", [0.1, 0.2]) + lines_of("crl", "two", "AB", [0.3, 0.4]))
+    scores = statistics.final_scores(lines, ("A", "B"))
+    with pytest.raises(ValueError, match="two runs of one seed"):
+        statistics.matrix(scores)
+    with pytest.raises(pl.exceptions.ComputeError):
+        statistics.paired_scores(scores, scores)

@@ -438,6 +438,7 @@ def test_strengths_have_the_same_speed_and_modes_have_not() -> None:
         return len({speed_class(run.config) for run in plan(grid(methods=("sphere",), options=options), Path("out"))})
 
     assert kinds(("sphere.rho", ("0.01", "0.1", "1.0"))) == 1
+    assert kinds(("label", ("one", "other"))) == 1
     assert kinds(("sphere.mode", ("loss", "grad"))) == 2
     assert kinds(("num_envs", ("2", "4"))) == 2
 

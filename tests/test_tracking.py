@@ -55,8 +55,8 @@ def test_training_is_bitwise_the_same_with_tracking_on_and_off(
     assert on.read("spectrum")
     assert not off.read("spectrum")
     assert (on.path / "eval.jsonl").read_bytes() == (off.path / "eval.jsonl").read_bytes()
-    states = [checkpoint.latest_run(folder) for folder in (on, off)]
-    one, two = (flat(state["agent"]) for state in states if state)
+    states = [found[1] for folder in (on, off) if (found := checkpoint.newest(folder))]
+    one, two = (flat(state["agent"]) for state in states)
     assert one.keys() == two.keys()
     assert any(".critic_optimizer.state" in name for name in one)
     for name, value in one.items():
@@ -88,7 +88,7 @@ def test_a_task_is_measured_twenty_times_the_last_time_at_its_end() -> None:
     for config, expected in ((TrainConfig(), 20), (TrainConfig(steps_per_task=10 * 16_384), 10)):
         steps = due_steps(config)
         assert len(steps) == expected
-        assert steps[-1] == config.iterations_per_task * config.steps_per_iteration
+        assert steps[-1] == config.steps_of_task
     assert not due_steps(TrainConfig(spectrum_every=-1))
 
 
@@ -143,8 +143,9 @@ def test_the_probe_batch_passes_the_agents_normaliser(tiny: TrainConfig) -> None
 def test_a_row_is_what_measure_says_of_the_saved_policy(tiny: TrainConfig, tmp_path: Path) -> None:
     folder = train(tiny, tmp_path / "run")
     row = [row for row in folder.read("spectrum") if row["batch"] == "probe"][-1]
-    state = checkpoint.latest_run(folder)
-    assert state is not None
+    found = checkpoint.newest(folder)
+    assert found is not None
+    state = found[1]
     agent = Agent(tiny, Spaces(**state["spaces"]), seed=1)
     agent.load_state_dict(state["agent"])
     assert row["task_step"] == 512

@@ -174,7 +174,7 @@ def evaluate(words: list[str]) -> None:
     )
     options.add_argument("--tasks", nargs="+", help="tasks of the run's suite; by default all tasks of the run")
     options.add_argument("--episodes", type=positive, default=50, help="deterministic episodes of each task (50)")
-    limit = "end an episode after so many steps; by default as the run does (10000, unless it was set)"
+    limit = "end an episode after so many steps; by default as the run does (its eval_max_steps)"
     options.add_argument("--eval-max-steps", "--max-steps", type=positive, help=limit)
     options.add_argument("--seed", type=integer, default=0, help="of the episodes' first states (0)")
     options.add_argument("--json", action="store_true", help="one JSON object a task instead of the table (off)")
@@ -199,7 +199,7 @@ def evaluated(given: Any) -> list[dict[str, Any]]:
 
     folder = RunFolder.existing(given.run)
     config = config_of(folder)
-    tune_process(threads(config.torch_threads))
+    tune_process(config.torch_threads)
     suite = make_suite(config.suite)
     limits = {"arguments": config.environment, "max_steps": given.eval_max_steps or config.eval_max_steps}
     chosen = policy_for(folder, config, given.tasks, given.checkpoint)

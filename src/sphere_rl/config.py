@@ -56,31 +56,35 @@ class MethodOptions:
         return MethodOptions(**{**self._given, method: config})
 
 
+NAMES, WATCHES, SPARES = {"role": "names"}, {"role": "watches"}, {"role": "spares"}
+"""Of fields that do not say what is trained: they name a run, say how it is watched, or change no number of it."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Continual PPO on a task sequence. Defaults are the CW10 preset."""
 
-    suite: str = "cw10"
+    suite: str = field(default="cw10", metadata=NAMES)
     """Task suite; `sphere list --suites` names them. Its preset sets the defaults of the other fields."""
-    tasks: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = field(default=(), metadata=NAMES)
     """Tasks in training order; the suite's own sequence when none are named."""
     env_args: EnvArgs = field(default_factory=EnvArgs)
     """Arguments of the environments, as in g=1.6; of every task alike."""
     max_episode_steps: int = 0
     """Steps after which an episode is truncated, in suite gym; 0: the environment's own limit."""
-    protocol: Literal["rl", "crl"] = "crl"
+    protocol: Literal["rl", "crl"] = field(default="crl", metadata=NAMES)
     """rl: a fresh agent for each task. crl: one agent through the sequence; schedules restart at each task."""
-    actor: str = "topk_moe"
+    actor: str = field(default="topk_moe", metadata=NAMES)
     """Actor architecture; `sphere list --actors` names them."""
     critic: str = "dense"
     """Critic architecture, of the same kinds as the actor's."""
-    method: tuple[str, ...] = ("none",)
+    method: tuple[str, ...] = field(default=("none",), metadata=NAMES)
     """Mitigation methods, composed in this order; `sphere list --methods` names them."""
-    plugin: tuple[str, ...] = ()
+    plugin: tuple[str, ...] = field(default=(), metadata=WATCHES)
     """Modules with methods, suites or actors of your own, imported before anything else; see Extending."""
-    label: str = ""
+    label: str = field(default="", metadata=NAMES)
     """What tables and figures call the method of this run; by default its name, with settings that tell it apart."""
-    seed: int = 0
+    seed: int = field(default=0, metadata=NAMES)
     """Seed of every random stream of the run."""
     steps_per_task: int = 1_000_000
     """Environment steps on each task, all environments together; rounded down to whole iterations."""
@@ -128,31 +132,31 @@ class TrainConfig:
     network: NetworkOptions = field(default_factory=NetworkOptions)
     """Sizes and layers of actor and critic."""
 
-    eval_every: int = 100_000
+    eval_every: int = field(default=100_000, metadata=WATCHES)
     """Environment steps between evaluations on the current task."""
     eval_episodes: int = 10
     """Deterministic episodes of an evaluation during a task."""
     final_eval_episodes: int = 50
     """Episodes of the evaluation at the end of a task, and on every earlier task after the last."""
-    eval_max_steps: int = 10_000
+    eval_max_steps: int = field(default=10_000, metadata=WATCHES)
     """Steps after which an evaluation ends an episode that has no end of its own."""
-    spectrum_every: int = 0
+    spectrum_every: int = field(default=0, metadata=WATCHES)
     """Environment steps between spectral measurements; 0: twenty times a task. Negative: never."""
     checkpoint_every: int = 100_000
     """Environment steps of a segment: after each, a checkpoint is written and environments start anew."""
-    env_threads: int | Literal["auto"] = "auto"
+    env_threads: int | Literal["auto"] = field(default="auto", metadata=SPARES)
     """Threads that step environments, where the suite uses threads; auto: a thread a core."""
-    torch_threads: int | Literal["auto"] = "auto"
+    torch_threads: int | Literal["auto"] = field(default="auto", metadata=SPARES)
     """Threads that compute: two train actor and critic and halves of the experts side by side. auto: two if faster."""
-    log: Literal["tensorboard", "wandb"] = "tensorboard"
+    log: Literal["tensorboard", "wandb"] = field(default="tensorboard", metadata=SPARES)
     """Who is told every number of the logs: TensorBoard files; wandb: Weights & Biases as well (extra `wandb`)."""
-    films: bool = False
+    films: bool = field(default=False, metadata=SPARES)
     """A film of each task's policy at its end, for whoever is told the numbers, too, and in films/ (extra `play`)."""
-    on_nan: Literal["stop", "rollback"] = "stop"
+    on_nan: Literal["stop", "rollback"] = field(default="stop", metadata=WATCHES)
     """A number that is not finite stops the run; rollback: it goes back to its last checkpoint, with new seeds."""
-    env_timeout: float = 0.0
+    env_timeout: float = field(default=0.0, metadata=WATCHES)
     """Seconds that one call of the environments may take before the run stops; 0: any time."""
-    device: str = "cpu"
+    device: str = field(default="cpu", metadata=WATCHES)
     """PyTorch device of networks and rollouts."""
     options: MethodOptions = field(default_factory=MethodOptions)
     """Options of the methods."""
@@ -189,15 +193,7 @@ class TrainConfig:
         for name in POSITIVE:
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(name, getattr(self, name), "a finite number above 0")
-        for name in (
-            "seed",
-            "target_kl",
-            "max_episode_steps",
-            "value_coefficient",
-            "entropy_coefficient",
-            "learning_rate_end",
-            "env_timeout",
-        ):
+        for name in NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(name, getattr(self, name), "a finite number, 0 or more")
         for name in ("gamma", "gae_lambda"):
@@ -224,6 +220,11 @@ class TrainConfig:
         return self.steps_per_task // self.steps_per_iteration
 
     @property
+    def steps_of_task(self) -> int:
+        """Environment steps on a task, whole rollouts."""
+        return task_steps(vars(self))
+
+    @property
     def task_sequence(self) -> tuple[str, ...]:
         """The tasks to train, in order.
 
@@ -240,9 +241,15 @@ POSITIVE = (
     "steps_per_task num_envs num_steps minibatch_size num_epochs learning_rate kl_target adam_eps clip max_grad_norm "
     "observation_clip eval_every eval_episodes final_eval_episodes eval_max_steps checkpoint_every"
 ).split()
-
-
+NOT_NEGATIVE = (
+    "seed target_kl max_episode_steps value_coefficient entropy_coefficient learning_rate_end env_timeout"
+).split()
 LONGEST_WAIT = 1e6
+
+
+def task_steps(config: Mapping[str, Any]) -> int:
+    """Environment steps on a task: those of the whole rollouts that fit; also of what an unknown suite recorded."""
+    return config["steps_per_task"] - config["steps_per_task"] % (config["num_envs"] * config["num_steps"])
 
 
 def preset(suite: Suite) -> TrainConfig:

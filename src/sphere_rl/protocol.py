@@ -81,7 +81,7 @@ def resume(folder: RunFolder, monitors: Callable[[int], list[Monitor]]) -> None:
         check_device(config.device)
     except ConfigError as error:  # of the machine that the run was started on
         raise RunFolderError(f"{folder.config_path}: {error}") from None
-    tune_process(min(2, threads("auto")) if config.torch_threads == "auto" else config.torch_threads)
+    tune_process(config.torch_threads)
     run = Run(config, folder, checkpoint.newest(folder), monitors)
     while (error := carry_on(run)) is not None:  # bad numbers, and it is to go back
         found = checkpoint.newest(folder)
@@ -355,9 +355,9 @@ class Run:
         return None
 
     def _evaluate_earlier_tasks(self, agent: Agent) -> None:
-        steps = self.config.iterations_per_task * self.config.steps_per_iteration
         for index in range(len(self.tasks)):
-            self._evaluate(Policy(agent.actor, agent.normalizer), Due("retention", index, steps))
+            due = Due("retention", index, self.config.steps_of_task)
+            self._evaluate(Policy(agent.actor, agent.normalizer), due)
 
     def _evaluate(self, policy: Policy, due: Due) -> None:
         config, task, step = self.config, self.tasks[due.task_index], self.progress.global_step

@@ -6,7 +6,8 @@ A *method* in these tables is a label: the composed names, and every setting in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
@@ -15,23 +16,19 @@ from typing import Any
 
 import polars as pl
 
-from sphere_rl.config import TrainConfig, preset, to_dict, updated
+from sphere_rl.config import TrainConfig, preset, task_steps, to_dict, updated
 from sphere_rl.errors import RunFolderError
 from sphere_rl.extras import require
 from sphere_rl.methods import methods
 from sphere_rl.runs import LOGS, RunFolder
 from sphere_rl.runs.published import PublishedRun, published_runs
 from sphere_rl.runs.records import LOG_COLUMNS
+from sphere_rl.settings import TRAINS, settings
 from sphere_rl.suites import suites
 from sphere_rl.training.saved import config_of
 
 KEY = ("suite", "protocol", "actor", "method", "seed")
 """Columns that name an experiment: one seed of one method. Protocol rl may spread its tasks over several folders."""
-IDENTITY = {"suite", "protocol", "actor", "method", "label", "seed", "tasks"}
-"""Fields of a configuration that name a run; runs that differ in others carry the difference in their label."""
-INCIDENTAL = {"plugin", "log", "films", "device", "env_threads", "torch_threads", "checkpoint_every", "eval_every",
-              "eval_max_steps", "spectrum_every", "on_nan", "env_timeout"}  # fmt: skip
-"""Fields that change how a run is watched or computed, not what is trained."""
 NAMED_IN_FULL = 2
 """A label shows up to so many settings whatever their values; of more, those that are not the suite's own."""
 EVAL = {
@@ -69,7 +66,7 @@ class Results:
             ``settings`` of its label.
         evals: one row a line of ``eval.jsonl``.
         spectra: one row a line of ``spectrum.jsonl``.
-        broken: the runs that cannot be read and are in none of the others, ``run`` and ``reason``.
+        broken: the runs that cannot be read, or are there twice, and are in none of the others: ``run``, ``reason``.
     """
 
     root: Path
@@ -110,7 +107,7 @@ class Results:
 
     def trained(self, run: str) -> dict[str, Any]:
         """A run's settings that tell what was trained, by name, as recorded; those it did not know are the defaults."""
-        return dict(_settings(updated(self.folder(run).config())))
+        return dict(settings(updated(self.folder(run).config()), TRAINS))
 
     @cached_property
     def labels(self) -> dict[tuple[str, str, str], str]:
@@ -120,24 +117,23 @@ class Results:
         """
         found = {}
         for row in self.runs.iter_rows(named=True):
-            settings, method = row["settings"], row["method"]
-            if len(settings) > NAMED_IN_FULL:
+            told, method = row["settings"], row["method"]
+            if len(told) > NAMED_IN_FULL:
                 usual = preset(suites()[row["suite"]]) if row["suite"] in suites() else TrainConfig()
                 known = to_dict(usual) | {"method": row["methods"]}
-                own = {f"{name.rpartition('.')[2]}={plain(value)}" for name, value in _settings(known)}
-                name = method.removesuffix(" ".join(["", *settings]))
-                method = " ".join([name, *(text for text in settings if text not in own)])
+                own = {f"{name.rpartition('.')[2]}={plain(value)}" for name, value in settings(known, TRAINS)}
+                name = method.removesuffix(" ".join(["", *told]))
+                method = " ".join([name, *(text for text in told if text not in own)])
             found[row["suite"], row["actor"], row["method"]] = method
         return found
 
     @property
     def tasks(self) -> dict[str, tuple[str, ...]]:
         """For each suite its tasks in training order: the longest sequence among the runs, then all others."""
-        found: dict[str, list[str]] = {}
+        found: dict[str, tuple[str, ...]] = {}
         for row in self.runs.sort("num_tasks", descending=True, maintain_order=True).iter_rows(named=True):
-            names = found.setdefault(row["suite"], list(row["tasks"]))
-            names.extend(task for task in row["tasks"] if task not in names)
-        return {suite: tuple(names) for suite, names in found.items()}
+            found[row["suite"]] = merged(found.get(row["suite"], ()), row["tasks"])
+        return found
 
     def by_sequence(self) -> dict[str, Results]:
         """Results of each suite apart, and of each task sequence where CRL runs of a suite differ in theirs.
@@ -153,7 +149,7 @@ class Results:
                 [
                     run
                     for run, protocol, tasks in runs
-                    if tuple(tasks) == one or (protocol == "rl" and {*tasks} <= {*one})
+                    if tuple(tasks) == one or (protocol == "rl" and Counter(tasks) <= Counter(one))
                 ]
                 for one in sorted(crl, key=len, reverse=True)
             ]
@@ -164,6 +160,12 @@ class Results:
                 tables = (table.filter(pl.col("run").is_in(names)) for table in (self.runs, self.evals, self.spectra))
                 parts[f"{suite}-{i + 1}" if i else suite] = Results(self.root, *tables)
         return parts
+
+
+def merged(sequence: Sequence[str], other: Sequence[str]) -> tuple[str, ...]:
+    """A task sequence, then what another one has beyond it: a task that comes twice in one of them does so here."""
+    more = [task for i, task in enumerate(other) if other[:i].count(task) >= sequence.count(task)]
+    return (*sequence, *more)
 
 
 def run_folders(root: Path | str) -> list[Path]:
@@ -182,7 +184,8 @@ def load_results(root: Path | str) -> Results:
 
     Runs that are still going are read as far as they are.
 
-    One that cannot be read is left out of the tables, and listed in `Results.broken`.
+    One that cannot be read, or that is a run which another folder holds already, is left out of the tables, and listed
+    in `Results.broken`.
 
     Raises:
         RunFolderError: there is no run folder, or none that can be read.
@@ -201,10 +204,17 @@ def load_results(root: Path | str) -> Results:
         raise RunFolderError(broken[0]["reason"] + (f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""))
     configs, sequences = [one.config for one in found], _sequences(found)
     runs, evals, spectra = [], [], []
+    known: dict[tuple[Any, ...], str] = {}
     for one, label, differs in zip(found, method_labels(configs), differing(configs), strict=True):
         key = {"run": one.run} | {name: one.config[name] for name in KEY} | {"method": label}
         made = {"methods": list(one.config["method"]), "settings": differs}
-        runs.append(key | made | _run_row(one, one.config["tasks"] or sequences[one.config["suite"]]))
+        tasks = tuple(one.config["tasks"] or sequences[one.config["suite"]])
+        parts = [(*[key[name] for name in KEY], part) for part in (tasks if key["protocol"] == "rl" else (tasks,))]
+        if twin := next((known[part] for part in parts if part in known), None):
+            broken.append({"run": one.run, "reason": f"{root / one.run}: {_like(twin, key)}"})
+            continue
+        known |= dict.fromkeys(parts, str(root / one.run))
+        runs.append(key | made | _run_row(one, tasks))
         evals.extend(key | row for row in one.logs["eval"])
         spectra.extend(key | row for row in one.logs["spectrum"])
     return Results(
@@ -214,6 +224,12 @@ def load_results(root: Path | str) -> Results:
         _table(spectra, KEYS | SPECTRUM),
         pl.DataFrame(broken, schema=BROKEN),
     )
+
+
+def _like(twin: str, key: Mapping[str, Any]) -> str:
+    """Why a run is left out that has the key and tasks of another one."""
+    name = " ".join(str(key[part]) for part in ("suite", "protocol", "actor", "method"))
+    return f"is {name} with seed {key['seed']} on tasks of {twin}, too; expected one run of each (look at them apart)"
 
 
 @dataclass(frozen=True)
@@ -259,7 +275,7 @@ def method_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """For each run ``name=value`` of every setting in which its peers differ; see `method_labels`."""
-    flat = [dict(_settings(updated(config))) for config in configs]
+    flat = [dict(settings(updated(config), TRAINS)) for config in configs]
     groups: dict[tuple[str, ...], list[int]] = {}
     for i, (config, name) in enumerate(zip(configs, _names(configs), strict=True)):
         groups.setdefault((config["suite"], config["actor"], name), []).append(i)
@@ -289,16 +305,6 @@ def plain(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Settings that tell what was trained: own fields, the network's, and the options of the methods in use."""
-    for name, value in config.items():
-        if isinstance(value, Mapping):
-            if name in ("network", "env_args") or name in config["method"]:
-                yield from ((f"{name}.{inner}", item) for inner, item in value.items())
-        elif name not in IDENTITY | INCIDENTAL:
-            yield name, value
-
-
 def _sequences(found: Sequence[_Read]) -> dict[str, tuple[str, ...]]:
     """Task sequence of each suite, for runs that name no tasks: its own, or, where it is not known here, as recorded.
 
@@ -319,7 +325,6 @@ def _run_row(one: _Read, tasks: Sequence[str]) -> dict[str, Any]:
     config, status, train = one.config, one.status, one.logs["train"]
     speeds = sorted(row["steps_per_second"] for row in train)
     finals = [row["task"] for row in one.logs["eval"] if row["phase"] == "final"]
-    batch = config["num_envs"] * config["num_steps"]
     return {
         "state": status.get("state", "new"),
         "task": status.get("task"),
@@ -327,7 +332,7 @@ def _run_row(one: _Read, tasks: Sequence[str]) -> dict[str, Any]:
         "tasks": list(tasks),
         "num_tasks": len(tasks),
         "tasks_done": len(finals),
-        "steps_per_task": config["steps_per_task"] // batch * batch,
+        "steps_per_task": task_steps(config),
         "global_step": train[-1]["global_step"] if train else status.get("global_step", 0),
         "speed": speeds[len(speeds) // 2] if speeds else None,
         "commit": one.commit,

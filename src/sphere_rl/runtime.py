@@ -80,9 +80,10 @@ class LaneChoice:
         self._warm = True
 
 
-def tune_process(torch_threads: int) -> None:
+def tune_process(asked: int | Literal["auto"]) -> None:
     """Set torch's threads, flush denormal numbers to zero, and keep freed memory in the process.
 
+    ``auto`` is two threads where there are two cores: what is trained, and what reads it, computes alike everywhere.
     Denormals: the Adam moments of an expert that the gate no longer selects decay by β each step; after about 800
     steps they are below 1e-38, and arithmetic on such numbers makes each Adam step 15 to 20 times slower for good.
     Memory: gradients are megabytes that are freed and allocated again in every minibatch; glibc would give them back
@@ -90,6 +91,7 @@ def tune_process(torch_threads: int) -> None:
     one arena: else the environments that are made and closed for evaluations leave holes that only grow.
     Lanes: PyTorch makes as many inter-op threads as there are cores; two lanes (`sphere_rl.kernels.threads`) use two.
     """
+    torch_threads = min(2, cores()) if asked == "auto" else asked
     torch.set_flush_denormal(True)
     torch.set_num_threads(max(1, torch_threads // 2))  # outside lanes, too: measured kernels have the same bits
     if torch_threads > 1:

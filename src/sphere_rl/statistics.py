@@ -106,16 +106,9 @@ def ends(draws: Float[ndarray, "*k B"]) -> Float[ndarray, "2 *k"]:
     return np.quantile(draws, [tail, 1 - tail], axis=-1)
 
 
-def paired_difference(
-    ours: pl.DataFrame, theirs: pl.DataFrame, protocol: str, statistic: Statistic = mean, *, seed: int = 0
-) -> Estimate | None:
-    """Statistic of ours − theirs, entry by entry over the (seed, task) that both have: columns seed, place, score."""
-    return estimate(matrix(paired_scores(ours, theirs)), protocol, statistic, seed=seed)
-
-
 def paired_scores(ours: pl.DataFrame, theirs: pl.DataFrame) -> pl.DataFrame:
     """Return ours − theirs for every (seed, task) that both have: columns seed, place, score."""
-    both = ours.join(theirs, on=["seed", "place"], suffix="_theirs")
+    both = ours.join(theirs, on=["seed", "place"], suffix="_theirs", validate="1:1")
     return both.select("seed", "place", score=pl.col("score") - pl.col("score_theirs"))
 
 
@@ -185,7 +178,13 @@ def complete(scores: Float[ndarray, "S T"]) -> Float[ndarray, "R T"]:
 
 
 def matrix(scores: pl.DataFrame, places: Sequence[int] | None = None) -> Float[ndarray, "S T"]:
-    """Scores [S, T] of a table with columns seed, place and score, NaN where there is none."""
+    """Scores [S, T] of a table with columns seed, place and score, NaN where there is none.
+
+    Raises:
+        ValueError: a seed has two scores at a place, of two runs.
+    """
+    if scores.select("seed", "place").is_duplicated().any():
+        raise ValueError("two runs of one seed on one task; expected evaluations of one run of each")
     places = list(places) if places is not None else sorted(scores["place"].unique())
     seeds = sorted(scores["seed"].unique())
     filled = np.full((len(seeds), len(places)), np.nan)
@@ -198,7 +197,7 @@ def matrix(scores: pl.DataFrame, places: Sequence[int] | None = None) -> Float[n
 def final_scores(evals: pl.DataFrame, tasks: Sequence[str], column: str = "success_final") -> pl.DataFrame:
     """Score at the end of training on each task: evals of one experiment (phase final) → seed, place, task, score.
 
-    ``place`` is the task's index in ``tasks``, the sequence; in runs of protocol rl that hold a single task, too.
+    ``place`` is that of `placed` in the sequence ``tasks``; scores of protocol rl stand at every place of their task.
     """
     return _scores(evals.filter(pl.col("phase") == "final"), tasks, column)
 
@@ -210,7 +209,7 @@ def retention_scores(evals: pl.DataFrame, tasks: Sequence[str], column: str = "s
 
 def forgetting_scores(final: pl.DataFrame, retention: pl.DataFrame) -> pl.DataFrame:
     """Score at the end of task i − retention of task i; positive: forgotten. The last task counts, with about 0."""
-    both = final.join(retention, on=["seed", "place"], suffix="_later")
+    both = final.join(retention, on=["seed", "place"], suffix="_later", validate="1:1")
     return both.select("seed", "place", "task", score=pl.col("score") - pl.col("score_later"))
 
 
@@ -238,18 +237,24 @@ def forward_transfer_scores(
 
     ``evals``: both protocols of one method.
     """
-    areas: dict[str, dict[tuple[int, str], float]] = {"rl": {}, "crl": {}}
-    curves = evals.filter(pl.col("phase").is_in(["train", "final"]) & pl.col(column).is_not_null())
-    for (protocol, seed, task), curve in curves.group_by("protocol", "seed", "task", maintain_order=True):
-        area = area_under_curve(curve["task_step"].to_list(), curve[column].to_list(), steps)
-        areas[str(protocol)][int(str(seed)), str(task)] = area
-    finished = {(seed, task) for seed, task in final_scores(evals, tasks, column).select("seed", "task").iter_rows()}
-    rows = []
-    for (seed, task), area in areas["crl"].items():
-        alone = [value for (_, name), value in areas["rl"].items() if name == task]
-        if alone and (seed, task) in finished:
-            transfer = forward_transfer(area, float(np.mean(alone)))
-            rows.append({"seed": seed, "place": tasks.index(task), "task": task, "score": transfer})
+    curves = placed(evals.filter(pl.col("phase").is_in(["train", "final"]) & pl.col(column).is_not_null()), tasks)
+    key = ("protocol", "run", "seed", "place", "task")
+    areas: list[dict[str, Any]] = [
+        dict(zip(key, names, strict=True))
+        | {"area": area_under_curve(curve["task_step"].to_list(), curve[column].to_list(), steps)}
+        for names, curve in curves.filter(pl.col("place").is_not_null()).group_by(key, maintain_order=True)
+    ]
+    alone: dict[str, list[float]] = {}
+    for one in areas:
+        if one["protocol"] == "rl":
+            alone.setdefault(one["task"], []).append(one["area"])
+    finished = {*final_scores(evals.filter(pl.col("protocol") == "crl"), tasks, column).select("seed", "place").rows()}
+    rows = [
+        {name: one[name] for name in ("seed", "place", "task")}
+        | {"score": forward_transfer(one["area"], float(np.mean(alone[one["task"]])))}
+        for one in areas
+        if one["protocol"] == "crl" and one["task"] in alone and (one["seed"], one["place"]) in finished
+    ]
     return pl.DataFrame(rows, schema=SCORES)
 
 
@@ -315,73 +320,34 @@ def differences(
 
 
 def _scores(evals: pl.DataFrame, tasks: Sequence[str], column: str) -> pl.DataFrame:
-    rows = [
-        {"seed": row["seed"], "place": _place(row, tasks), "task": row["task"], "score": row[column]}
-        for row in evals.filter(pl.col(column).is_not_null()).iter_rows(named=True)
-    ]
-    return pl.DataFrame(rows, schema=SCORES)
+    lines = everywhere(placed(evals.filter(pl.col(column).is_not_null()), tasks), tasks)
+    return lines.filter(pl.col("place").is_not_null()).select("seed", "place", "task", score=column).cast(SCORES)
 
 
-def _place(row: dict[str, Any], tasks: Sequence[str]) -> int:
-    """A task's place in the sequence: the run's own, unless the run trained that task apart from the others."""
-    index = row["task_index"]
-    return index if index < len(tasks) and tasks[index] == row["task"] else tasks.index(row["task"])
+def placed(lines: pl.DataFrame, tasks: Sequence[str]) -> pl.DataFrame:
+    """Lines of logs with their ``place`` in the sequence ``tasks``: the k-th time of a task in a run is its k-th there.
 
-
-SCORES = {"seed": pl.Int64, "place": pl.Int64, "task": pl.String, "score": pl.Float64}
-
-
-def correlation_interval(
-    x: Float[ndarray, "n"], y: Float[ndarray, "n"], groups: Sequence[Any], *, ranks: bool = False, seed: int = 0
-) -> tuple[float, float] | tuple[None, None]:
-    """95 % percentile interval of Pearson's r, with ``ranks`` of Spearman's, under resampling of whole ``groups``.
-
-    What one run measures again and again is not independent, so runs are drawn, not their lines. One group has none.
+    So a run that trained a task apart from the others has it at the task's place. What ``tasks`` does not have so often
+    has no place.
     """
-    names, group = np.unique(groups, return_inverse=True)
-    if len(names) < 2:
-        return None, None
-    chances = np.full(len(names), 1 / len(names))
-    drawn = np.random.default_rng(seed).multinomial(len(names), chances, RESAMPLES).astype(float)  # [B, G]
-    if ranks:
-        times = drawn[:, group]
-        a, b = (_midranks(values, times) for values in (x, y))
-        n, *sums = ((times * part).sum(-1) for part in (np.ones_like(a), a, b, a * a, b * b, a * b))
-    else:
-        a, b = x - x.mean(), y - y.mean()
-        n, *sums = (drawn @ np.bincount(group, part) for part in (np.ones_like(a), a, b, a * a, b * b, a * b))
-    mean_a, mean_b, square_a, square_b, product = (total / n for total in sums)
-    spread = (square_a - mean_a**2) * (square_b - mean_b**2)
-    known = spread > 1e-12 * square_a * square_b
-    found = (product - mean_a * mean_b)[known] / np.sqrt(spread[known])
-    return interval(found if found.size else None)
+    order = {"task": pl.Series(tasks, dtype=pl.String), "place": pl.Series(range(len(tasks)), dtype=pl.Int64)}
+    places = pl.DataFrame(order).with_columns(time=pl.int_range(pl.len()).over("task"))
+    times = (pl.col("task_index").rank("dense").over("run", "task") - 1).cast(pl.Int64)
+    known = lines.drop("place", strict=False).with_columns(time=times).with_row_index("line")
+    return known.join(places, on=["task", "time"], how="left").sort("line").drop("line", "time")
 
 
-def _midranks(values: Float[ndarray, "n"], times: Float[ndarray, "B n"]) -> Float[ndarray, "B n"]:
-    """Ranks of values that occur so often each, equal ones at the middle of theirs."""
-    _, starts, of = np.unique(values[order := np.argsort(values)], return_index=True, return_inverse=True)
-    alike = np.add.reduceat(times[:, order], starts, axis=1)
-    found = np.empty_like(times)
-    found[:, order] = (np.cumsum(alike, axis=1) - alike + (alike + 1) / 2)[:, of]
-    return found
+def everywhere(lines: pl.DataFrame, tasks: Sequence[str]) -> pl.DataFrame:
+    """The lines of `placed`, those of protocol rl at every place of their task: a fresh agent is as good at each.
 
-
-def correlation(table: pl.DataFrame) -> dict[str, Any]:
-    """Batches, mean ranks and Pearson's r of r_e(A) and r_e(K) with its 95 % interval.
-
-    The interval is that of `correlation_interval` where the table names several runs, else Fisher's z, for independent
-    batches. r is None where one of them is constant or there are fewer than three batches, the interval where fewer
-    than four.
+    A place that the runs of a seed have trained keeps their own lines; the others have those of the task's first.
     """
-    from scipy.stats import pearsonr
+    first = {"task": pl.String, "place": pl.Int64, "later": pl.Int64}
+    again = [(task, tasks.index(task), place) for place, task in enumerate(tasks) if task in tasks[:place]]
+    alone = lines.filter(pl.col("protocol") == "rl")
+    copies = alone.join(pl.DataFrame(again, schema=first, orient="row"), on=["task", "place"])
+    copies = copies.with_columns(place=pl.col("later")).join(alone, on=[*GROUP, "seed", "place"], how="anti")
+    return pl.concat([lines, copies.select(lines.columns)])
 
-    a, k = table["r_e_A"], table["r_e_K"]
-    row = {"batches": table.height, "r_e_A": a.mean(), "r_e_K": k.mean(), "pearson_r": None, "low": None, "high": None}
-    if table.height > 2 and a.n_unique() > 1 and k.n_unique() > 1:
-        found: Any = pearsonr(a, k)
-        row["pearson_r"] = float(found.statistic)
-        if table.height > 3 and "run" in table.columns and table["run"].n_unique() > 1:
-            row["low"], row["high"] = correlation_interval(a.to_numpy(), k.to_numpy(), table["run"].to_list())
-        elif table.height > 3:
-            row["low"], row["high"] = map(float, found.confidence_interval())
-    return row
+
+SCORES = pl.Schema({"seed": pl.Int64, "place": pl.Int64, "task": pl.String, "score": pl.Float64})

@@ -141,9 +141,9 @@ def test_run_resumes_bitwise(name, normalized, tmp_path):
     with RunFolder(again) as folder:
         protocol.resume(folder, lambda step: [])
     assert run_difference(RunFolder(whole), RunFolder(again)) is None
-    state = checkpoint.latest_run(RunFolder(again))
-    assert state is not None
-    assert name in state["agent"]["methods"]
+    found = checkpoint.newest(RunFolder(again))
+    assert found is not None
+    assert name in found[1]["agent"]["methods"]
     assert len(RunFolder(again).read("train")) == 4
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from sphere_rl import statistics
 from sphere_rl.errors import CommandLineError
 from sphere_rl.numbers import number
 from sphere_rl.report.tables import rank_scores
-from sphere_rl.results import Results, load_results
+from sphere_rl.results import Results, load_results, merged
 from sphere_rl.terminal.parsers import ArgumentParser
 from sphere_rl.terminal.tables import print_table
 
@@ -29,7 +30,11 @@ def command(words: list[str]) -> None:
     options.add_argument("theirs", type=Path, metavar="B", help="another one; differences are A − B")
     options.add_argument("--json", action="store_true", help="one JSON object a row instead of the table (off)")
     given = options.parse_args(words)
-    rows = list(compare(load_results(given.ours), load_results(given.theirs)))
+    both = load_results(given.ours), load_results(given.theirs)
+    for results in both:
+        for reason in results.broken["reason"]:
+            print(f"sphere: left out: {reason}", file=sys.stderr)
+    rows = list(compare(*both))
     if not rows:
         raise CommandLineError(f"compare: {given.ours} and {given.theirs} have no seed that finished the same task")
     if given.json:
@@ -41,14 +46,19 @@ def command(words: list[str]) -> None:
 def compare(ours: Results, theirs: Results) -> Iterator[dict[str, Any]]:
     """Rows of A − B: suite, actors and methods, protocol, score, task, means of both, difference, interval and seeds.
 
+    ``place`` tells one time of a task in the sequence from another.
+
     Only what both have counts: the seeds that finished a task in both, and for all tasks the seeds that finished every
     task that any seed finished in both.
 
     Raises:
-        CommandLineError: several methods in one of them, and none of the same name in the other.
+        CommandLineError: several methods in one of them, and none of the same name in the other; or agents of one seed
+            that were trained on several sequences.
     """
+    for results in (ours, theirs):
+        check_sequences(results)
     for suite in [name for name in ours.tasks if name in theirs.tasks]:
-        tasks = tuple(dict.fromkeys((*ours.tasks[suite], *theirs.tasks[suite])))
+        tasks = merged(ours.tasks[suite], theirs.tasks[suite])
         for ours_key, theirs_key in pairs(groups(ours, suite), groups(theirs, suite)):
             for protocol in ("rl", "crl"):
                 one, two = (
@@ -58,6 +68,15 @@ def compare(ours: Results, theirs: Results) -> Iterator[dict[str, Any]]:
                 place = {"suite": suite, "A": " ".join(ours_key), "B": " ".join(theirs_key), "protocol": protocol}
                 for name in SCORES:
                     yield from (place | row for row in differences(one, two, tasks, protocol, name))
+
+
+def check_sequences(results: Results) -> None:
+    """Raise `CommandLineError` where two runs of crl differ in nothing but their tasks."""
+    crl = results.runs.filter(pl.col("protocol") == "crl")
+    for _, group in crl.group_by("suite", "actor", "method", "seed", maintain_order=True):
+        if group.height > 1:
+            one, two = (results.root / run for run in group["run"][:2])
+            raise CommandLineError(f"compare: {one} and {two} differ in their tasks; give folders of one sequence each")
 
 
 def groups(results: Results, suite: str) -> list[tuple[str, str]]:
@@ -97,12 +116,13 @@ def differences(
     paired = statistics.paired_scores(one, two)
     both = {"A": one.join(two, on=["seed", "place"], how="semi"), "B": two.join(one, on=["seed", "place"], how="semi")}
     places = sorted(paired["place"].unique())
-    for task, chosen in [*((tasks[place], [place]) for place in places), *([(ALL, places)] if len(places) > 1 else [])]:
+    for chosen in [*([place] for place in places), *([places] if len(places) > 1 else [])]:
         gain = statistics.estimate(statistics.matrix(paired, chosen), protocol)
         if gain is not None:
             means = {f"mean_{side}": mean_of(scores, chosen) for side, scores in both.items()}
             ends = {"difference": gain.value, "low": gain.low, "high": gain.high, "seeds": gain.seeds}
-            yield {"score": name, "task": task} | means | ends
+            place = chosen[0] if len(chosen) == 1 else None
+            yield {"score": name, "task": ALL if place is None else tasks[place], "place": place} | means | ends
 
 
 def mean_of(scores: pl.DataFrame, places: list[int]) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from sphere_rl.errors import CommandLineError
 from sphere_rl.report import diagnosis, figures
 from sphere_rl.runs import RunFolder
-from sphere_rl.runtime import threads, tune_process
+from sphere_rl.runtime import tune_process
 from sphere_rl.terminal.diagnosis import INTERVAL, show, show_proxy
 from sphere_rl.terminal.parsers import ArgumentParser, positive
 from sphere_rl.training.diagnosis import diagnose, select
@@ -39,7 +39,7 @@ def command(words: list[str]) -> None:
     if out.suffix[1:] not in figures.FORMATS:
         raise CommandLineError(f"--out: '{out}' is not allowed; expected a .png, .svg or .pdf file")
     folder = RunFolder.existing(given.run)
-    tune_process(threads(config_of(folder).torch_threads))
+    tune_process(config_of(folder).torch_threads)
     chosen = select(folder, given.checkpoint)
     if given.proxy:
         table = proxy_table(folder, chosen, given.batches or 16, given.device)

@@ -25,11 +25,11 @@ from sphere_rl.errors import MissingExtraError, RunFolderError, described
 from sphere_rl.experts.gates import TopK
 from sphere_rl.experts.tracing import traced
 from sphere_rl.extras import require_module
-from sphere_rl.runs import RunFolder, checkpoint
+from sphere_rl.runs import RunFolder
 from sphere_rl.terminal.parsers import ArgumentParser
 from sphere_rl.training import exported
 from sphere_rl.training.agent import Policy
-from sphere_rl.training.policies import placed, policy_for, read_policy
+from sphere_rl.training.policies import choose, read_policy
 from sphere_rl.training.saved import config_of
 
 STATES = 256
@@ -82,10 +82,7 @@ def export(
         ConfigError: the suite has no such task.
     """
     folder = RunFolder.existing(run)
-    if task is None:
-        chosen = placed(folder, checkpoint.find(folder, name or "latest"))
-    else:
-        ((_, chosen),) = policy_for(folder, config_of(folder), [task], name)
+    _, chosen = choose(folder, task, name)
     policy, spaces = read_policy(folder, chosen.path)
     target = Path(out) if out is not None else folder.path / "export" / chosen.path.stem
     with _beside(target) as work:

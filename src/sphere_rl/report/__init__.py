@@ -44,10 +44,10 @@ def command(words: list[str]) -> int | None:
 
 
 def tell(page: Page) -> int:
-    """Print where the page is and which runs cannot be read; the exit code that says so."""
+    """Print where the page is and what is left out; the exit code that says so."""
     print(page.path, flush=True)
     for run, reason in page.left_out.items():
-        print(f"sphere: {run} cannot be read: {reason}", file=sys.stderr)
+        print(f"sphere: {run} is left out: {reason}", file=sys.stderr)
     return 3 if page.left_out else 0
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from sphere_rl.config import TrainConfig, preset, to_dict, updated
 from sphere_rl.errors import RunFolderError
 from sphere_rl.results import Results
 from sphere_rl.runs import read_sweep
+from sphere_rl.settings import ROLES, settings
 from sphere_rl.suites import suites
+from sphere_rl.terminal.arguments import option_words
 
-NAMED = ("suite", "tasks", "protocol", "actor", "method", "label", "seed", "steps_per_task")
+NAMED = (*(name for name, role in ROLES.items() if role == "names"), "steps_per_task")
 """Fields that a command names first; the others follow where they differ from the suite's preset."""
 
 
@@ -37,33 +39,13 @@ def train(config: Mapping[str, Any]) -> str:
     Options of methods that are not in use are left out: they change nothing. A suite that is not known here has the
     defaults of `TrainConfig`.
     """
-    suite = suites().get(config["suite"])
-    usual = to_dict(preset(suite) if suite else TrainConfig())
-    config = updated(config)
-    words = [word for name in NAMED if config[name] not in ("", [], ()) for word in flag(name, config[name])]
-    for name, value in config.items():
-        if not isinstance(value, Mapping):
-            if name not in NAMED and _plain(value) != _plain(usual.get(name)):
-                words += flag(name, value)
-        elif name == "network" or name in config["method"]:
-            prefix = "" if name == "network" else f"{name}."
-            words += _changed(prefix, value, usual.get(name, {}))
+    suite, config = suites().get(config["suite"]), updated(config)
+    usual = dict(settings(to_dict(preset(suite) if suite else TrainConfig()) | {"method": config["method"]}))
+    words = [word for name in NAMED if config[name] not in ("", [], ()) for word in option_words(name, config[name])]
+    for name, value in settings(config):
+        if name not in NAMED and (name not in usual or _plain(value) != _plain(usual[name])):
+            words += option_words(name, value)
     return shlex.join(["sphere", "train", *words])
-
-
-def _changed(prefix: str, table: Mapping[str, Any], usual: Mapping[str, Any]) -> Iterator[str]:
-    for name, value in table.items():
-        if name not in usual or _plain(value) != _plain(usual[name]):
-            yield from flag(prefix + name, value)
-
-
-def flag(name: str, value: Any) -> list[str]:
-    """Words of one setting: ``--sphere.rho 0.1``; switches are ``--crelu`` and ``--no-crelu``."""
-    table, dot, inner = name.replace("_", "-").rpartition(".")
-    if isinstance(value, bool):
-        return [f"--{table}{dot}{'' if value else 'no-'}{inner}"]
-    items = value if isinstance(value, list | tuple) else [value]
-    return [f"--{table}{dot}{inner}", *map(str, items)]
 
 
 def _plain(value: Any) -> Any:

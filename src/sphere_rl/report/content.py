@@ -10,7 +10,7 @@ from typing import Any
 
 import polars as pl
 
-from sphere_rl import statistics
+from sphere_rl.correlations import correlation
 from sphere_rl.extras import missing
 from sphere_rl.report import panels
 from sphere_rl.report.panels import Panel
@@ -134,7 +134,7 @@ class SuiteContent(SuiteRuns):
     def _proxy(self) -> Panel:
         known = self.spectra.filter(pl.col("r_e_A").is_not_null() & pl.col("r_e_K").is_not_null())
         caption = "Every measured batch (probe and rollout): the proxy rₑ(A) of the last expert layer against rₑ(K)."
-        found = statistics.correlation(known)
+        found = correlation(known)
         if (r := found["pearson_r"]) is not None:
             bounds = "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
             caption += f" Pearson r = {r:.3f}{bounds} over {known.height} batches of all runs together"

@@ -19,6 +19,7 @@ import polars as pl
 from jaxtyping import Float
 from numpy import ndarray
 
+from sphere_rl.correlations import correlation
 from sphere_rl.report.appearance import (
     LINES,
     MARKERS,
@@ -38,7 +39,7 @@ from sphere_rl.report.axes import mark_tasks, scale, steps, wrapped
 from sphere_rl.report.curves import Curve, grouped
 from sphere_rl.report.foresight import foresight
 from sphere_rl.runs import make_folder, write_atomic
-from sphere_rl.statistics import Estimate, correlation
+from sphere_rl.statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -142,7 +143,7 @@ def success_bars(
 
 @styled
 def line_plot(
-    lines: Sequence[Curve], boundaries: Mapping[float, str], caption: str, ylabel: str, log: bool = False,
+    lines: Sequence[Curve], boundaries: Mapping[float, str], caption: str, ylabel: str,
     order: Sequence[str] = (), xlabel: str = "Environment steps",
 ) -> Figure:  # fmt: skip
     """Draw Figure 3 and the learning curves: a line a method, task boundaries marked, the range of seeds shaded."""
@@ -158,8 +159,6 @@ def line_plot(
             markersize=3, linewidth=1.4, markevery=max(1, len(points) // 15), label=f"{curve.label} ({curve.seeds})",
         )  # fmt: skip
         axes.fill_between(points, low, high, color=own, alpha=veil(len(lines)), linewidth=0)
-    if log:
-        axes.set_yscale("log")
     if boundaries:
         mark_tasks(axes, boundaries)
         steps(axes)

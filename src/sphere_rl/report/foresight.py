@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from sphere_rl.statistics import correlation_interval
+from sphere_rl.correlations import correlation_interval
 
 
 @dataclass(frozen=True)

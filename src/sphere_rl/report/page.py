@@ -20,7 +20,7 @@ from sphere_rl.report.content import SuiteContent
 from sphere_rl.report.export import DIFFERENCES, NUMBERS, write_tables
 from sphere_rl.report.geometry import Snapshot
 from sphere_rl.report.suite import arms
-from sphere_rl.results import Results, load_results
+from sphere_rl.results import Results
 from sphere_rl.runs import file_name, make_folder, read_sweep, write_atomic
 from sphere_rl.spectrum.vanishing import notices
 from sphere_rl.statistics import Estimate
@@ -51,11 +51,6 @@ class Page:
 
     path: Path
     left_out: Mapping[str, str]
-
-
-def write_page(runs: Path, out: Path, refresh: int | None = None) -> Path:
-    """Write ``index.html``, ``figures/`` and ``tables/`` below ``out``; returns the page's path, as `make_page`."""
-    return make_page(load_results(runs), out, refresh).path
 
 
 def make_page(results: Results, out: Path, refresh: int | None = None) -> Page:

@@ -90,7 +90,7 @@ def bars(rows: Sequence[Mapping[str, Any]], labels: Sequence[str], order: Sequen
     return drawn + legend + paper
 
 
-def lines(curves: Sequence[Curve], order: Sequence[str], hover: str = "%{y:.3f}") -> list[dict[str, Any]]:
+def lines(curves: Sequence[Curve], order: Sequence[str]) -> list[dict[str, Any]]:
     """A line and a band (the range of the seeds) for each curve, in one legend entry; both break where it does."""
     traces: list[dict[str, Any]] = []
     for i, curve in enumerate(curves):
@@ -100,7 +100,7 @@ def lines(curves: Sequence[Curve], order: Sequence[str], hover: str = "%{y:.3f}"
         traces.append(shared | _band(curve) | band)
         style = {"line": {"dash": DASHES[place % len(DASHES)], "width": 2.2}}
         style["marker"] = {"size": 6, "symbol": symbol(place, SYMBOLS)}
-        text = {"hovertemplate": f"{curve.label} · {hover} · {curve.seeds} seed(s)<extra></extra>"}
+        text = {"hovertemplate": f"{curve.label} · %{{y:.3f}} · {curve.seeds} seed(s)<extra></extra>"}
         mode = "lines+markers" if len(curve.x) <= 40 else "lines"
         traces.append(shared | style | text | {"x": list(curve.x), "y": list(curve.mean), "mode": mode})
     return traces

@@ -59,8 +59,9 @@ class SuiteRuns:
         return self._placed(self.results.evals.filter(~again))
 
     def learned(self, protocol: str) -> pl.DataFrame:
-        """Evaluations during training and at its end, on the task at hand."""
-        return self.evals.filter((pl.col("protocol") == protocol) & pl.col("phase").is_in(["train", "final"]))
+        """Evaluations during training and at its end, on the task at hand; those of RL at every place of their task."""
+        lines = self.evals.filter((pl.col("protocol") == protocol) & pl.col("phase").is_in(["train", "final"]))
+        return statistics.everywhere(lines, self.tasks).with_columns(self._position)
 
     @cached_property
     def spectra(self) -> pl.DataFrame:
@@ -331,13 +332,14 @@ class SuiteRuns:
         return found if len(found) > 1 else {}
 
     def _placed(self, table: pl.DataFrame) -> pl.DataFrame:
-        places = {task: i for i, task in enumerate(self.tasks)} or {"": 0}
-        place = pl.col("task").replace_strict(places, default=None, return_dtype=pl.Int64)
-        place = pl.when(pl.col("protocol") == "crl").then(pl.col("task_index")).otherwise(place)
         label = pl.struct("actor", "method").map_elements(
             lambda row: self._label(row["actor"], row["method"]), return_dtype=pl.String
         )
-        return table.with_columns(place=place, position=place * self.steps + pl.col("task_step"), label=label)
+        return statistics.placed(table, self.tasks).with_columns(self._position, label=label)
+
+    @property
+    def _position(self) -> pl.Expr:
+        return (pl.col("place") * self.steps + pl.col("task_step")).alias("position")
 
     def _label(self, actor: str, method: str) -> str:
         label = self.results.labels[self.suite, actor, method]

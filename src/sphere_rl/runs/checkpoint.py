@@ -89,12 +89,6 @@ def newest_step(folder: RunFolder) -> int | None:
     return int(paths[-1].stem.removeprefix("step-")) if paths else None
 
 
-def latest_run(folder: RunFolder) -> dict[str, Any] | None:
-    """The state of `newest`, or ``None`` where no checkpoint was written yet."""
-    found = newest(folder)
-    return found and found[1]
-
-
 def newest(folder: RunFolder) -> tuple[Path, dict[str, Any]] | None:
     """The newest whole checkpoint of the run and its state, or ``None`` where none was written yet.
 

@@ -58,7 +58,9 @@ def value_of(word: str) -> Value:
 def word_of(value: Any) -> str:
     """A word that means this value."""
     word = str(value).lower() if isinstance(value, bool) else str(value)
-    return word if not isinstance(value, str) or value_of(word) == value else json.dumps(value)
+    if not isinstance(value, str) or value_of(word) == value:
+        return word
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", r"\u007f")  # TOML knows no surrogates
 
 
 def argument_of(word: str) -> tuple[str, Value]:

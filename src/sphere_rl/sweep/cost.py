@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from sphere_rl.config import TrainConfig, to_dict
 from sphere_rl.errors import RunFolderError, TrainingError
 from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.runs import RunFolder, checkpoint
+from sphere_rl.settings import settings
 from sphere_rl.suites import make_suite
 from sphere_rl.suites.guard import make_envs
 from sphere_rl.sweep.display import standing
@@ -97,8 +96,10 @@ def room(runs: Sequence[PlannedRun]) -> str:
 
 
 def speed_class(config: TrainConfig) -> str:
-    """Runs of a kind have one speed: they differ in seed, protocol, tasks and strengths, that is real numbers, only."""
-    return repr(_without_numbers(to_dict(replace(config, seed=0, protocol="crl", tasks=()))))
+    """Runs of a kind have one speed: they differ in label, seed, protocol, tasks and strengths, real numbers, only."""
+    given = settings(to_dict(config), "trains", "watches", "spares")
+    kept = {name: value for name, value in given if not isinstance(value, float)}
+    return repr((config.suite, config.actor, config.method, kept))
 
 
 def _measured(run: PlannedRun) -> float | None:
@@ -106,8 +107,3 @@ def _measured(run: PlannedRun) -> float | None:
     rows = folder.read("train", ("steps_per_second",)) if folder.config_path.is_file() else []
     found = sorted(row["steps_per_second"] for row in rows)
     return found[len(found) // 2] if found else None
-
-
-def _without_numbers(settings: Mapping[str, Any]) -> dict[str, Any]:
-    nested = {name: _without_numbers(value) for name, value in settings.items() if isinstance(value, Mapping)}
-    return nested | {name: v for name, v in settings.items() if not isinstance(v, Mapping | float)}

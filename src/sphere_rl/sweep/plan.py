@@ -11,19 +11,19 @@ the axes that it names itself and the file's for all others.
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product, repeat
 from pathlib import Path
 from typing import Any, Literal
 
-from sphere_rl.config import TrainConfig, convert, idle_options, tell_idle, to_dict
+from sphere_rl.config import TrainConfig, convert, idle_options, read_toml, tell_idle, to_dict
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods import methods
 from sphere_rl.runs import RunFolder, file_name, read_sweep, write_atomic
-from sphere_rl.suites.env_args import FLAG, word_of
-from sphere_rl.terminal.arguments import named_options, parse_train
+from sphere_rl.settings import ROLES
+from sphere_rl.suites.env_args import value_of, word_of
+from sphere_rl.terminal.arguments import named_options, option_words, parse_train
 from sphere_rl.training.saved import config_of
 
 
@@ -70,8 +70,7 @@ class PlannedRun:
     @property
     def steps(self) -> int:
         """Environment steps of the whole run."""
-        config = self.config
-        return config.iterations_per_task * config.steps_per_iteration * len(config.task_sequence)
+        return self.config.steps_of_task * len(self.config.task_sequence)
 
     @property
     def threads(self) -> int:
@@ -141,8 +140,8 @@ def check_folder(run: PlannedRun) -> None:
     if not RunFolder(run.folder).config_path.is_file():
         return
     ours, theirs = to_dict(run.config), to_dict(config_of(RunFolder(run.folder)))
-    for name in ours.keys() - {"log", "films", "env_threads", "torch_threads"}:  # how it is computed, not what
-        if ours[name] != theirs[name]:
+    for name in ours:
+        if ROLES.get(name) != "spares" and ours[name] != theirs[name]:
             raise ConfigError(name, ours[name], f"{theirs[name]!r}, as in {run.folder}; choose another --out")
 
 
@@ -170,10 +169,7 @@ def load_grid(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, is not TOML, or has a key or a value of a kind that does not exist.
     """
-    try:
-        data = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError("config", str(path), f"a readable TOML file ({error})") from None
+    data = read_toml(path)
     for key, value in data.items():
         if key not in TABLES:
             raise ConfigError(key, value, f"one of {', '.join(TABLES)}")
@@ -210,7 +206,7 @@ def _arm(name: str, options: Any) -> tuple[str, ...]:
     chosen = options.get("method", "none")
     names = chosen if isinstance(chosen, list) else str(chosen).split("+")
     words = [word for key, value in _flat(options) if key != "method" for word in _flag(key, _word(key, value))]
-    return ("--method", *map(str, names), "--label", name, *words)
+    return ("--method", *map(str, names), *option_words("label", name), *words)
 
 
 def _stage(table: Any) -> dict[str, Any]:
@@ -257,20 +253,19 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def _word(name: str, value: Any) -> Any:
     """A value as a word of the command line; a text that is an environment's argument stays one: "1" is not 1."""
-    if name.replace("-", "_").startswith("env_args."):
+    if _of_environment(name):
         return word_of(value)
     return value if isinstance(value, list) else str(value)
 
 
-def _flag(name: str, value: Any) -> list[str]:
-    """Words of one option: ``--sphere.rho 0.1``; switches are ``--crelu`` and ``--no-crelu``."""
-    if name.replace("-", "_").startswith("env_args."):
-        return [FLAG, f"{name.partition('.')[2]}={value}"]
-    flag = name.replace("_", "-")
-    if str(value).lower() in ("true", "false"):
-        table, dot, inner = flag.rpartition(".")
-        return [f"--{table}{dot}{'' if str(value).lower() == 'true' else 'no-'}{inner}"]
-    return [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+def _flag(name: str, word: Any) -> list[str]:
+    """Words of one option that is set to a word, as axes have them: a truth value is a switch."""
+    meant = {"true": True, "false": False}.get(str(word).lower(), word)
+    return option_words(name, value_of(word) if _of_environment(name) else meant)
+
+
+def _of_environment(name: str) -> bool:
+    return name.replace("-", "_").startswith("env_args.")
 
 
 def _tasks(tasks: Sequence[str]) -> list[str]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sphere_rl.config import TrainConfig, load_toml, names_of, overridden, preset, read_toml, use_plugins
+from sphere_rl.errors import ConfigError
 from sphere_rl.suites import make_suite
-from sphere_rl.suites.env_args import taken_from
+from sphere_rl.suites.env_args import FLAG as ENV_ARGS
+from sphere_rl.suites.env_args import taken_from, word_of
 from sphere_rl.terminal.options import train_parser
 from sphere_rl.training.monitors import check_watchers
 
@@ -43,6 +44,20 @@ def parse_train(words: list[str]) -> tuple[TrainConfig, Path, bool]:
     return settings, own["out"] or Path("runs") / default_name(settings), bool(own["quiet"])
 
 
+def option_words(name: str, value: Any) -> list[str]:
+    """Words of ``sphere train`` that set an option: ``--sphere.rho 0.1``, ``--no-crelu``, ``--env-args g=1.6``."""
+    table, dot, inner = name.removeprefix("network.").replace("_", "-").rpartition(".")
+    if table.partition(".")[0] == ENV_ARGS.removeprefix("--"):  # whose name may have underscores and dots
+        word = f"{name.partition('.')[2]}={word_of(value)}"
+        return [f"{ENV_ARGS}={word}"] if word.startswith("-") else [ENV_ARGS, word]
+    if isinstance(value, bool):
+        return [f"--{table}{dot}{'' if value else 'no-'}{inner}"]
+    flag = f"--{table}{dot}{inner}"
+    if isinstance(value, str) and value.startswith("-"):
+        return [f"{flag}={value}"]
+    return [flag, *map(str, value if isinstance(value, list | tuple) else [value])]
+
+
 def flag_of(word: str) -> str:
     """A flag with dashes, where it was written with underscores."""
     flag, equals, value = word.partition("=")
@@ -65,6 +80,6 @@ def default_name(config: TrainConfig) -> str:
 
 def _peek(path: Path) -> dict[str, Any]:
     """What a TOML file holds; whatever is wrong with the file is said when it is loaded."""
-    with contextlib.suppress(OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
-        return tomllib.loads(path.read_text())
+    with contextlib.suppress(ConfigError):
+        return read_toml(path)
     return {}

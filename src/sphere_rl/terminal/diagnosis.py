@@ -8,8 +8,8 @@ from typing import Any
 
 import polars as pl
 
+from sphere_rl.correlations import correlation
 from sphere_rl.runs import RunFolder
-from sphere_rl.statistics import correlation
 from sphere_rl.terminal.tables import print_columns, print_table
 from sphere_rl.training.diagnosis import Diagnosis
 from sphere_rl.training.proxy import BATCH

@@ -61,7 +61,7 @@ class Bars:
         self.config, self.folder, self.clock = config, folder, Clock(config, global_step)
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[steps]}"))
         self._progress = Progress(*columns, console=console, auto_refresh=False)
-        self._steps, tasks = steps_of_task(config), config.task_sequence
+        self._steps, tasks = config.steps_of_task, config.task_sequence
         index = min(global_step // self._steps, len(tasks) - 1)
         self._task = self._progress.add_task("", total=self._steps, steps="")
         total = self._steps * len(tasks)
@@ -109,18 +109,13 @@ class Clock:
     """Time left at the mean speed since this process began."""
 
     def __init__(self, config: TrainConfig, global_step: int) -> None:
-        self._total = steps_of_task(config) * len(config.task_sequence)
+        self._total = config.steps_of_task * len(config.task_sequence)
         self._first, self._began = global_step, monotonic()
 
     def left(self, global_step: int) -> str:
         """As hours, minutes and seconds."""
         pace = (monotonic() - self._began) / max(1, global_step - self._first)
         return duration(pace * (self._total - global_step))
-
-
-def steps_of_task(config: TrainConfig) -> int:
-    """Environment steps of a task, whole iterations."""
-    return config.iterations_per_task * config.steps_per_iteration
 
 
 def duration(seconds: float) -> str:
@@ -144,7 +139,7 @@ def header(config: TrainConfig, agent: Agent, folder: str) -> str:
         f"method {'+'.join(config.method)}",
         f"actor {config.actor} ({sizes[0]} parameters)",
         f"critic {config.critic} ({sizes[1]})",
-        f"{what}, {number(steps_of_task(config))} steps{' each' if tasks > 1 else ''}",
+        f"{what}, {number(config.steps_of_task)} steps{' each' if tasks > 1 else ''}",
         config.device,
         folder,
     )
@@ -153,7 +148,7 @@ def header(config: TrainConfig, agent: Agent, folder: str) -> str:
 def headline(config: TrainConfig, row: dict[str, Any]) -> str:
     """Task, place in the sequence, and steps."""
     place = f"{row['task']} ({row['task_index'] + 1}/{len(config.task_sequence)})"
-    return joined(place, f"{number(row['task_step'])}/{number(steps_of_task(config))}")
+    return joined(place, f"{number(row['task_step'])}/{number(config.steps_of_task)}")
 
 
 def outcome(row: dict[str, Any]) -> str:

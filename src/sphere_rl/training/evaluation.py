@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from gymnasium.vector import VectorEnv
 
+from sphere_rl.config import TrainConfig
 from sphere_rl.errors import TrainingError
 from sphere_rl.learner.rollout import Episode, EpisodeRecorder, check_step
 from sphere_rl.seeding import derive_seed, global_streams
@@ -25,8 +26,8 @@ from sphere_rl.training.agent import Policy
 
 MAX_ENVS = 10
 """Environments of an evaluation at most: a MetaWorld environment holds 16 MB."""
-MAX_STEPS = 10_000
-"""Steps of an episode at most: no task of the suites and none that Gymnasium registers has longer ones."""
+MAX_STEPS = TrainConfig.eval_max_steps
+"""Steps of an episode at most, by default: no task of the suites and none that Gymnasium registers has longer ones."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -20,6 +20,7 @@ from sphere_rl.config import TrainConfig, to_dict
 from sphere_rl.errors import CommandLineError, StorageError
 from sphere_rl.extras import require
 from sphere_rl.runs import RunFolder, written
+from sphere_rl.settings import settings
 from sphere_rl.spectrum.vanishing import FeatureWatch
 from sphere_rl.training.display import Bars, Lines
 from sphere_rl.training.films import Films
@@ -92,15 +93,9 @@ def scalars(log: str, row: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def hyperparameters(config: TrainConfig) -> dict[str, bool | int | float | str]:
-    """Every setting that tells what is trained, by name; of methods only those in use."""
-    found: dict[str, bool | int | float | str] = {}
-    for name, value in to_dict(config).items():
-        if not isinstance(value, Mapping):
-            found[name] = value if isinstance(value, bool | int | float) else words(value)
-        elif name in ("network", "env_args", *config.method):
-            inner = {f"{name}.{key}": item for key, item in value.items()}
-            found |= {key: v if isinstance(v, bool | int | float) else words(v) for key, v in inner.items()}
-    return found
+    """Every setting of the run by name; of methods only those in use."""
+    found = settings(to_dict(config))
+    return {name: value if isinstance(value, bool | int | float) else words(value) for name, value in found}
 
 
 def words(value: Any) -> str:

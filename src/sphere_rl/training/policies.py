@@ -133,14 +133,17 @@ def load_for_task(
         RunFolderError: as `policy_for`.
     """
     folder = RunFolder.existing(run_dir)
-    config = config_of(folder)
-    if task is None:
-        chosen = placed(folder, checkpoint.find(folder, name or "latest"))
-        task = config.task_sequence[chosen.task_index]
-    else:
-        ((_, chosen),) = policy_for(folder, config, [task], name)
-    suite = make_suite(config.suite)
+    suite, (task, chosen) = make_suite(config_of(folder).suite), choose(folder, task, name)
     return suite, task, chosen, read_policies(folder, suite, [(task, chosen)], device)[chosen.path]
+
+
+def choose(folder: RunFolder, task: str | None = None, name: str | None = None) -> tuple[str, Chosen]:
+    """A task and the checkpoint that `policy_for` has for it; by default the newest one and the task of it."""
+    config = config_of(folder)
+    if task is not None:
+        return policy_for(folder, config, [task], name)[0]
+    chosen = placed(folder, checkpoint.find(folder, name or "latest"))
+    return config.task_sequence[chosen.task_index], chosen
 
 
 def read_policy(folder: RunFolder, path: Path, device: str = "cpu") -> tuple[Policy, Spaces]:

@@ -26,8 +26,7 @@ class Tracker:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        steps = config.iterations_per_task * config.steps_per_iteration  # so that the last one is at the task's end
-        self._every = config.spectrum_every or max(1, steps // PER_TASK)
+        self._every = config.spectrum_every or max(1, config.steps_of_task // PER_TASK)  # the last at the task's end
         self._before: dict[str, Tensor] | None = None
 
     def begin_iteration(self, agent: Agent, task_step: int) -> None:

@@ -222,8 +222,6 @@ class HumanoidEnv(gymnasium.Env):
         self,
         task: str,
         seed: int = 0,
-        width: int = 480,
-        height: int = 360,
         foot_mesh: str | os.PathLike[str] | None = None,
     ) -> None:
         self._env = HumanoidVectorEnv(task, num_envs=1, seed=seed, foot_mesh=foot_mesh)
@@ -231,7 +229,7 @@ class HumanoidEnv(gymnasium.Env):
         self.action_space = self._env.single_action_space
         self.render_mode = "rgb_array"
         self.spec = EnvSpec(task, max_episode_steps=EPISODE_STEPS)
-        self._picture = Picture(width, height)
+        self._picture = Picture()
         self._camera: Camera | None = None
         self._qpos = self._env.task.start()
         self._running = False
