@@ -140,7 +140,13 @@ def test_the_probe_batch_passes_the_agents_normaliser(tiny: TrainConfig) -> None
     assert np.allclose(seen.std(0, correction=0), 1, atol=1e-3)
 
 
-def test_a_row_is_what_measure_says_of_the_saved_policy(tiny: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [None, 5])
+def test_a_row_is_what_measure_says_of_the_saved_policy(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int | None
+) -> None:
+    """Of a policy with more actions than K may have rows for its r_e(K) is that of fewer states: here 5 of 256."""
+    if rows is not None:
+        monkeypatch.setattr("sphere_rl.training.tracker.KERNEL_ROWS", rows)
     folder = train(tiny, tmp_path / "run")
     row = [row for row in folder.read("spectrum") if row["batch"] == "probe"][-1]
     state = checkpoint.latest_run(folder)
@@ -148,5 +154,5 @@ def test_a_row_is_what_measure_says_of_the_saved_policy(tiny: TrainConfig, tmp_p
     agent = Agent(tiny, Spaces(**state["spaces"]), seed=1)
     agent.load_state_dict(state["agent"])
     assert row["task_step"] == 512
-    found = measure(agent.actor, Tracker(tiny).probe(agent, "Pendulum-v1"))
+    found = measure(agent.actor, Tracker(tiny).probe(agent, "Pendulum-v1"), kernel_rows=rows)
     assert {name: row[name] for name in found} == found

@@ -19,6 +19,7 @@ from numpy import ndarray
 from sphere_rl.runs import RunFolder
 from sphere_rl.runs.checkpoint import task_checkpoints
 from sphere_rl.spectrum import effective_rank, entk
+from sphere_rl.spectrum.kernel import kernel_states
 from sphere_rl.spectrum.ranks import gram_eigenvalues
 from sphere_rl.suites import make_suite
 from sphere_rl.training.diagnosis import MAX_ROWS
@@ -81,10 +82,8 @@ def _snapshot(path: Path, _: int) -> Snapshot:
     policy = read_policies(folder, make_suite(config.suite), [(task, place)])[place.path]
     states = probe_batch(config, task)
     with torch.no_grad():
-        rows = policy.actor(policy.normalize(torch.as_tensor(states[:1]))).shape[1]
-    count = min(len(states), MAX_ROWS // rows)
-    chosen = np.linspace(0, len(states) - 1, count).round().astype(int)
-    observation = policy.normalize(torch.as_tensor(states[chosen]))
+        outputs = policy.actor(policy.normalize(torch.as_tensor(states[:1]))).shape[1]
+    observation = policy.normalize(torch.as_tensor(states[kernel_states(len(states), outputs, MAX_ROWS)]))
     kernel = torch.linalg.eigvalsh(entk(policy.actor, observation).double()).flip(0).clamp(min=0)
     with torch.no_grad():
         features = policy.actor.trace(policy.normalize(torch.as_tensor(states))).features[-1].weighted()

@@ -12,6 +12,7 @@ from numpy import ndarray
 
 from sphere_rl.runs import RunFolder, checkpoint
 from sphere_rl.spectrum import block_view, entk, measure
+from sphere_rl.spectrum.kernel import KERNEL_ROWS, kernel_states
 from sphere_rl.spectrum.ranks import gram_eigenvalues
 from sphere_rl.suites import make_suite
 from sphere_rl.training.policies import Chosen, placed, read_policies
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from sphere_rl.spectrum.kernel import BlockShare
 
 MAX_ROWS = 1024
-"""Rows of K at most; with many outputs fewer states are used, so that its eigenvalues take a second, not a minute."""
+"""Rows of K at most where its blocks and all its eigenvalues are wanted, of one policy after the other."""
 
 
 def select(folder: RunFolder, names: Sequence[str] | None) -> list[Chosen]:
@@ -43,7 +44,8 @@ def select(folder: RunFolder, names: Sequence[str] | None) -> list[Chosen]:
 class Diagnosis:
     """What one checkpoint's policy is like on the probe batch.
 
-    metrics: `sphere_rl.spectrum.measure` on all ``states``; feature_eigenvalues: of A on them, descending.
+    metrics: `sphere_rl.spectrum.measure` on all ``states``, r_e_K as in training on fewer where K would have more than
+    `KERNEL_ROWS` rows; feature_eigenvalues: of A on them, descending.
     blocks and kernel_eigenvalues: of the full K, descending, on an even spread of ``kernel_states`` of them, fewer
     where K would have more than `MAX_ROWS` rows. No blocks where an encoder, whose part is none of them, is in front.
     """
@@ -74,16 +76,15 @@ def diagnose(folder: RunFolder, chosen: Chosen, device: str = "cpu") -> Diagnosi
     observations = policy.normalize(torch.as_tensor(raw, device=device))
     with torch.no_grad():
         trace = policy.actor.trace(observations)
-    count = min(len(raw), MAX_ROWS // trace.output.shape[1])
-    part = observations[torch.linspace(0, len(raw) - 1, count, device="cpu").round().long()]
+    part = observations[kernel_states(*trace.output.shape, MAX_ROWS)]
     return Diagnosis(
         checkpoint=chosen.path.stem,
         global_step=chosen.global_step,
         task_index=chosen.task_index,
         task=task,
         states=len(raw),
-        kernel_states=count,
-        metrics=measure(policy.actor, observations),
+        kernel_states=len(part),
+        metrics=measure(policy.actor, observations, kernel_rows=KERNEL_ROWS),
         blocks=block_view(policy.actor, part) if policy.actor.encoder is None else (),
         kernel_eigenvalues=torch.linalg.eigvalsh(entk(policy.actor, part).double()).flip(0).clamp(min=0).cpu().numpy(),
         feature_eigenvalues=gram_eigenvalues(trace.features[-1].weighted()).flip(0).cpu().numpy(),

@@ -17,6 +17,7 @@ from sphere_rl.config import TrainConfig
 from sphere_rl.runs import RunFolder
 from sphere_rl.seeding import derive_seed
 from sphere_rl.spectrum import effective_rank, entk, gram_effective_rank
+from sphere_rl.spectrum.kernel import KERNEL_ROWS, kernel_states
 from sphere_rl.suites import make_suite
 from sphere_rl.suites.spaces import action_sender
 from sphere_rl.training.agent import Policy
@@ -50,9 +51,11 @@ def proxy_table(folder: RunFolder, chosen: Sequence[Chosen], batches: int, devic
 
 
 def ranks(policy: Policy, states: Float[ndarray, "N D"]) -> dict[str, float]:
-    """r_e(A) of the last expert layer and r_e(K) on raw states."""
+    """r_e(A) of the last expert layer and r_e(K) on raw states, fewer of them where K had more than `KERNEL_ROWS`."""
     observation = policy.normalize(torch.as_tensor(states, device=next(policy.parameters()).device))
     with torch.no_grad():
+        outputs = policy.actor(observation[:1]).shape[1]
+        observation = observation[kernel_states(len(states), outputs, KERNEL_ROWS)]
         features = policy.actor.trace(observation).features[-1].weighted()
     kernel = entk(policy.actor, observation).double()
     return {"r_e_A": gram_effective_rank(features), "r_e_K": effective_rank(torch.linalg.eigvalsh(kernel))}
