@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from numpy import ndarray
+from torch import Tensor
 
 from sphere_rl.runs import RunFolder, checkpoint
 from sphere_rl.spectrum import block_view, entk, measure
 from sphere_rl.spectrum.kernel import KERNEL_ROWS, kernel_states
 from sphere_rl.spectrum.ranks import gram_eigenvalues
 from sphere_rl.suites import make_suite
+from sphere_rl.training.agent import Policy
 from sphere_rl.training.policies import Chosen, placed, read_policies
 from sphere_rl.training.probe import probe_batch
 from sphere_rl.training.saved import config_of
@@ -67,25 +69,58 @@ class Diagnosis:
         return row | row.pop("metrics") | {"blocks": [asdict(block) for block in self.blocks]}
 
 
-def diagnose(folder: RunFolder, chosen: Chosen, device: str = "cpu") -> Diagnosis:
-    """Measure one checkpoint. Metrics of an update (churn, gradients) are in ``spectrum.jsonl`` alone."""
+@dataclass(frozen=True, eq=False)
+class Spectra:
+    """What K and A of a policy are like on a batch of states.
+
+    kernel_observations: the `kernel_states` of the batch that K, of at most `MAX_ROWS` rows, is of.
+    kernel_eigenvalues: of the full K, descending. feature_eigenvalues: of A = ΦᵀΦ/N, descending.
+    features: Φ, the routing-weighted last hidden features.
+    """
+
+    kernel_observations: Float[Tensor, "n D"]
+    kernel_eigenvalues: Float[ndarray, "k"]
+    feature_eigenvalues: Float[ndarray, "f"]
+    features: Float[ndarray, "N m"]
+
+
+def on_probe(folder: RunFolder, chosen: Chosen, device: str = "cpu") -> tuple[str, Policy, Float[Tensor, "N D"]]:
+    """The task of a checkpoint, its policy, and the probe batch as that policy sees it."""
     config = config_of(folder)
     task = config.task_sequence[chosen.task_index]
     policy = read_policies(folder, make_suite(config.suite), [(task, chosen)], device)[chosen.path]
-    raw = probe_batch(config, task)
-    observations = policy.normalize(torch.as_tensor(raw, device=device))
+    return task, policy, policy.normalize(torch.as_tensor(probe_batch(config, task), device=device))
+
+
+def spectra(policy: Policy, observations: Float[Tensor, "N D"]) -> Spectra:
+    """The spectra of a policy on states as it sees them."""
     with torch.no_grad():
         trace = policy.actor.trace(observations)
+    features = trace.features[-1].weighted()
     part = observations[kernel_states(*trace.output.shape, MAX_ROWS)]
+    kernel = torch.linalg.eigvalsh(entk(policy.actor, part).double())
+    return Spectra(
+        kernel_observations=part,
+        kernel_eigenvalues=kernel.flip(0).clamp(min=0).cpu().numpy(),
+        feature_eigenvalues=gram_eigenvalues(features).flip(0).cpu().numpy(),
+        features=features.cpu().numpy(),
+    )
+
+
+def diagnose(folder: RunFolder, chosen: Chosen, device: str = "cpu") -> Diagnosis:
+    """Measure one checkpoint. Metrics of an update (churn, gradients) are in ``spectrum.jsonl`` alone."""
+    task, policy, observations = on_probe(folder, chosen, device)
+    found = spectra(policy, observations)
+    part = found.kernel_observations
     return Diagnosis(
         checkpoint=chosen.path.stem,
         global_step=chosen.global_step,
         task_index=chosen.task_index,
         task=task,
-        states=len(raw),
+        states=len(observations),
         kernel_states=len(part),
         metrics=measure(policy.actor, observations, kernel_rows=KERNEL_ROWS),
         blocks=block_view(policy.actor, part) if policy.actor.encoder is None else (),
-        kernel_eigenvalues=torch.linalg.eigvalsh(entk(policy.actor, part).double()).flip(0).clamp(min=0).cpu().numpy(),
-        feature_eigenvalues=gram_eigenvalues(trace.features[-1].weighted()).flip(0).cpu().numpy(),
+        kernel_eigenvalues=found.kernel_eigenvalues,
+        feature_eigenvalues=found.feature_eigenvalues,
     )
