@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ from numpy import ndarray
 from torch import Tensor
 
 from sphere_rl.runs import RunFolder, checkpoint
+from sphere_rl.seeding import global_streams
 from sphere_rl.spectrum import block_view, entk, measure
-from sphere_rl.spectrum.kernel import KERNEL_ROWS, kernel_states
+from sphere_rl.spectrum.kernel import KERNEL_ROWS, kernel_states, untouched
 from sphere_rl.spectrum.ranks import gram_eigenvalues
 from sphere_rl.suites import make_suite
 from sphere_rl.training.agent import Policy
@@ -84,6 +86,22 @@ class Spectra:
     features: Float[ndarray, "N m"]
 
 
+@contextmanager
+def collecting(policy: Policy) -> Iterator[None]:
+    """In here a policy is in the mode in which it collects experience, in which training measures it, too.
+
+    In evaluation some are others (`ds_moe` selects experts then). What the mode draws (dropout) is the same each time,
+    and what it records (running statistics) is put back.
+    """
+    mode = policy.training
+    policy.train()
+    try:
+        with untouched(policy), global_streams(0):
+            yield
+    finally:
+        policy.train(mode)
+
+
 def on_probe(folder: RunFolder, chosen: Chosen, device: str = "cpu") -> tuple[str, Policy, Float[Tensor, "N D"]]:
     """The task of a checkpoint, its policy, and the probe batch as that policy sees it."""
     config = config_of(folder)
@@ -93,12 +111,13 @@ def on_probe(folder: RunFolder, chosen: Chosen, device: str = "cpu") -> tuple[st
 
 
 def spectra(policy: Policy, observations: Float[Tensor, "N D"]) -> Spectra:
-    """The spectra of a policy on states as it sees them."""
-    with torch.no_grad():
-        trace = policy.actor.trace(observations)
-    features = trace.features[-1].weighted()
-    part = observations[kernel_states(*trace.output.shape, MAX_ROWS)]
-    kernel = torch.linalg.eigvalsh(entk(policy.actor, part).double())
+    """The spectra of a policy, as it collects experience, on states as it sees them."""
+    with collecting(policy):
+        with torch.no_grad():
+            trace = policy.actor.trace(observations)
+        features = trace.features[-1].weighted()
+        part = observations[kernel_states(*trace.output.shape, MAX_ROWS)]
+        kernel = torch.linalg.eigvalsh(entk(policy.actor, part).double())
     return Spectra(
         kernel_observations=part,
         kernel_eigenvalues=kernel.flip(0).clamp(min=0).cpu().numpy(),
@@ -112,6 +131,9 @@ def diagnose(folder: RunFolder, chosen: Chosen, device: str = "cpu") -> Diagnosi
     task, policy, observations = on_probe(folder, chosen, device)
     found = spectra(policy, observations)
     part = found.kernel_observations
+    with collecting(policy):
+        metrics = measure(policy.actor, observations, kernel_rows=KERNEL_ROWS)
+        blocks = block_view(policy.actor, part) if policy.actor.encoder is None else ()
     return Diagnosis(
         checkpoint=chosen.path.stem,
         global_step=chosen.global_step,
@@ -119,8 +141,8 @@ def diagnose(folder: RunFolder, chosen: Chosen, device: str = "cpu") -> Diagnosi
         task=task,
         states=len(observations),
         kernel_states=len(part),
-        metrics=measure(policy.actor, observations, kernel_rows=KERNEL_ROWS),
-        blocks=block_view(policy.actor, part) if policy.actor.encoder is None else (),
+        metrics=metrics,
+        blocks=blocks,
         kernel_eigenvalues=found.kernel_eigenvalues,
         feature_eigenvalues=found.feature_eigenvalues,
     )
