@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import pytest
 import torch
 
 from sphere_rl import protocol
-from sphere_rl.config import TrainConfig, override
+from sphere_rl.config import TrainConfig, override, preset
 from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.runs import RunFolder, checkpoint
 from sphere_rl.spectrum import SPECTRAL_METRICS, measure
 from sphere_rl.suites import make_suite
 from sphere_rl.training.agent import Agent
-from sphere_rl.training.probe import probe_batch, probe_observations
+from sphere_rl.training.probe import probe_batch, probe_observations, probe_tasks
 from sphere_rl.training.tracker import Tracker
 
 POSITION = {"global_step", "task_index", "task", "task_step"}
@@ -127,6 +128,25 @@ def test_the_probe_batch_is_drawn_from_what_the_policy_learns(tiny: TrainConfig)
     assert all(np.array_equal(probe_batch(crl, task), both) for task in ("Pendulum-v1", other))
     assert probe_batch(crl, "MountainCarContinuous-v0").shape == (256, 2)
     assert np.array_equal(probe_batch(rl, other), probe_observations(make_suite("gym"), (other,)))
+
+
+@pytest.mark.parametrize(
+    ("protocol", "tasks", "expected"),
+    [
+        ("rl", ("sit_simple", "reach"), ("stand", "walk", "pole", "slide", "run")),  # 51 numbers, as the sequence has
+        ("rl", ("reach", "stand"), ("reach",)),  # 57
+        ("crl", ("balance_hard", "balance_hard"), ("balance_hard",)),
+    ],
+)
+def test_a_task_of_h1_is_measured_on_states_that_its_policy_can_see(
+    protocol: str, tasks: tuple[str, ...], expected: tuple[str, ...]
+) -> None:
+    config = override(preset(make_suite("h1")), {"protocol": protocol, "tasks": tasks})
+    assert probe_tasks(config, tasks[0]) == expected
+    with closing(make_suite("h1").make(tasks[0], 1, 0, 1)) as envs:
+        spaces = Spaces.of(envs)
+    agent = Agent(override(config, {"network": {"width": 8}}), spaces, seed=0)
+    assert len(agent.actor(Tracker(config).probe(agent, tasks[0]))) == 256
 
 
 def test_the_probe_batch_passes_the_agents_normaliser(tiny: TrainConfig) -> None:

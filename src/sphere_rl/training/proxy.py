@@ -23,7 +23,7 @@ from sphere_rl.suites.spaces import action_sender
 from sphere_rl.training.agent import Policy
 from sphere_rl.training.diagnosis import collecting
 from sphere_rl.training.policies import Chosen, read_policies
-from sphere_rl.training.probe import Act, probe_observations, visit
+from sphere_rl.training.probe import Act, alike, probe_observations, visit
 from sphere_rl.training.saved import config_of
 
 if TYPE_CHECKING:
@@ -37,14 +37,14 @@ def proxy_table(folder: RunFolder, chosen: Sequence[Chosen], batches: int, devic
     """r_e(A) of the last expert layer and r_e(K) of disjoint batches of `BATCH` states, a row a batch.
 
     Of the policies as they collect experience. For each checkpoint ``batches`` of random actions ("probe") and as many
-    of its own, sampled, actions ("visited"), each of one task; the tasks are those of the run, or the checkpoint's own
-    where the suite has no sequence.
+    of its own, sampled, actions ("visited"), each of one task; the tasks are those of the run that have
+    observations of the policy's size, or the checkpoint's own where the suite has no sequence.
     """
     config, rows = config_of(folder), []
     suite = make_suite(config.suite)
     for one in chosen:
         task = config.task_sequence[one.task_index]
-        tasks = tuple(dict.fromkeys(config.task_sequence)) if suite.tasks else (task,)
+        tasks = alike(config, config.task_sequence, task) if suite.tasks else (task,)
         policy = read_policies(folder, suite, [(task, one) for task in tasks], device)[one.path]
         with collecting(policy):
             for source, task, states in batches_of(policy, config, tasks, batches):
