@@ -1,7 +1,7 @@
-"""The probe batch: held-out states, the same for every method, seed and checkpoint that is measured on them.
+"""The probe batch: held-out states, the same for every method and seed.
 
-And the same for every run of a suite with a sequence of its own whose tasks fit; of other runs for those that learn the
-same tasks.
+For every task, too, in suites with a sequence of their own, as far as observations are of one size; elsewhere the
+states are of the tasks that a policy learns.
 """
 
 from __future__ import annotations
@@ -50,6 +50,14 @@ def probe_tasks(config: TrainConfig, task: str) -> tuple[str, ...]:
     return alike(config, make_suite(config.suite).tasks, task) or alike(config, learned_tasks(config, task), task)
 
 
+def same_probe(one: TrainConfig, other: TrainConfig, task: str) -> bool:
+    """Whether two runs of a suite measure their policies on ``task`` on the same states, or do not measure at all."""
+    if one.spectrum_every < 0 or task in make_suite(one.suite).tasks:  # no environment is opened to see it
+        return True
+    alone, together = ({*learned_tasks(config, task)} for config in (one, other))
+    return alone == together or bool(alike(one, make_suite(one.suite).tasks, task))
+
+
 def learned_tasks(config: TrainConfig, task: str) -> tuple[str, ...]:
     """The tasks that the policy a run has on ``task`` learns."""
     return config.task_sequence if config.protocol == "crl" else (task,)
@@ -58,7 +66,7 @@ def learned_tasks(config: TrainConfig, task: str) -> tuple[str, ...]:
 def alike(config: TrainConfig, tasks: Sequence[str], task: str) -> tuple[str, ...]:
     """Those of the tasks, each once, that have observations of as many numbers as ``task``."""
     once, arguments = tuple(dict.fromkeys(tasks)), tuple(config.environment.items())
-    if make_suite(config.suite).same_spaces:
+    if not once or make_suite(config.suite).same_spaces:
         return once
     size = _observation_size(config.suite, task, arguments)
     return tuple(one for one in once if _observation_size(config.suite, one, arguments) == size)
