@@ -192,7 +192,7 @@ def measure(
     with untouched(actor), torch.no_grad():
         trace = actor.trace(observations)
         found |= feature_metrics(trace)
-    chosen = observations[kernel_states(*trace.output.shape, kernel_rows)]
+    chosen = observations[kernel_states(len(observations), trace.output.shape[1], kernel_rows)]
     found["r_e_K"] = effective_rank(torch.linalg.eigvalsh(entk(actor, chosen).double()))
     found |= weight_metrics(actor, gradients, previous)
     if previous is not None:

@@ -116,7 +116,7 @@ def spectra(policy: Policy, observations: Float[Tensor, "N D"]) -> Spectra:
         with torch.no_grad():
             trace = policy.actor.trace(observations)
         features = trace.features[-1].weighted()
-        part = observations[kernel_states(*trace.output.shape, MAX_ROWS)]
+        part = observations[kernel_states(len(observations), trace.output.shape[1], MAX_ROWS)]
         kernel = torch.linalg.eigvalsh(entk(policy.actor, part).double())
     return Spectra(
         kernel_observations=part,
