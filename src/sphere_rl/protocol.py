@@ -1,4 +1,4 @@
-"""Reinforcement learning on a sequence of tasks: the only place that knows that tasks change.
+"""Reinforcement learning on a sequence of tasks: what happens when, from the first task to the last evaluation.
 
 ``rl`` trains a fresh agent on each task, ``crl`` one agent through all: weights, optimisers and normaliser carry over,
 the learning-rate schedule and the step counter start again at each task, and the agent is never told which task it is.
@@ -172,7 +172,7 @@ class Run:
         return self.progress.iteration * self.config.steps_per_iteration
 
     def train(self) -> None:
-        """Train every task that is left, then look back at the earlier ones."""
+        """Train every task that is left, then evaluate all of them again."""
         self.set_status("running")
         if self.due is not None:
             self._evaluate(self._restored_policy(self.due), self.due)
@@ -185,7 +185,7 @@ class Run:
                 self._evaluate(Policy(agent.actor, agent.normalizer), self.due)
         if self.config.protocol == "crl" and len(self.tasks) > 1:  # of one task the final episodes would come again
             assert self.agent is not None
-            self._evaluate_earlier_tasks(self.agent)
+            self._evaluate_all_tasks(self.agent)
 
     def close(self) -> None:
         """Close logs, monitors and environments, all of them whatever becomes of one."""
@@ -354,7 +354,7 @@ class Run:
             return Due("train", self.progress.task_index, step)
         return None
 
-    def _evaluate_earlier_tasks(self, agent: Agent) -> None:
+    def _evaluate_all_tasks(self, agent: Agent) -> None:
         steps = self.config.iterations_per_task * self.config.steps_per_iteration
         for index in range(len(self.tasks)):
             self._evaluate(Policy(agent.actor, agent.normalizer), Due("retention", index, steps))
