@@ -17,11 +17,12 @@ from sphere_rl import protocol
 from sphere_rl.cli import main
 from sphere_rl.config import TrainConfig, override
 from sphere_rl.correlations import correlation
+from sphere_rl.report.geometry import snapshots
 from sphere_rl.runs import RunFolder
 from sphere_rl.spectrum import SPECTRAL_METRICS, effective_rank, entk, gram_effective_rank, measure
 from sphere_rl.suites import make_suite
 from sphere_rl.terminal.tables import print_columns
-from sphere_rl.training.diagnosis import select
+from sphere_rl.training.diagnosis import diagnose, select
 from sphere_rl.training.policies import Chosen, load_policy
 from sphere_rl.training.probe import probe_observations
 from sphere_rl.training.proxy import batches_of, proxy_table, visited_states
@@ -205,3 +206,21 @@ def test_bad_words_exit_with_2_and_one_line(
     error = capfd.readouterr().err
     assert message.replace("RUN", str(run)) in error
     assert error.count("\n") == 1
+
+
+def test_a_policy_with_two_modes_is_measured_as_it_collects_experience(tmp_path: Path) -> None:
+    """All experts of ds_moe, everywhere: one of three in evaluation would be another K."""
+    changes: dict[str, Any] = TINY | {"tasks": TASKS[:1], "actor": "ds_moe", "network": {"width": 8, "top_k": 1}}
+    folder = train(override(TrainConfig(), changes), tmp_path / "run")
+    (row,) = [row for row in folder.read("spectrum") if (row["batch"], row["task_step"]) == ("probe", 512)]
+    (chosen,) = select(folder, None)
+    found = diagnose(folder, chosen)
+    assert found.metrics == {name: row[name] for name in found.metrics}
+    assert effective_rank(found.kernel_eigenvalues) == pytest.approx(row["r_e_K"])
+    (snapshot,) = snapshots(folder.path)
+    assert snapshot.kernel_rank == pytest.approx(row["r_e_K"])
+    assert sum(found.metrics["expert_load"]) == len(found.metrics["expert_load"])  # type: ignore[arg-type]
+    (batch, *_) = batches_of(load_policy(folder.path), config_of(folder), TASKS[:1], 1)
+    policy = load_policy(folder.path).train()
+    kernel = entk(policy.actor, policy.normalize(torch.as_tensor(batch[2]))).double()
+    assert proxy_table(folder, [chosen], 1)["r_e_K"][0] == effective_rank(torch.linalg.eigvalsh(kernel))

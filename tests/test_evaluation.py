@@ -3,13 +3,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from toy_envs import LENGTH
 
 from sphere_rl.experts.network import make_actor
 from sphere_rl.learner.normalizer import ObservationNormalizer
 from sphere_rl.learner.rollout import Episode
 from sphere_rl.suites import make_suite
 from sphere_rl.training.agent import Policy
-from sphere_rl.training.evaluation import evaluate, summarize
+from sphere_rl.training.evaluation import ToldSuccess, evaluate, summarize
 
 
 def policy(normalizer: ObservationNormalizer | None = None, kind: str = "topk_moe") -> Policy:
@@ -29,6 +30,26 @@ def test_success_is_unknown_where_the_task_does_not_define_it() -> None:
     assert result.success_final is None
     assert result.success_once is None
     assert (result.episodes, result.mean_length) == (3, 200.0)
+
+
+@pytest.mark.parametrize(("at", "final"), [(3, 0.0), (LENGTH, 0.25)])
+def test_success_that_is_named_only_when_it_is_there_is_a_share_of_all_episodes(at: int, final: float) -> None:
+    """One episode of four succeeds, in step ``at``, and says so then: no other step of any episode names success."""
+    actor = Policy(make_actor("dense", 3, 2, width=8, depth=1), None)
+    for episodes in (4, 40):
+        found = evaluate(actor, make_suite("gym"), "Boasting-v0", episodes, seed=1, arguments={"at": at})
+        assert (found.episodes, found.success_final, found.success_once) == (episodes, final, 0.25)
+
+
+def test_a_task_that_has_told_success_once_has_none_where_nothing_is_told() -> None:
+    told = ToldSuccess([{"task": "b", "success_final": 0.0}])
+    unknown = {"success_final": None, "success_once": None}
+    assert told.complete({"task": "a"} | unknown) == {"task": "a"} | unknown
+    assert told.complete({"task": "a"}) == {"task": "a"}  # of an iteration without an episode's end
+    told.complete({"task": "a", "success_final": 0.5, "success_once": 0.5})
+    for task in "ab":
+        assert told.complete({"task": task} | unknown)["success_once"] == 0.0
+    assert told.complete({"task": "c"} | unknown)["success_final"] is None
 
 
 def test_evaluation_is_deterministic_and_leaves_the_policy_as_it_was() -> None:

@@ -119,6 +119,8 @@ def test_a_broken_export_is_refused_in_one_line(run: RunFolder, tmp_path: Path) 
         {"spaces": description["spaces"] | {"action_dim": 7}},
         {"config": {"actor": "dense"}},
         {"spaces": {}},
+        {"spaces": description["spaces"] | {"discrete": 0}},
+        {"spaces": description["spaces"] | {"branches": [2.0]}},
     ):
         (out / "policy.json").write_text(json.dumps(description | change))
         with pytest.raises(RunFolderError, match=r"^[^\n]*: not an exported policy \([^\n]*\)$"):

@@ -361,3 +361,23 @@ def test_a_sweep_over_arguments_trains_in_processes_of_its_own(tmp_path: Path) -
     for name, total in zip(names, (12.0, 32.0), strict=True):
         assert {row["mean_return"] for row in RunFolder(out / name).read("eval")} == {total}
         assert RunFolder(out / name).config()["env_args"]["name"] == "a/b"
+
+
+def test_a_run_knows_after_a_resume_too_that_its_environment_tells_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first episode of the training succeeds, and only it names success: all later ones had none."""
+    monkeypatch.setattr(toy_envs.Boasting, "episodes", 0)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    settings = config("Boasting", env_args={"every": 1000})
+    with monkeypatch.context() as patch:
+        patch.setattr(protocol, "evaluate", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(settings, tmp_path)
+    with RunFolder(tmp_path) as folder:
+        protocol.resume(folder, lambda step: [])
+    assert [row["success_once"] for row in folder.read("train")] == [0.25, 0.0]
+    assert [row["success_once"] for row in folder.read("eval")] == [0.0]

@@ -49,6 +49,14 @@ class Counter(gymnasium.Env):
         return np.full((33, 48, 3), 20 * self.count, dtype=np.uint8)
 
 
+class Boasting(Counter):
+    """Names success in its tenth step alone, where it is there."""
+
+    def step(self, action: Any) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        *found, _ = super().step(action)
+        return (*found, {"success": True} if self.count == 10 else {})  # type: ignore[return-value]
+
+
 def read_gif(path: Path) -> tuple[list[np.ndarray], list[int]]:
     with Image.open(path) as picture:
         frames, durations = [], []
@@ -75,6 +83,13 @@ def test_gif_shows_every_other_step_in_real_time(tmp_path: Path) -> None:
     assert [frame.mean().round() for frame in frames] == [0, 40, 80, 120, 160, 200, 240]
     assert frames[0].shape == (32, 48, 3)
     assert set(durations) == {40}
+
+
+@pytest.mark.parametrize(("steps", "success"), [(9, None), (10, True), (12, False)])
+def test_success_that_is_named_only_when_it_is_there_ends_with_the_step(
+    tmp_path: Path, steps: int, success: bool | None
+) -> None:
+    assert record(Boasting(), lambda observation: 0.0, tmp_path / "clip.gif", steps=steps).success is success
 
 
 def test_mp4(tmp_path: Path) -> None:

@@ -184,3 +184,22 @@ def test_episode_recorder_tells_final_success_from_success_once() -> None:
     assert (second.length, second.total_reward, second.success_final, second.success_once) == (3, 6.0, True, True)
     assert not recorder.length.any()
     assert recorder.step(np.zeros(2), np.array([True, False]), {})[0][1].success_final is None
+
+
+def test_an_environment_that_tells_success_by_itself_alone_is_judged_by_itself_alone() -> None:
+    """Side by side as Gymnasium puts them: with masks, and with the info of the reset where an episode ended."""
+    recorder, first, second = EpisodeRecorder(2), np.array([True, False]), np.array([False, True])
+    here = {"success": np.array([1.0, 0.0]), "_success": first}
+    ended = recorder.step(np.zeros(2), second, here | {"final_info": {}})  # the second tells nothing, the first does
+    assert [(i, episode.success_final, episode.success_once) for i, episode in ended] == [(1, None, None)]
+    ended = recorder.step(np.zeros(2), first, {"final_info": {}})  # success in mid-episode, nothing at its end
+    assert [(i, episode.success_final, episode.success_once) for i, episode in ended] == [(0, False, True)]
+    ended = recorder.step(np.zeros(2), first, here | {"final_info": {}})  # what the reset says is not the episode's
+    assert [(i, episode.success_final, episode.success_once) for i, episode in ended] == [(0, None, None)]
+    last = {"final_info": {"success": np.array([0.0, 1.0]), "_success": second}}
+    ended = recorder.step(np.zeros(2), np.ones(2, bool), last)
+    assert [(i, episode.success_final, episode.success_once) for i, episode in ended] == [
+        (0, None, None),
+        (1, True, True),
+    ]
+    assert not recorder.told.any()

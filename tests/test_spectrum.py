@@ -12,6 +12,7 @@ from sphere_rl.experts.layers import GroupedLinear
 from sphere_rl.experts.network import KINDS, Actor, make_actor
 from sphere_rl.penalty import sphere_penalty
 from sphere_rl.spectrum import SPECTRAL_METRICS, effective_rank, entk, measure
+from sphere_rl.spectrum.kernel import KERNEL_ROWS, kernel_states
 from sphere_rl.spectrum.plasticity import churn, dead_ratio, pca_rank
 from sphere_rl.spectrum.ranks import participation_ratio
 
@@ -120,3 +121,31 @@ def test_training_goes_on_bit_for_bit():
 
     plain, measured = train(False), train(True)
     assert all(torch.equal(plain[name], measured[name]) for name in plain)
+
+
+@pytest.mark.parametrize("outputs", [1, 4, 19])
+def test_the_kernel_of_cw10_and_h1_is_that_of_every_probe_state(outputs: int) -> None:
+    assert kernel_states(256, outputs, KERNEL_ROWS).tolist() == list(range(256))
+
+
+@pytest.mark.parametrize(
+    ("states", "outputs", "rows", "expected"),
+    [
+        (9, 100, None, list(range(9))),
+        (9, 2, 10, [0, 2, 4, 6, 8]),
+        (9, 4, 11, [0, 8]),
+        (256, 1100, 1024, [0]),  # more outputs than rows
+    ],
+)
+def test_a_kernel_with_too_many_rows_is_of_an_even_spread(
+    states: int, outputs: int, rows: int | None, expected: list[int]
+) -> None:
+    assert kernel_states(states, outputs, rows).tolist() == expected
+
+
+def test_a_measurement_bounds_the_kernel_and_nothing_else() -> None:
+    policy = actor()
+    whole, bounded = measure(policy, observations()), measure(policy, observations(), kernel_rows=9)
+    kernel = entk(policy, observations()[[0, 6, 11]])  # 3 states of 3 outputs; 5.5 is rounded to even
+    assert bounded.pop("r_e_K") == effective_rank(torch.linalg.eigvalsh(kernel.double())) != whole.pop("r_e_K")
+    assert bounded == whole

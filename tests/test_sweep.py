@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -423,6 +424,27 @@ def test_the_first_task_of_a_sequence_is_not_trained_twice(tmp_path: Path, capfd
     assert torch.equal(*(load_policy(folder.path)(torch.ones(2, 3)) for folder in (shared, trained)))
     assert command(words) == 0
     assert "2 of 2 runs are finished already" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("suite", "tasks", "shared"),
+    [
+        ("gym", ("Pendulum-v1", "MountainCarContinuous-v0"), False),  # the sequence's probe is of both tasks
+        ("gym", ("Pendulum-v1", "Pendulum-v1"), True),
+        ("cw10", ("drawer-close", "push"), True),  # the suite's ten tasks are probed, whatever is trained
+        ("h1", ("sit_simple", "walk"), True),
+        ("h1", ("balance_hard", "reach"), False),  # neither sees what the suite's five tasks show
+    ],
+)
+def test_a_first_task_is_shared_where_it_is_measured_on_the_same_states(
+    tmp_path: Path, suite: str, tasks: tuple[str, ...], shared: bool
+) -> None:
+    axes: dict[str, Any] = {"suites": (suite,), "tasks": tasks, "methods": ("none",), "protocols": ("rl", "crl")}
+    never, measured = (plan(grid(**axes, train=tuple(words)), tmp_path) for words in (TRAIN, TRAIN[:-2]))
+    first, sequence = measured[0], measured[-1]
+    assert (TRAIN[-2], first.config.spectrum_every) == ("--spectrum-every", 0)
+    assert [(name, run.name) for name, run in sources(never).items()] == [(first.name, sequence.name)]
+    assert sources(measured) == ({first.name: sequence} if shared else {})
 
 
 def test_a_first_task_that_is_not_over_is_trained(tmp_path: Path) -> None:

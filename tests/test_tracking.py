@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ import pytest
 import torch
 
 from sphere_rl import protocol
-from sphere_rl.config import TrainConfig, override
+from sphere_rl.config import TrainConfig, override, preset
 from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.runs import RunFolder, checkpoint
 from sphere_rl.spectrum import SPECTRAL_METRICS, measure
 from sphere_rl.suites import make_suite
 from sphere_rl.training.agent import Agent
-from sphere_rl.training.probe import probe_batch, probe_observations
+from sphere_rl.training.probe import probe_batch, probe_observations, probe_tasks
 from sphere_rl.training.tracker import Tracker
 
 POSITION = {"global_step", "task_index", "task", "task_step"}
@@ -129,6 +130,25 @@ def test_the_probe_batch_is_drawn_from_what_the_policy_learns(tiny: TrainConfig)
     assert np.array_equal(probe_batch(rl, other), probe_observations(make_suite("gym"), (other,)))
 
 
+@pytest.mark.parametrize(
+    ("protocol", "tasks", "expected"),
+    [
+        ("rl", ("sit_simple", "reach"), ("stand", "walk", "pole", "slide", "run")),  # 51 numbers, as the sequence has
+        ("rl", ("reach", "stand"), ("reach",)),  # 57
+        ("crl", ("balance_hard", "balance_hard"), ("balance_hard",)),
+    ],
+)
+def test_a_task_of_h1_is_measured_on_states_that_its_policy_can_see(
+    protocol: str, tasks: tuple[str, ...], expected: tuple[str, ...]
+) -> None:
+    config = override(preset(make_suite("h1")), {"protocol": protocol, "tasks": tasks})
+    assert probe_tasks(config, tasks[0]) == expected
+    with closing(make_suite("h1").make(tasks[0], 1, 0, 1)) as envs:
+        spaces = Spaces.of(envs)
+    agent = Agent(override(config, {"network": {"width": 8}}), spaces, seed=0)
+    assert len(agent.actor(Tracker(config).probe(agent, tasks[0]))) == 256
+
+
 def test_the_probe_batch_passes_the_agents_normaliser(tiny: TrainConfig) -> None:
     agent = Agent(override(tiny, {"normalize_observations": True}), Spaces(3, 1, False), seed=0)
     tracker = Tracker(tiny)
@@ -140,7 +160,13 @@ def test_the_probe_batch_passes_the_agents_normaliser(tiny: TrainConfig) -> None
     assert np.allclose(seen.std(0, correction=0), 1, atol=1e-3)
 
 
-def test_a_row_is_what_measure_says_of_the_saved_policy(tiny: TrainConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [None, 5])
+def test_a_row_is_what_measure_says_of_the_saved_policy(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int | None
+) -> None:
+    """Of a policy with more actions than K may have rows for its r_e(K) is that of fewer states: here 5 of 256."""
+    if rows is not None:
+        monkeypatch.setattr("sphere_rl.training.tracker.KERNEL_ROWS", rows)
     folder = train(tiny, tmp_path / "run")
     row = [row for row in folder.read("spectrum") if row["batch"] == "probe"][-1]
     found = checkpoint.newest(folder)
@@ -149,5 +175,5 @@ def test_a_row_is_what_measure_says_of_the_saved_policy(tiny: TrainConfig, tmp_p
     agent = Agent(tiny, Spaces(**state["spaces"]), seed=1)
     agent.load_state_dict(state["agent"])
     assert row["task_step"] == 512
-    found = measure(agent.actor, Tracker(tiny).probe(agent, "Pendulum-v1"))
+    found = measure(agent.actor, Tracker(tiny).probe(agent, "Pendulum-v1"), kernel_rows=rows)
     assert {name: row[name] for name in found} == found

@@ -219,10 +219,29 @@ class Given(Toy):
         return float(self.g)
 
 
+class Boasting(Toy):
+    """Succeeds in the first of every ``every`` episodes of all such environments, and names success only then."""
+
+    episodes: ClassVar[int] = 0
+
+    def __init__(self, at: int = 3, every: int = 4, render_mode: str | None = None) -> None:
+        super().__init__(render_mode)
+        self.at, self.every, self.succeeds = at, every, False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self.succeeds = Boasting.episodes % self.every == 0
+        Boasting.episodes += 1
+        return super().reset(seed=seed)
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        found = super().step(action)[:4]
+        return (*found, {"success": True} if self.succeeds and self.steps == self.at else {})
+
+
 LIMITS = {"OneArray": LENGTH}
 CLASSES: list[Callable[..., gymnasium.Env]] = [
     Endless, FromMinusOne, Wide, Whole, Several, Switches, Numbered, Named, Paired, Growing, Image, Nothing, Mixed,
-    OneArray, Broken, Drawing, Given,
+    OneArray, Broken, Drawing, Given, Boasting,
 ]  # fmt: skip
 for kind in CLASSES:
     name = kind.__name__

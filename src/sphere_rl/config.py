@@ -104,7 +104,7 @@ class TrainConfig:
     learning_rate_end: float = 1e-4
     """Step size at the end of a task with the linear schedule."""
     kl_target: float = 0.03
-    """kl schedule: rate times 1.5 where KL is below half of this, divided by 1.5 where above twice this."""
+    """kl schedule: rate times 1.5 where KL is below half of this, over 1.5 above twice this. target_kl ends updates."""
     learning_rate_bounds: tuple[float, float] = (1e-5, 1e-2)
     """kl schedule: smallest and largest rate."""
     adam_eps: float = 1e-5
@@ -116,7 +116,7 @@ class TrainConfig:
     clip: float = 0.2
     """PPO's clip range of the probability ratio."""
     target_kl: float = 0.0
-    """End an update at the first minibatch whose KL is above 1.5 times this, before the actor's step; 0: never."""
+    """End an update where KL is above 1.5 times this, before the actor's step; 0: never. kl_target adapts the rate."""
     value_coefficient: float = 0.5
     """Weight of the mean squared value error."""
     entropy_coefficient: float = 0.0
@@ -137,7 +137,7 @@ class TrainConfig:
     eval_episodes: int = 10
     """Deterministic episodes of an evaluation during a task."""
     final_eval_episodes: int = 50
-    """Episodes of the evaluation at the end of a task, and on every earlier task after the last."""
+    """Episodes of the evaluation at the end of a task, and of every task again, the last one too, after the last."""
     eval_max_steps: int = field(default=10_000, metadata=WATCHES)
     """Steps after which an evaluation ends an episode that has no end of its own."""
     spectrum_every: int = field(default=0, metadata=WATCHES)

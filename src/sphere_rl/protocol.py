@@ -1,4 +1,4 @@
-"""Reinforcement learning on a sequence of tasks: the only place that knows that tasks change.
+"""Reinforcement learning on a sequence of tasks: what happens when, from the first task to the last evaluation.
 
 ``rl`` trains a fresh agent on each task, ``crl`` one agent through all: weights, optimisers and normaliser carry over,
 the learning-rate schedule and the step counter start again at each task, and the agent is never told which task it is.
@@ -6,8 +6,7 @@ the learning-rate schedule and the step counter start again at each task, and th
 Training is cut into segments. EnvPool cannot save the state of its environments, so at every segment's start they are
 made anew, from a seed that only (run seed, task, segment) decide, and at its end a checkpoint is written. A run that
 was interrupted so continues bitwise as the run that was not. Environments that can save their state go on instead.
-An evaluation that is due at a segment's end comes after the checkpoint, which says that it is due: whatever becomes of
-it, the training is saved, and a resumed run begins with it.
+An evaluation that is due at a segment's end comes after the checkpoint, with which a resumed run begins: it says so.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from sphere_rl.suites import make_suite
 from sphere_rl.suites.guard import call_limit, make_envs
 from sphere_rl.suites.spaces import check_spaces
 from sphere_rl.training.agent import Agent, Policy
-from sphere_rl.training.evaluation import evaluate, summarize
+from sphere_rl.training.evaluation import ToldSuccess, evaluate, summarize
 from sphere_rl.training.finite import bad_agent, bad_number, check_agent
 from sphere_rl.training.monitors import Host, Monitor
 from sphere_rl.training.policies import load_policy
@@ -151,6 +150,7 @@ class Run:
             if self.agent is not None:
                 self.agent.generator.manual_seed(self._seed("training"))
         self.logs = Logs(folder, lengths)  # the first that changes anything in the folder
+        self.told = ToldSuccess(folder.read("train") + folder.read("eval"))
         try:
             self.monitors = monitors(self.progress.global_step)
         except BaseException:
@@ -172,7 +172,7 @@ class Run:
         return self.progress.iteration * self.config.steps_per_iteration
 
     def train(self) -> None:
-        """Train every task that is left, then look back at the earlier ones."""
+        """Train every task that is left, then evaluate all of them again."""
         self.set_status("running")
         if self.due is not None:
             self._evaluate(self._restored_policy(self.due), self.due)
@@ -185,7 +185,7 @@ class Run:
                 self._evaluate(Policy(agent.actor, agent.normalizer), self.due)
         if self.config.protocol == "crl" and len(self.tasks) > 1:  # of one task the final episodes would come again
             assert self.agent is not None
-            self._evaluate_earlier_tasks(self.agent)
+            self._evaluate_all_tasks(self.agent)
 
     def close(self) -> None:
         """Close logs, monitors and environments, all of them whatever becomes of one."""
@@ -354,7 +354,7 @@ class Run:
             return Due("train", self.progress.task_index, step)
         return None
 
-    def _evaluate_earlier_tasks(self, agent: Agent) -> None:
+    def _evaluate_all_tasks(self, agent: Agent) -> None:
         for index in range(len(self.tasks)):
             due = Due("retention", index, self.config.steps_of_task)
             self._evaluate(Policy(agent.actor, agent.normalizer), due)
@@ -386,7 +386,7 @@ class Run:
     def _log(self, log: str, row: dict[str, Any]) -> None:
         if found := bad_number(row):
             raise TrainingError(f"{found} in {log}.jsonl")
-        self.logs.append(log, row)
+        self.logs.append(log, row := self.told.complete(row))
         for monitor in self.monitors:
             monitor.row(log, row)
 

@@ -1,1 +1,1 @@
-"""Subcommands of ``sphere`` that are more than a call: diagnose, play, demo, list."""
+"""Subcommands of ``sphere`` that are more than a call, and what they are made of."""

@@ -123,7 +123,8 @@ def record(
         for taken in range(1, steps + 1):
             observation, reward, terminated, truncated, info = env.step(act(observation))
             total += float(reward)
-            success = bool(np.asarray(info["success"]).item()) if "success" in info else None
+            if success is not None or "success" in info:  # once it is told, a step that does not tell it had none
+                success = bool(np.asarray(info.get("success", False)).item())
             if taken % stride == 0 or terminated or truncated:
                 write(_draw(env))
                 frames += 1

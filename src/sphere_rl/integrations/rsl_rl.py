@@ -33,7 +33,7 @@ class MoEModel(MLPModel):
         hidden_dims: hidden layers of each expert and of the gate, all of one width, with ReLU.
         num_experts: experts.
         top_k: how many of them the gate selects for a state.
-        kind: one of `sphere_rl.experts.network.KINDS`.
+        kind: one of `sphere_rl.experts.network.kinds`, those of plugins included.
         sphere_rho: the penalty's gradient as a share of the loss's, at features and routing weights
             (`sphere_rl.regularize`), 0.1 by default; 0 switches it off.
         sphere_strength: a fixed factor in its place, as if ``sphere_strength · penalty`` were part of the loss.

@@ -36,7 +36,8 @@ class MoEPolicy(ActorCriticPolicy):
     Args:
         num_experts: experts of the actor.
         top_k: how many of them the gate selects for a state.
-        actor: one of `sphere_rl.experts.network.KINDS`.
+        actor: one of `sphere_rl.experts.network.kinds`, those of plugins included, but not ``ds_moe``: SB3 collects
+            rollouts in evaluation mode, in which it selects experts.
         sphere_rho: the penalty's gradient as a share of the loss's, at features and routing weights
             (`sphere_rl.regularize`), 0.1 by default; 0 switches it off.
         sphere_strength: a fixed factor in its place, as if ``sphere_strength · penalty`` were part of the loss.

@@ -57,7 +57,7 @@ class Settings(Protocol):
 
     @property
     def actor(self) -> str:
-        """One of `sphere_rl.experts.network.KINDS`."""
+        """One of `sphere_rl.experts.network.kinds`, those of plugins included."""
         ...
 
     @property

@@ -48,7 +48,7 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Episode:
-    """One finished episode; success is ``None`` where the task does not define it."""
+    """One finished episode; success is ``None`` where the environment told none of it in all its steps."""
 
     length: int
     total_reward: float
@@ -58,20 +58,29 @@ class Episode:
 
 @dataclass
 class EpisodeRecorder:
-    """Adds up rewards and success of B running episodes and hands over those that end."""
+    """Adds up rewards and success of B running episodes and hands over those that end.
+
+    An episode's success is known as soon as one of its steps told it: a step that does not has none.
+    """
 
     num_envs: int
     length: np.ndarray = field(init=False)
     total_reward: np.ndarray = field(init=False)
     success_once: np.ndarray = field(init=False)
+    told: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.length = np.zeros(self.num_envs, np.int64)
-        self.total_reward, self.success_once = np.zeros(self.num_envs), np.zeros(self.num_envs, bool)
+        self.length, self.total_reward = np.zeros(self.num_envs, np.int64), np.zeros(self.num_envs)
+        self.success_once, self.told = np.zeros(self.num_envs, bool), np.zeros(self.num_envs, bool)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The running sums, each [B]."""
-        return {"length": self.length, "total_reward": self.total_reward, "success_once": self.success_once}
+        """What is known of the running episodes, each [B]."""
+        return {
+            "length": self.length,
+            "total_reward": self.total_reward,
+            "success_once": self.success_once,
+            "told": self.told,
+        }
 
     def step(
         self, reward: np.ndarray, done: np.ndarray, info: dict[str, Any], cut: np.ndarray | None = None
@@ -82,25 +91,36 @@ class EpisodeRecorder:
         """
         self.length += 1
         self.total_reward += reward
-        success = step_success(done, info)
-        if success is not None:
-            self.success_once |= success
+        success, told = step_success(done, info)
+        self.success_once |= success
+        self.told |= told
         ended = []
         done = done if cut is None else done | cut
         for i in np.flatnonzero(done):
-            final, once = (None, None) if success is None else (bool(success[i]), bool(self.success_once[i]))
-            ended.append((int(i), Episode(int(self.length[i]), float(self.total_reward[i]), final, once)))
-        self.length[done], self.total_reward[done], self.success_once[done] = 0, 0.0, False
+            flags = (bool(success[i]), bool(self.success_once[i])) if self.told[i] else (None, None)
+            ended.append((int(i), Episode(int(self.length[i]), float(self.total_reward[i]), *flags)))
+        for array in self.arrays().values():
+            array[done] = 0
         return ended
 
 
-def step_success(done: np.ndarray, info: dict[str, Any]) -> np.ndarray | None:
-    """Success of the step just taken [B], from ``info`` or, where the episode ended, from ``final_info``."""
-    final = info.get("final_info", {})
-    if "success" not in info and "success" not in final:
-        return None
-    running = np.asarray(info.get("success", np.zeros(len(done)))) > 0
-    return np.where(done, np.asarray(final.get("success", running)) > 0, running)
+def step_success(done: np.ndarray, info: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Success of the step just taken [B], and which environments told it [B].
+
+    From ``info`` or, where the episode ended, from ``final_info``. Environments that Gymnasium puts side by side tell
+    one by one, as the masks ``_success`` say; their ``info`` is after an episode's end that of the reset.
+    """
+    success, told = _told(info, len(done))
+    last, told_last = _told(info.get("final_info", {}), len(done))
+    if "success" not in info.get("final_info", {}) and "_success" not in info:
+        last, told_last = success, told
+    return np.where(done, last, success), np.where(done, told_last, told)
+
+
+def _told(info: dict[str, Any], num_envs: int) -> tuple[np.ndarray, np.ndarray]:
+    """Success [B] as one ``info`` has it, False where it has none, and where it has it [B]."""
+    told = np.broadcast_to(np.asarray(info.get("_success", "success" in info), bool), num_envs)
+    return told & (np.asarray(info.get("success", 0.0)) > 0), told
 
 
 class Collector:
@@ -137,6 +157,7 @@ class Collector:
         """Restore what `state_dict` gave, into environments made with the same arguments."""
         self.envs.set_state(state["envs"])  # type: ignore[attr-defined]
         self.observation = state["observation"].numpy().copy()
+        state = {"told": state["success_once"]} | state  # checkpoints of version 0.2.0 have no ``told``
         for key, array in self._sums().items():
             array[:] = state[key].numpy()
 

@@ -18,13 +18,9 @@ from numpy import ndarray
 
 from sphere_rl.runs import RunFolder
 from sphere_rl.runs.checkpoint import task_checkpoints
-from sphere_rl.spectrum import effective_rank, entk
-from sphere_rl.spectrum.ranks import gram_eigenvalues
-from sphere_rl.suites import make_suite
-from sphere_rl.training.diagnosis import MAX_ROWS
-from sphere_rl.training.policies import placed, read_policies
-from sphere_rl.training.probe import probe_batch
-from sphere_rl.training.saved import config_of
+from sphere_rl.spectrum import effective_rank
+from sphere_rl.training.diagnosis import on_probe, spectra
+from sphere_rl.training.policies import placed
 
 ITERATIONS = 500
 """Of t-SNE, half of them with exaggerated attraction: a few hundred states have settled by then."""
@@ -76,24 +72,15 @@ def snapshots(run_dir: Path | str) -> list[Snapshot]:
 @cache
 def _snapshot(path: Path, _: int) -> Snapshot:
     folder = RunFolder.existing(path.parent.parent)
-    config, place = config_of(folder), placed(folder, path)
-    index, task = place.task_index, config.task_sequence[place.task_index]
-    policy = read_policies(folder, make_suite(config.suite), [(task, place)])[place.path]
-    states = probe_batch(config, task)
-    with torch.no_grad():
-        rows = policy.actor(policy.normalize(torch.as_tensor(states[:1]))).shape[1]
-    count = min(len(states), MAX_ROWS // rows)
-    chosen = np.linspace(0, len(states) - 1, count).round().astype(int)
-    observation = policy.normalize(torch.as_tensor(states[chosen]))
-    kernel = torch.linalg.eigvalsh(entk(policy.actor, observation).double()).flip(0).clamp(min=0)
-    with torch.no_grad():
-        features = policy.actor.trace(policy.normalize(torch.as_tensor(states))).features[-1].weighted()
+    place = placed(folder, path)
+    task, policy, observations = on_probe(folder, place)
+    found = spectra(policy, observations)
     return Snapshot(
-        task_index=index,
+        task_index=place.task_index,
         task=task,
-        kernel_eigenvalues=kernel.numpy(),
-        feature_eigenvalues=gram_eigenvalues(features).flip(0).numpy(),
-        features=features.numpy(),
+        kernel_eigenvalues=found.kernel_eigenvalues,
+        feature_eigenvalues=found.feature_eigenvalues,
+        features=found.features,
     )
 
 

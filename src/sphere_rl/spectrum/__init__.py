@@ -17,7 +17,7 @@ from sphere_rl.experts.layers import GroupedLinear, RoutedFeatures
 from sphere_rl.experts.network import MoENetwork, Trace
 from sphere_rl.experts.routing import weighted_routing
 from sphere_rl.spectrum.jacobian import Observations, states_in
-from sphere_rl.spectrum.kernel import block_view, entk, entk_jax, estimate_entk_rank, untouched
+from sphere_rl.spectrum.kernel import block_view, entk, entk_jax, estimate_entk_rank, kernel_states, untouched
 from sphere_rl.spectrum.plasticity import (
     active_fraction,
     churn,
@@ -179,19 +179,21 @@ def measure(
     *,
     gradients: Mapping[str, Tensor] | None = None,
     previous: Mapping[str, Tensor] | None = None,
+    kernel_rows: int | None = None,
 ) -> dict[str, float | list[float]]:
     """Return every metric of `SPECTRAL_METRICS` for ``actor`` on a batch of states, in its order.
 
     ``gradients`` of the last loss add grama_ratio and grad_norm; ``previous``, the parameters before the last update,
-    adds weight_change and churn. The actor's mode is respected and nothing of it changes: parameters, gradients,
-    buffers and the global random state stay bit for bit.
+    adds weight_change and churn. ``kernel_rows``: the most that K may have, by `kernel_states`; by default it is of
+    all states. The actor's mode is respected and nothing of it changes: parameters, gradients, buffers and the global
+    random state stay bit for bit.
     """
-    found: dict[str, float | list[float]] = {
-        "r_e_K": effective_rank(torch.linalg.eigvalsh(entk(actor, observations).double()))
-    }
+    found: dict[str, float | list[float]] = {}
     with untouched(actor), torch.no_grad():
         trace = actor.trace(observations)
         found |= feature_metrics(trace)
+    chosen = observations[kernel_states(len(observations), trace.output.shape[1], kernel_rows)]
+    found["r_e_K"] = effective_rank(torch.linalg.eigvalsh(entk(actor, chosen).double()))
     found |= weight_metrics(actor, gradients, previous)
     if previous is not None:
         with untouched(actor), torch.no_grad():

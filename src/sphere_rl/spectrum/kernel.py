@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
@@ -26,6 +27,8 @@ from sphere_rl.spectrum.jacobian import Factor, Observations, factorise
 from sphere_rl.spectrum.ranks import RankEstimate, effective_rank, estimate_effective_rank
 
 Outputs = Literal["full", "sum"]
+KERNEL_ROWS = 256 * 19
+"""Rows of K at most where training measures it, those of 256 states of H1: its eigenvalues take 200 MB and seconds."""
 CHUNK_BYTES = 2**28
 """Memory that the Jacobian columns of one chunk may take when a module has no structure to use."""
 
@@ -45,6 +48,15 @@ def entk(policy: nn.Module, observations: Observations, outputs: Outputs = "full
         if factors is not None:
             return factors.kernel(outputs)
         return _kernel_by_products(policy, observations, outputs)
+
+
+def kernel_states(states: int, outputs: int, rows: int | None = None) -> Int[Tensor, "n"]:
+    """Which of N ``states`` a K of at most ``rows`` rows is of: all, or an even spread of rows // A of them, 1 or more.
+
+    The cost of K's eigenvalues grows with the cube of N·A. r_e(K) of fewer states is another, smaller number.
+    """
+    count = states if rows is None else max(1, min(states, rows // outputs))
+    return torch.from_numpy(np.linspace(0, states - 1, count).round().astype(np.int64))
 
 
 def estimate_entk_rank(policy: nn.Module, observations: Observations, *, seed: int = 0, **options: Any) -> RankEstimate:

@@ -4,7 +4,8 @@ A module of this package that defines ``SUITES`` (a tuple of `Suite` objects) is
 `gymnasium.vector.VectorEnv`s in **same-step autoreset** mode: the step that ends an episode returns the first
 observation of the next one, and ``info["final_obs"]`` (rows marked by ``info["_final_obs"]``) is the true last
 observation, so that every transition a learner sees is real. Where a task knows success, ``info["success"]`` [B]
-belongs to the step just taken and ``info["final_info"]["success"]`` to the last step of the episodes that just ended.
+belongs to the step just taken and ``info["final_info"]["success"]`` to the last step of the episodes that just ended;
+masks ``_success`` [B] beside them say of which environments, where not of all.
 """
 
 from __future__ import annotations

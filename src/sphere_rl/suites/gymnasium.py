@@ -1,7 +1,7 @@
 """Any Gymnasium environment id as a task: ``--suite gym --tasks Pendulum-v1 my_module:My-v0 ...``.
 
 Observations of boxes and discrete numbers become a flat box; actions are boxes or discrete, several at once, too.
-Success is unknown unless an environment puts ``success`` (or ``is_success``) into its info.
+Success is unknown until an environment puts ``success`` (or ``is_success``) into its info.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class _Adapted(gymnasium.Wrapper):
         success = self._number(name, info[name])
         if success != success:
             raise self._fault(f"{name} is {success}, not a number")
-        return {**info, "success": float(success)} if name == "is_success" else info
+        return {**info, "success": float(success)}
 
     def _fault(self, what: str) -> EnvironmentFault:
         return EnvironmentFault(f"environment {self._index}, step {self._step} of its episode: {what}")

@@ -1,6 +1,7 @@
 """The first task of a sequence is the same run as the task alone: what is trained for ``crl`` need not be for ``rl``.
 
-A shared run's folder is that of a trained one, byte for byte but for times, without TensorBoard's files.
+Where both are measured on the same states: those of a suite without a sequence are of all tasks that a policy learns. A
+shared run's folder is that of a trained one, byte for byte but for times, without TensorBoard's files.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ from sphere_rl.errors import RunFolderError
 from sphere_rl.runs import LOGS, Logs, RunFolder, checkpoint
 from sphere_rl.runs.records import LOG_COLUMNS
 from sphere_rl.sweep.plan import PlannedRun
+from sphere_rl.training.probe import same_probe
 from sphere_rl.training.progress import Due, Progress
 
 
 def sources(runs: Sequence[PlannedRun]) -> dict[str, PlannedRun]:
-    """The ``crl`` run that begins with the task of an ``rl`` run, by the name of the ``rl`` run."""
+    """The ``crl`` run that begins with the run of ``rl`` on one task, by the name of the ``rl`` run."""
     known = {_first_task(run.config): run for run in runs if run.config.protocol == "crl"}
-    found = {run.name: known.get(_first_task(run.config)) for run in runs if run.config.protocol == "rl"}
-    return {name: source for name, source in found.items() if source is not None}
+    found = {run: known.get(_first_task(run.config)) for run in runs if run.config.protocol == "rl"}
+    return {
+        run.name: source
+        for run, source in found.items()
+        if source is not None and same_probe(run.config, source.config, run.config.task_sequence[0])
+    }
 
 
 def share(run: PlannedRun, source: PlannedRun) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, overload
 
 import numpy as np
@@ -16,13 +17,24 @@ from sphere_rl.learner.normalizer import EPSILON, ObservationNormalizer, RewardN
 from sphere_rl.methods import Method, methods
 
 
+def made_methods(config: TrainConfig) -> list[Method]:
+    """The configured methods, in their order."""
+    return [methods()[name](getattr(config.options, name)) for name in config.method]
+
+
+def options_with(chosen: Iterable[Method], config: TrainConfig) -> NetworkOptions:
+    """The configured options of networks with those that the methods set."""
+    changes = {key: value for method in chosen for key, value in method.network_options().items()}
+    return NetworkOptions(**(vars(config.network) | changes))
+
+
 class Agent(ActorCritic):
     """Everything that learns: actor and critic with their methods and normalisers."""
 
     config: TrainConfig
 
     def __init__(self, config: TrainConfig, spaces: Spaces, seed: int, learns: bool = True) -> None:
-        self.methods: list[Method] = [methods()[name](getattr(config.options, name)) for name in config.method]
+        self.methods = made_methods(config)
         for method in self.methods:
             method.check(config, spaces.discrete)
         super().__init__(config, spaces, seed, learns)
@@ -38,8 +50,7 @@ class Agent(ActorCritic):
     @property
     def network_options(self) -> NetworkOptions:
         """The configured options with those that the methods set."""
-        changes = {key: value for method in self.methods for key, value in method.network_options().items()}
-        return NetworkOptions(**(vars(self.config.network) | changes))
+        return options_with(self.methods, self.config)
 
     def make_optimizer(self, parameters: list[Tensor]) -> torch.optim.Optimizer:
         """Adam, or what a method puts in its place."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from numpy import ndarray
+from torch import Tensor
 
 from sphere_rl.runs import RunFolder, checkpoint
+from sphere_rl.seeding import global_streams
 from sphere_rl.spectrum import block_view, entk, measure
+from sphere_rl.spectrum.kernel import KERNEL_ROWS, kernel_states, untouched
 from sphere_rl.spectrum.ranks import gram_eigenvalues
 from sphere_rl.suites import make_suite
+from sphere_rl.training.agent import Policy
 from sphere_rl.training.policies import Chosen, placed, read_policies
 from sphere_rl.training.probe import probe_batch
 from sphere_rl.training.saved import config_of
@@ -22,7 +27,7 @@ if TYPE_CHECKING:
     from sphere_rl.spectrum.kernel import BlockShare
 
 MAX_ROWS = 1024
-"""Rows of K at most; with many outputs fewer states are used, so that its eigenvalues take a second, not a minute."""
+"""Rows of K at most where its blocks and all its eigenvalues are wanted, of one policy after the other."""
 
 
 def select(folder: RunFolder, names: Sequence[str] | None) -> list[Chosen]:
@@ -43,7 +48,8 @@ def select(folder: RunFolder, names: Sequence[str] | None) -> list[Chosen]:
 class Diagnosis:
     """What one checkpoint's policy is like on the probe batch.
 
-    metrics: `sphere_rl.spectrum.measure` on all ``states``; feature_eigenvalues: of A on them, descending.
+    metrics: `sphere_rl.spectrum.measure` on all ``states``, r_e_K as in training on fewer where K would have more than
+    `KERNEL_ROWS` rows; feature_eigenvalues: of A on them, descending.
     blocks and kernel_eigenvalues: of the full K, descending, on an even spread of ``kernel_states`` of them, fewer
     where K would have more than `MAX_ROWS` rows. No blocks where an encoder, whose part is none of them, is in front.
     """
@@ -65,26 +71,78 @@ class Diagnosis:
         return row | row.pop("metrics") | {"blocks": [asdict(block) for block in self.blocks]}
 
 
-def diagnose(folder: RunFolder, chosen: Chosen, device: str = "cpu") -> Diagnosis:
-    """Measure one checkpoint. Metrics of an update (churn, gradients) are in ``spectrum.jsonl`` alone."""
+@dataclass(frozen=True, eq=False)
+class Spectra:
+    """What K and A of a policy are like on a batch of states.
+
+    kernel_observations: the `kernel_states` of the batch that K, of at most `MAX_ROWS` rows, is of.
+    kernel_eigenvalues: of the full K, descending. feature_eigenvalues: of A = ΦᵀΦ/N, descending.
+    features: Φ, the routing-weighted last hidden features.
+    """
+
+    kernel_observations: Float[Tensor, "n D"]
+    kernel_eigenvalues: Float[ndarray, "k"]
+    feature_eigenvalues: Float[ndarray, "f"]
+    features: Float[ndarray, "N m"]
+
+
+@contextmanager
+def collecting(policy: Policy) -> Iterator[None]:
+    """In here a policy is in the mode in which it collects experience, in which training measures it, too.
+
+    In evaluation some are others (`ds_moe` selects experts then). What the mode draws (dropout) is the same each time,
+    and what it records (running statistics) is put back.
+    """
+    mode = policy.training
+    policy.train()
+    try:
+        with untouched(policy), global_streams(0):
+            yield
+    finally:
+        policy.train(mode)
+
+
+def on_probe(folder: RunFolder, chosen: Chosen, device: str = "cpu") -> tuple[str, Policy, Float[Tensor, "N D"]]:
+    """The task of a checkpoint, its policy, and the probe batch as that policy sees it."""
     config = config_of(folder)
     task = config.task_sequence[chosen.task_index]
     policy = read_policies(folder, make_suite(config.suite), [(task, chosen)], device)[chosen.path]
-    raw = probe_batch(config, task)
-    observations = policy.normalize(torch.as_tensor(raw, device=device))
-    with torch.no_grad():
-        trace = policy.actor.trace(observations)
-    count = min(len(raw), MAX_ROWS // trace.output.shape[1])
-    part = observations[torch.linspace(0, len(raw) - 1, count, device="cpu").round().long()]
+    return task, policy, policy.normalize(torch.as_tensor(probe_batch(config, task), device=device))
+
+
+def spectra(policy: Policy, observations: Float[Tensor, "N D"]) -> Spectra:
+    """The spectra of a policy, as it collects experience, on states as it sees them."""
+    with collecting(policy):
+        with torch.no_grad():
+            trace = policy.actor.trace(observations)
+        features = trace.features[-1].weighted()
+        part = observations[kernel_states(len(observations), trace.output.shape[1], MAX_ROWS)]
+        kernel = torch.linalg.eigvalsh(entk(policy.actor, part).double())
+    return Spectra(
+        kernel_observations=part,
+        kernel_eigenvalues=kernel.flip(0).clamp(min=0).cpu().numpy(),
+        feature_eigenvalues=gram_eigenvalues(features).flip(0).cpu().numpy(),
+        features=features.cpu().numpy(),
+    )
+
+
+def diagnose(folder: RunFolder, chosen: Chosen, device: str = "cpu") -> Diagnosis:
+    """Measure one checkpoint. Metrics of an update (churn, gradients) are in ``spectrum.jsonl`` alone."""
+    task, policy, observations = on_probe(folder, chosen, device)
+    found = spectra(policy, observations)
+    part = found.kernel_observations
+    with collecting(policy):
+        metrics = measure(policy.actor, observations, kernel_rows=KERNEL_ROWS)
+        blocks = block_view(policy.actor, part) if policy.actor.encoder is None else ()
     return Diagnosis(
         checkpoint=chosen.path.stem,
         global_step=chosen.global_step,
         task_index=chosen.task_index,
         task=task,
-        states=len(raw),
-        kernel_states=count,
-        metrics=measure(policy.actor, observations),
-        blocks=block_view(policy.actor, part) if policy.actor.encoder is None else (),
-        kernel_eigenvalues=torch.linalg.eigvalsh(entk(policy.actor, part).double()).flip(0).clamp(min=0).cpu().numpy(),
-        feature_eigenvalues=gram_eigenvalues(trace.features[-1].weighted()).flip(0).cpu().numpy(),
+        states=len(observations),
+        kernel_states=len(part),
+        metrics=metrics,
+        blocks=blocks,
+        kernel_eigenvalues=found.kernel_eigenvalues,
+        feature_eigenvalues=found.feature_eigenvalues,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -32,9 +32,10 @@ MAX_STEPS = TrainConfig.eval_max_steps
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over deterministic episodes; success is ``None`` where the task does not define it.
+    """Means over deterministic episodes; success is ``None`` where the environment told it in none of them.
 
-    ``success_final`` counts success at an episode's last step, ``success_once`` at any step.
+    ``success_final`` counts success at an episode's last step, ``success_once`` at any step. Once one episode told
+    success, those that told nothing had none: many environments name it only when it is there.
     """
 
     episodes: int
@@ -145,5 +146,24 @@ def summarize(episodes: list[Episode]) -> Evaluation:
 
 
 def _share(flags: list[bool | None]) -> float | None:
-    known = [flag for flag in flags if flag is not None]
-    return float(np.mean(known)) if known else None
+    return None if all(flag is None for flag in flags) else float(np.mean([bool(flag) for flag in flags]))
+
+
+class ToldSuccess:
+    """The tasks of a run that have told success: where later episodes of theirs tell nothing, none had success.
+
+    It follows from the rows that the run logs, so that a resumed run knows what it knew.
+    """
+
+    def __init__(self, rows: Iterable[dict[str, Any]] = ()) -> None:
+        self._tasks: set[str] = set()
+        for row in rows:
+            self.complete(row)
+
+    def complete(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row of a log, with a success of 0 instead of ``None`` where its task told success in an earlier one."""
+        if row.get("success_final") is not None:
+            self._tasks.add(row["task"])
+        elif "success_final" in row and row["task"] in self._tasks:
+            return row | {"success_final": 0.0, "success_once": 0.0}
+        return row

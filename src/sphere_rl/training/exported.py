@@ -17,6 +17,7 @@ from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.runs.records import OBJECT, read_object
 from sphere_rl.runtime import check_device
 from sphere_rl.training.agent import Agent, Policy
+from sphere_rl.training.progress import record_of
 
 DESCRIPTION, WEIGHTS = "policy.json", "policy.safetensors"
 
@@ -57,7 +58,8 @@ def load(folder: Path, device: str = "cpu") -> Policy:
     kinds = {"config": OBJECT, "spaces": OBJECT}
     description = read_object(folder / DESCRIPTION, kinds, tuple(kinds))
     try:
-        spaces = Spaces(**description["spaces"] | {"branches": tuple(description["spaces"].get("branches", ()))})
+        said = description["spaces"].items()
+        spaces = record_of(Spaces, {name: tuple(value) if isinstance(value, list) else value for name, value in said})
         agent = Agent(replace(from_dict(description["config"]), device=device), spaces, seed=0, learns=False)
         policy = Policy(agent.actor, agent.normalizer)
         policy.load_state_dict(load_file(path))

@@ -1,4 +1,8 @@
-"""The probe batch: held-out states of a suite, the same for every method, seed and task that is measured on them."""
+"""The probe batch: held-out states, the same for every method and seed.
+
+For every task, too, in suites with a sequence of their own, as far as observations are of one size; elsewhere the
+states are of the tasks that a policy learns.
+"""
 
 from __future__ import annotations
 
@@ -32,16 +36,40 @@ Act = Callable[[ndarray], Any]
 def probe_batch(config: TrainConfig, task: str) -> Float[ndarray, "N D"]:
     """Raw states that the policy a run has on ``task`` is measured on: while it trains, by reports and diagnoses.
 
-    They are drawn from the suite's own sequence, whatever tasks the run trains. Where the suite has none (``gym``),
-    from the tasks that the policy learns, those with observations of its size: all of a crl run's, this one in rl.
+    They are of the tasks that `probe_tasks` says, an equal share of each.
     """
-    suite, arguments = make_suite(config.suite), tuple(config.environment.items())
-    if suite.tasks:
-        return _batch(config.suite, tuple(dict.fromkeys(suite.tasks)), arguments)
-    learned = dict.fromkeys(config.task_sequence if config.protocol == "crl" else (task,))
+    return _batch(config.suite, probe_tasks(config, task), tuple(config.environment.items()))
+
+
+def probe_tasks(config: TrainConfig, task: str) -> tuple[str, ...]:
+    """The tasks whose states the policy a run has on ``task`` is measured on; all have observations of its size.
+
+    Those of the suite's own sequence, whatever tasks the run trains. Where there are none (``gym`` has no sequence,
+    H1's has 51 numbers and ``reach`` 57), those that the policy learns: all of a crl run's, this one in rl.
+    """
+    return alike(config, make_suite(config.suite).tasks, task) or alike(config, learned_tasks(config, task), task)
+
+
+def same_probe(one: TrainConfig, other: TrainConfig, task: str) -> bool:
+    """Whether two runs of a suite measure their policies on ``task`` on the same states, or do not measure at all."""
+    if one.spectrum_every < 0 or task in make_suite(one.suite).tasks:  # no environment is opened to see it
+        return True
+    alone, together = ({*learned_tasks(config, task)} for config in (one, other))
+    return alone == together or bool(alike(one, make_suite(one.suite).tasks, task))
+
+
+def learned_tasks(config: TrainConfig, task: str) -> tuple[str, ...]:
+    """The tasks that the policy a run has on ``task`` learns."""
+    return config.task_sequence if config.protocol == "crl" else (task,)
+
+
+def alike(config: TrainConfig, tasks: Sequence[str], task: str) -> tuple[str, ...]:
+    """Those of the tasks, each once, that have observations of as many numbers as ``task``."""
+    once, arguments = tuple(dict.fromkeys(tasks)), tuple(config.environment.items())
+    if not once or make_suite(config.suite).same_spaces:
+        return once
     size = _observation_size(config.suite, task, arguments)
-    alike = tuple(one for one in learned if _observation_size(config.suite, one, arguments) == size)
-    return _batch(config.suite, alike, arguments)
+    return tuple(one for one in once if _observation_size(config.suite, one, arguments) == size)
 
 
 @cache

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from sphere_rl.config import TrainConfig
 from sphere_rl.learner.actor_critic import Spaces
@@ -29,7 +29,6 @@ class Due:
 
 
 Record = TypeVar("Record", Progress, Due, Spaces)
-KINDS = {"int": int, "str": str, "bool": bool, "tuple[int, ...]": tuple}
 
 
 def record_of(kind: type[Record], saved: Any) -> Record:
@@ -39,10 +38,11 @@ def record_of(kind: type[Record], saved: Any) -> Record:
         TypeError: another kind, or another set of fields.
     """
     made = kind(**saved)
-    for one in fields(kind):
-        value = getattr(made, one.name)
-        if type(value) is not KINDS[str(one.type)]:
-            raise TypeError(f"{one.name} is {str(value)[:40]!r}, not of type {one.type}")
+    for name, hint in get_type_hints(kind).items():
+        value = getattr(made, name)
+        several = value if get_origin(hint) is tuple and isinstance(value, tuple) else (value,)
+        if not all(type(item) is (get_args(hint) or (hint,))[0] for item in several):
+            raise TypeError(f"{name} is {str(value)[:40]!r}, not of type {hint if get_args(hint) else hint.__name__}")
     return made
 
 

@@ -17,11 +17,13 @@ from sphere_rl.config import TrainConfig
 from sphere_rl.runs import RunFolder
 from sphere_rl.seeding import derive_seed
 from sphere_rl.spectrum import effective_rank, entk, gram_effective_rank
+from sphere_rl.spectrum.kernel import KERNEL_ROWS, kernel_states
 from sphere_rl.suites import make_suite
 from sphere_rl.suites.spaces import action_sender
 from sphere_rl.training.agent import Policy
+from sphere_rl.training.diagnosis import collecting
 from sphere_rl.training.policies import Chosen, read_policies
-from sphere_rl.training.probe import Act, probe_observations, visit
+from sphere_rl.training.probe import Act, alike, probe_observations, visit
 from sphere_rl.training.saved import config_of
 
 if TYPE_CHECKING:
@@ -34,25 +36,29 @@ BATCH = 64
 def proxy_table(folder: RunFolder, chosen: Sequence[Chosen], batches: int, device: str = "cpu") -> pl.DataFrame:
     """r_e(A) of the last expert layer and r_e(K) of disjoint batches of `BATCH` states, a row a batch.
 
-    For each checkpoint ``batches`` of random actions ("probe") and as many of its own, sampled, actions ("visited"),
-    each of one task; the tasks are those of the run, or the checkpoint's own where the suite has no sequence.
+    Of the policies as they collect experience. For each checkpoint ``batches`` of random actions ("probe") and as many
+    of its own, sampled, actions ("visited"), each of one task; the tasks are those of the run that have
+    observations of the policy's size, or the checkpoint's own where the suite has no sequence.
     """
     config, rows = config_of(folder), []
     suite = make_suite(config.suite)
     for one in chosen:
         task = config.task_sequence[one.task_index]
-        tasks = tuple(dict.fromkeys(config.task_sequence)) if suite.tasks else (task,)
+        tasks = alike(config, config.task_sequence, task) if suite.tasks else (task,)
         policy = read_policies(folder, suite, [(task, one) for task in tasks], device)[one.path]
-        for source, task, states in batches_of(policy, config, tasks, batches):
-            names = {"checkpoint": one.path.stem, "source": source, "task": task}
-            rows.append(names | ranks(policy, states))
+        with collecting(policy):
+            for source, task, states in batches_of(policy, config, tasks, batches):
+                names = {"checkpoint": one.path.stem, "source": source, "task": task}
+                rows.append(names | ranks(policy, states))
     return pl.DataFrame(rows)
 
 
 def ranks(policy: Policy, states: Float[ndarray, "N D"]) -> dict[str, float]:
-    """r_e(A) of the last expert layer and r_e(K) on raw states."""
+    """r_e(A) of the last expert layer and r_e(K) on raw states, fewer of them where K had more than `KERNEL_ROWS`."""
     observation = policy.normalize(torch.as_tensor(states, device=next(policy.parameters()).device))
     with torch.no_grad():
+        outputs = policy.actor(observation[:1]).shape[1]
+        observation = observation[kernel_states(len(states), outputs, KERNEL_ROWS)]
         features = policy.actor.trace(observation).features[-1].weighted()
     kernel = entk(policy.actor, observation).double()
     return {"r_e_A": gram_effective_rank(features), "r_e_K": effective_rank(torch.linalg.eigvalsh(kernel))}

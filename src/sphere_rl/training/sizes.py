@@ -12,7 +12,7 @@ from sphere_rl.config import TrainConfig
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts.network import Actor, MoENetwork
 from sphere_rl.learner.actor_critic import Spaces
-from sphere_rl.training.agent import Agent
+from sphere_rl.training.agent import Agent, made_methods, options_with
 
 BYTES = 4
 """Of a float32 number."""
@@ -38,11 +38,11 @@ def check_memory(config: TrainConfig, spaces: Spaces) -> None:
 
 
 def parameters(config: TrainConfig, spaces: Spaces) -> int:
-    """Parameters of actor and critic, counted without making them."""
-    options, made = config.network, torch.Generator()
+    """Parameters of actor and critic, with the options that methods set, counted without making them."""
+    options, made, sizes = options_with(made_methods(config), config), torch.Generator(), vars(spaces)
     try:
         with torch.device("meta"):
-            actor = Actor(config.actor, spaces.observation_dim, spaces.action_dim, options, made, spaces.discrete)
+            actor = Actor(config.actor, **sizes, options=options, generator=made)
             critic = MoENetwork(config.critic, spaces.observation_dim, 1, options, made)
     except RuntimeError:  # one tensor alone has more bytes than can be counted
         return 2**62

@@ -15,6 +15,7 @@ from torch import Tensor
 from sphere_rl.config import TrainConfig
 from sphere_rl.learner.rollout import Rollout
 from sphere_rl.spectrum import measure
+from sphere_rl.spectrum.kernel import KERNEL_ROWS
 from sphere_rl.training.agent import Agent, Policy
 from sphere_rl.training.probe import STATES, probe_batch
 
@@ -47,7 +48,9 @@ class Tracker:
             return
         gradients = {n: p.grad for n, p in agent.actor.named_parameters() if p.grad is not None}
         for batch, observations in (("probe", self.probe(agent, task)), ("rollout", spread(rollout))):
-            metrics = measure(agent.actor, observations, gradients=gradients, previous=self._before)
+            metrics = measure(
+                agent.actor, observations, gradients=gradients, previous=self._before, kernel_rows=KERNEL_ROWS
+            )
             yield {"batch": batch, **metrics}
         self._before = None
 
