@@ -12,8 +12,9 @@ demo: $(VENV)/.installed  ## train with and without SPHERE on two MetaWorld task
 test: $(VENV)/.installed-test  ## every test
 	$(BIN)/pytest -n auto --dist worksteal
 
-quick: lint  ## what matters to an edit: style, types, and the tests of formulas, steps, configuration and folders
-	$(BIN)/pytest -q -n auto $(addprefix tests/test_,$(addsuffix .py,$(QUICK)))
+quick: $(VENV)/.installed-test  ## what matters to an edit, in half a minute: formulas, steps, configuration, folders
+	$(BIN)/ruff check
+	$(BIN)/pytest -q -n auto -m 'not slow' $(addprefix tests/test_,$(addsuffix .py,$(QUICK)))
 
 lint: $(VENV)/.installed-test  ## style and types
 	$(BIN)/ruff check

@@ -48,6 +48,7 @@ OPTIONAL = {
 """Modules for a library that need not be installed."""
 
 
+@pytest.mark.slow
 def test_every_module_imports_alone() -> None:
     there = [m for m in MODULES if m != "__init__" and (m not in OPTIONAL or find_spec(OPTIONAL[m]))]
     names = [f"sphere_rl.{m.removesuffix('/__init__').replace('/', '.')}" for m in there]

@@ -218,6 +218,7 @@ def test_entropy_bonus_widens_the_policy(tiny: TrainConfig) -> None:
     assert log_std.item() == pytest.approx(10 * 3e-4, rel=1e-2)
 
 
+@pytest.mark.slow
 def test_ppo_solves_a_small_problem() -> None:
     """CartPole to a return of 150 (random: 22) in 40 k steps: the categorical head and PPO together learn.
 

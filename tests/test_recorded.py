@@ -57,7 +57,7 @@ def test_unknown_suite_and_method_have_their_recorded_names(tmp_path: Path) -> N
     assert headline(tmp_path / "p", "crl") == pytest.approx({"none": 0.25, "elixir": 0.75})
     assert headline(tmp_path / "p", "r_e_K") == pytest.approx({"none": 4.5, "elixir": 4.5})
     assert "<li>push</li><li>pull</li>" in html
-    assert "Missing: elixir (" in html  # its policies cannot be made here
+    assert "Missing: none, elixir (no CRL policy" in html  # its policies cannot be made here
     assert "sphere train --suite elsewhere --protocol crl --actor topk_moe --method elixir" in html
     assert not (tmp_path / "p" / "figures" / "elsewhere-geometry.png").exists()
 

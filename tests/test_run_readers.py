@@ -362,7 +362,7 @@ def test_policies_that_do_not_fit_are_named(
         return
     assert main(["report", str(copy.parent), "--out", str(copy.parent / "page")]) == 3
     assert "task-00-Ten-v0.pt" in capsys.readouterr().err
-    assert "Cannot be read" in (copy.parent / "page" / "index.html").read_text()
+    assert "Left out" in (copy.parent / "page" / "index.html").read_text()
 
 
 def test_resume_refuses_logs_that_lost_lines(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -147,7 +147,10 @@ class MoENetwork(nn.Module):
         return (
             self.encoder is None
             and isinstance(self.routes, TopK)
-            and all(type(mlp) is ExpertMLP and mlp.is_chain and not is_hooked(mlp) for mlp in self.parts)
+            and all(
+                mlp is None or (type(mlp) is ExpertMLP and mlp.is_chain and not is_hooked(mlp))
+                for mlp in (self.experts, self.gate)
+            )
         )
 
     @property
