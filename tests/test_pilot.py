@@ -24,7 +24,8 @@ def test_dead_features_and_lost_returns_disqualify() -> None:
 
 
 def test_the_page_has_the_numbers_of_the_published_runs() -> None:
-    section = (RESULTS / "index.md").read_text().partition("## The pilot")[2].partition("| arm |")[2].partition("\n\n")[0]
+    page = (RESULTS / "index.md").read_text()
+    section = page.partition("## The pilot")[2].partition("| arm |")[2].partition("\n\n")[0]
     rows = [[re.sub(r"[*`]", "", cell).strip() for cell in line.split("|")[1:-1]] for line in section.splitlines()
             if line.startswith(("| `", "| **`"))]  # fmt: skip
     found = arms(load_results(RESULTS / "pilot"))

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sphere_rl.config import from_dict, override, preset, to_dict
 from sphere_rl.methods import methods
-from sphere_rl.report import commands, content, page
+from sphere_rl.report import content, page, reproduction
 from sphere_rl.results import load_results
 from sphere_rl.suites import make_suite
 from sphere_rl.terminal.arguments import parse_train
@@ -110,12 +110,12 @@ def test_command_makes_the_recorded_configuration() -> None:
     }  # fmt: skip
     config = override(preset(make_suite("gym")), changes)
     saved = json.loads(json.dumps(to_dict(config)))
-    words = shlex.split(commands.train(saved))
+    words = shlex.split(reproduction.train(saved))
     assert words[:2] == ["sphere", "train"]
     assert parse_train(words[2:])[0] == config == from_dict(saved)
     assert "--redo.threshold" not in words
     usual = json.loads(json.dumps(to_dict(preset(make_suite("cw10")))))
-    assert commands.train(usual) == (
+    assert reproduction.train(usual) == (
         "sphere train --suite cw10 --protocol crl --actor topk_moe --method none --seed 0 --steps-per-task 1000000"
     )
 
@@ -142,7 +142,7 @@ CHANGES: Any = st.fixed_dictionaries({}, optional={
 def test_commands_and_configurations_say_the_same(changes: dict[str, Any], options: dict[str, Any]) -> None:
     """Whatever was recorded, its command makes it again, but for options of methods that are not in use."""
     config = override(preset(make_suite("gym")), changes | options)
-    words = shlex.split(commands.train(json.loads(json.dumps(to_dict(config)))))
+    words = shlex.split(reproduction.train(json.loads(json.dumps(to_dict(config)))))
     found = to_dict(parse_train(words[2:])[0])
     used = {name: value for name, value in to_dict(config).items() if name not in {*methods()} - {*config.method}}
     assert {name: found[name] for name in used} == used

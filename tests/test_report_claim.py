@@ -16,9 +16,9 @@ from sphere_rl.config import TrainConfig, overridden, to_dict
 from sphere_rl.report import figures, panels
 from sphere_rl.report.content import SuiteContent
 from sphere_rl.report.drawings import drawings
-from sphere_rl.report.export import foresight_table
 from sphere_rl.report.foresight import Foresight, entries, foresight
 from sphere_rl.report.paper import published
+from sphere_rl.report.table_files import foresight_table
 from sphere_rl.results import load_results
 from sphere_rl.suites import make_suite
 

@@ -27,7 +27,7 @@ from sphere_rl.sweep.cost import reason, speed_class, speeds, steps_left
 from sphere_rl.sweep.display import LiveTable, last_row
 from sphere_rl.sweep.engines import RETRIES, again
 from sphere_rl.sweep.plan import Grid, load_grid, plan, preset_path, state, tell_idle_in
-from sphere_rl.sweep.shared import share, sources
+from sphere_rl.sweep.reuse import share, sources
 from sphere_rl.training.policies import load_policy
 
 TRAIN = (

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sphere_rl.integrations.captured import Captured, Select
+from sphere_rl.integrations.gradient_share import Amount, amount
 from sphere_rl.integrations.joint_regularizer import join
-from sphere_rl.integrations.share import Amount, amount
 from sphere_rl.penalty import Scale
 from sphere_rl.spectrum import captured_metrics
 from sphere_rl.spectrum.jacobian import Observations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from sphere_rl.integrations.share import SECOND_DERIVATIVE, Amount, gradients_of, with_share
+from sphere_rl.integrations.gradient_share import SECOND_DERIVATIVE, Amount, gradients_of, with_share
 from sphere_rl.penalty import Array
 
 Arrays = tuple[Array, ...]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sphere_rl.integrations.captured import Captured
-from sphere_rl.integrations.share import Amount, feature_gradient, share
+from sphere_rl.integrations.gradient_share import Amount, feature_gradient, share
 from sphere_rl.integrations.torch_regularizer import once
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts.network import MoENetwork, is_being_exported
+from sphere_rl.integrations.gradient_share import Amount, amount
 from sphere_rl.integrations.hooks import track
 from sphere_rl.integrations.regularizer import regularize
-from sphere_rl.integrations.share import Amount, amount
 from sphere_rl.penalty import check_scale
 from sphere_rl.spectrum import SPECTRAL_METRICS, measure, weight_metrics
 from sphere_rl.spectrum.kernel import untouched

@@ -11,7 +11,7 @@ from typing import overload
 
 from array_api_compat import is_jax_array, is_torch_array
 
-from sphere_rl.integrations.share import Amount, amount
+from sphere_rl.integrations.gradient_share import Amount, amount
 from sphere_rl.penalty import Array, Scale, check_array, check_routed
 
 

@@ -19,8 +19,8 @@ from sphere_rl.experts.network import MoENetwork
 from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.experts.tracing import traced
 from sphere_rl.extras import require
+from sphere_rl.integrations.gradient_share import Amount
 from sphere_rl.integrations.mixture import added_by, regularized_output, uniform
-from sphere_rl.integrations.share import Amount
 
 require("rsl-rl")
 from rsl_rl.models import MLPModel  # noqa: E402

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sphere_rl.integrations.share import SECOND_DERIVATIVE, Amount, gradients_of, with_share
+from sphere_rl.integrations.gradient_share import SECOND_DERIVATIVE, Amount, gradients_of, with_share
 from sphere_rl.penalty import Scale
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import polars as pl
 
 from sphere_rl.errors import RunFolderError
-from sphere_rl.report import commands, drawings, tables
+from sphere_rl.report import drawings, reproduction, tables
 from sphere_rl.report.content import SuiteContent
-from sphere_rl.report.export import DIFFERENCES, NUMBERS, write_tables
 from sphere_rl.report.geometry import Snapshot
 from sphere_rl.report.suite import arms
+from sphere_rl.report.table_files import DIFFERENCES, NUMBERS, write_tables
 from sphere_rl.results import Results
 from sphere_rl.runs import file_name, make_folder, read_sweep, write_atomic
 from sphere_rl.spectrum.vanishing import notices
@@ -120,7 +120,7 @@ def render(suites: Sequence[SuiteContent], results: Results, refresh: int | None
         runs=[_run(row, results) for row in results.runs.iter_rows(named=True)],
         planned=planned(results),
         left_out=left_out(suites, results),
-        commands=commands.commands(results),
+        commands=reproduction.commands(results),
         configs=_configs(results),
         commits=sorted(set(results.runs["commit"].drop_nulls())),
         numbers=NUMBERS,
@@ -253,7 +253,7 @@ def _warnings(run: dict[str, Any], results: Results) -> list[str]:
 def planned(results: Results) -> list[str]:
     """Runs that a sweep has planned and not begun."""
     begun = {*results.runs["run"], *results.broken["run"]}
-    return [name for name in commands.sweep(results).get("runs", ()) if name not in begun]
+    return [name for name in reproduction.sweep(results).get("runs", ()) if name not in begun]
 
 
 def _configs(results: Results) -> dict[str, str]:

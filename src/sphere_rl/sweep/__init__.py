@@ -131,7 +131,7 @@ def default_jobs(runs: Sequence[Any]) -> int:
 def carry_out(engine: Any, waiting: Sequence[Any], runs: Sequence[Any]) -> dict[str, int]:
     """Train what waits, but for ``rl`` runs that are the first task of a ``crl`` run; exit code by run."""
     from sphere_rl.sweep.plan import state
-    from sphere_rl.sweep.shared import share, sources
+    from sphere_rl.sweep.reuse import share, sources
 
     found = sources(runs)
     last = [run for run in waiting if run.name in found and state(run) == "new"]
@@ -163,7 +163,7 @@ def dry_run(runs: Sequence[Any], jobs: int | None) -> int:
     """Print what would be done and what it costs."""
     from sphere_rl.sweep.cost import room, speeds, steps_left
     from sphere_rl.sweep.plan import state
-    from sphere_rl.sweep.shared import sources
+    from sphere_rl.sweep.reuse import sources
 
     jobs, shared = jobs or default_jobs(runs), sources(runs)
     steps = {run.name: 0 if run.name in shared and state(run) == "new" else steps_left(run) for run in runs}
