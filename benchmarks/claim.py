@@ -18,13 +18,12 @@ def rows(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
     """Head and rows: of each task that a run has finished, success at its end with the return in brackets, and the mean
     of r_e(K) within it on the policy's own states and on the fixed probe states.
     """
-    runs = (
-        results.runs.filter(pl.col("protocol") == "crl").sort("method", "seed").select("run", "method", "seed").rows()
-    )
+    begun = results.evals.filter(pl.col("phase") == "final")["run"].unique().implode()
+    runs = results.runs.filter(pl.col("protocol") == "crl", pl.col("run").is_in(begun)).sort("method", "seed")
     table = []
     for index, task in enumerate(results.tasks["cw10"]):
         cells = []
-        for run, _, _ in runs:
+        for run in runs["run"]:
             here = (pl.col("run") == run) & (pl.col("task_index") == index)
             final = results.evals.filter(here & (pl.col("phase") == "final"))
             if not final.height:
@@ -38,7 +37,7 @@ def rows(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
             cells.append(", ".join(f"{rank:.1f}" for rank in ranks))
         if set(cells) != {"–"}:
             table.append((task, *cells))
-    names = [f"`{method}`, seed {seed}" for _, method, seed in runs]
+    names = [f"`{method}`, seed {seed}" for method, seed in runs.select("method", "seed").rows()]
     return ["task", *(text for name in names for text in (name, "r_e(K): own, fixed"))], table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import claim
 import silent
 from pilot import Arm, arms, qualified
 
@@ -44,6 +45,12 @@ def test_so_have_the_runs_without_signal() -> None:
     assert all("| " + " | ".join(row) + " |" in page for row in rows)
     ends = {row[0]: float(row[-1]) for row in rows}
     assert ends["free_grad_01"] < ends["none"] < ends["free_grad_003"]
+
+
+def test_so_have_the_ten_tasks() -> None:
+    head, rows = claim.rows(load_results(RESULTS / "cw10"))
+    page = (RESULTS / "index.md").read_text()
+    assert all("| " + " | ".join(row) + " |" in page for row in (head, *rows))
 
 
 def several(values: list[float], digits: int) -> str:
