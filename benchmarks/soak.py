@@ -69,10 +69,21 @@ def paced(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def movement(samples: list[dict[str, Any]], name: str) -> tuple[float, float]:
-    """Medians of the first and the last quarter, after warming up."""
-    warm = [row[name] for row in samples if row["step"] >= WARM * samples[-1]["step"]]
-    quarter = max(1, len(warm) // 4)
-    return median(warm[:quarter]), median(warm[-quarter:])
+    """Medians of the first and the last quarter, after warming up; of the pace, which evaluations and rollouts make
+    uneven from one sample to the next, that of the whole quarter.
+    """
+    start, end = samples[0]["step"], samples[-1]["step"]
+    warm = [row for row in samples if row["step"] >= start + WARM * (end - start)]
+    quarter = max(2, len(warm) // 4)
+    first, last = (average(rows, name) for rows in (warm[:quarter], warm[-quarter:]))
+    return first, last
+
+
+def average(rows: list[dict[str, Any]], name: str) -> float:
+    """Median of a quantity, or the pace from the first to the last of these samples."""
+    if name != "pace":
+        return median(row[name] for row in rows)
+    return (rows[-1]["processor"] - rows[0]["processor"]) / (rows[-1]["step"] - rows[0]["step"]) * 1e4
 
 
 def summary(samples: list[dict[str, Any]]) -> str:
