@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import sys
 from contextlib import suppress
 from typing import Literal
 
@@ -103,12 +102,3 @@ def tune_process(asked: int | Literal["auto"]) -> None:
         libc.mallopt(M_TRIM_THRESHOLD, KEEP_FREED)
         libc.mallopt(M_MMAP_THRESHOLD, KEEP_BLOCKS)
         libc.mallopt(M_ARENA_MAX, 1)
-
-
-def release_memory() -> None:
-    """Hand memory that nobody uses back to the system, where its allocator can be told to (glibc).
-
-    It keeps what environments had, in pieces that new ones do not fit into: hundreds of megabytes in a long run.
-    """
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)

@@ -70,8 +70,8 @@ def play(
     suite, task, chosen, policy = load_for_task(run, task, checkpoint, device)
     arguments = config_of(RunFolder.existing(run)).environment
     with global_streams(seed), closing(suite.render_env(task, seed, **arguments)) as env:
-        if picture is not None and (insist or isinstance(env.unwrapped, Drawable)):
-            _draw_as(env, picture)
+        if picture is not None:
+            _draw_as(env, picture, insist)
         send = action_sender(env.action_space)
 
         @torch.no_grad()
@@ -83,11 +83,12 @@ def play(
         return replace(record(env, act, out, steps, fps, progress), task=task, checkpoint=chosen.path.stem)
 
 
-def _draw_as(env: gymnasium.Env, picture: Picture) -> None:
-    if not isinstance(env.unwrapped, Drawable):
+def _draw_as(env: gymnasium.Env, picture: Picture, insist: bool) -> None:
+    if isinstance(env.unwrapped, Drawable):
+        env.unwrapped.draw_as(picture)
+    elif insist:
         size = f"{picture.width}x{picture.height}"
         raise ConfigError("size", size, "the frames that the environment has: it does not let them be chosen")
-    env.unwrapped.draw_as(picture)
 
 
 def record(

@@ -18,7 +18,6 @@ from gymnasium.vector import VectorEnv
 from sphere_rl.config import TrainConfig
 from sphere_rl.errors import TrainingError
 from sphere_rl.learner.rollout import Episode, EpisodeRecorder, check_step
-from sphere_rl.runtime import release_memory
 from sphere_rl.seeding import derive_seed, global_streams
 from sphere_rl.suites import Suite
 from sphere_rl.suites.guard import make_envs
@@ -91,7 +90,6 @@ def evaluate(
         raise type(error)(f"task {task}, {phase}, {error}") from error
     finally:
         policy.train(was_training)
-        release_memory()
     raise AssertionError
 
 
