@@ -4,7 +4,8 @@
     python benchmarks/beside.py /tmp/other/src --rounds 17
 
 Each version has a process of its own, and the two take turns, eight minibatches each time; shapes are those of the H1.
-Names that have moved since are found where they were.
+Names that have moved since are found where they were. Both compute the literal penalty, the only one of old versions;
+``--scale free`` gives this version the scale-free one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import product
 from math import log
 from pathlib import Path
@@ -41,11 +43,12 @@ def first(*names: str) -> Any:
     raise SystemExit(f"none of {', '.join(names)}")
 
 
-def steps() -> dict[str, Callable[[], None]]:
+def steps(scale: str) -> dict[str, Callable[[], None]]:
     """The work of each case, in whatever version is imported."""
     import torch
 
     from sphere_rl.config import TrainConfig, override
+    from sphere_rl.errors import ConfigError
     from sphere_rl.runtime import tune_process
 
     tune_process(1)
@@ -67,6 +70,8 @@ def steps() -> dict[str, Callable[[], None]]:
         log_prob = -0.5 * (action.square() + log(2 * torch.pi)).sum(1)
         batch = minibatch(observation, action, torch.zeros(size, 38), log_prob, advantage, target)
         config = override(TrainConfig(), {"method": ("sphere",), "sphere.mode": mode} if mode != "none" else {})
+        with suppress(ConfigError):  # old versions have one scale only
+            config = override(config, {"sphere.scale": scale}) if mode != "none" else config
         agent = agent_of(config, spaces(51, 19, False), seed=0)
         agent.set_learning_rate(0.0)  # the routing stays that of a fresh gate
 
@@ -79,9 +84,9 @@ def steps() -> dict[str, Callable[[], None]]:
     return {name: case(mode, int(size), int(threads)) for name in CASES for mode, size, threads in [name.split()]}
 
 
-def serve() -> None:
+def serve(scale: str) -> None:
     """Do the case of each line that comes in, and tell its seconds."""
-    work = steps()
+    work = steps(scale)
     for one in work.values():
         one()
         one()
@@ -96,11 +101,13 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("other", type=Path, help="src folder of the other version")
     options.add_argument("--rounds", type=int, default=25)
+    options.add_argument("--scale", default="literal", choices=("literal", "free"), help="of the penalty (literal)")
+    options.add_argument("--cases", nargs="+", default=CASES, metavar="CASE", help="as 'loss 256 1' (all)")
     given = options.parse_args()
     sources = (Path(__file__).parents[1] / "src", given.other.resolve())
     workers = [
         subprocess.Popen(
-            [sys.executable, __file__, "--serve"], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            [sys.executable, __file__, "--serve", given.scale], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": str(source)},
         )
         for source in sources
@@ -116,7 +123,7 @@ def main() -> None:
 
     assert [ask(worker) for worker in workers] == ["ready\n"] * 2
     rows = []
-    for name in CASES:
+    for name in given.cases:
         pairs = []
         for turn in range(given.rounds):
             order = (0, 1) if turn % 2 else (1, 0)
@@ -131,4 +138,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    serve() if sys.argv[1:] == ["--serve"] else main()
+    serve(sys.argv[2]) if sys.argv[1:2] == ["--serve"] else main()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from stopping import StopAfter, Stopped
 from sphere_rl import protocol
 from sphere_rl.config import TrainConfig, override, to_dict
 from sphere_rl.runs import RunFolder, checkpoint
+from sphere_rl.suites.guard import make_envs
+from sphere_rl.training import evaluation
 from sphere_rl.training.agent import Agent
 from sphere_rl.training.policies import load_policy
 
@@ -49,6 +52,25 @@ def test_a_run_writes_the_folder_that_others_read(tiny: TrainConfig, tmp_path: P
     names = sorted(path.name for path in folder.checkpoints.iterdir())
     assert names[-2:] == ["task-00-Pendulum-v1.pt", "task-01-Pendulum-v1.pt"]
     assert len(names) == 4
+
+
+def test_environments_are_gone_before_others_are_made(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def counted(*given: Any) -> Any:
+        alive.append(sum(one() is not None for one in made))
+        envs = make_envs(*given)
+        made.append(weakref.ref(envs))
+        return envs
+
+    for module in (protocol, evaluation):
+        monkeypatch.setattr(module, "make_envs", counted)
+    train(override(tiny, {"tasks": ["Pendulum-v1"] * 2}), tmp_path / "run")
+    assert len(alive) == 14  # of each iteration and each evaluation: those of Gymnasium's cannot be kept over a checkpoint
+    assert not any(alive)
 
 
 def test_a_single_task_is_not_evaluated_twice_at_its_end(tiny: TrainConfig, tmp_path: Path) -> None:

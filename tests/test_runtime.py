@@ -2,6 +2,7 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -33,6 +34,28 @@ def test_denormals_are_flushed_and_freed_gradients_stay_in_the_process():
     threads, denormals, page_faults = map(int, result.stdout.split())
     assert (threads, denormals) == (1, 0)
     assert page_faults < 640  # 8 MB in 4 KiB pages 20 times are 38 400 where memory goes back to the system
+
+
+ARENAS = """
+import ctypes, re, sys
+from pathlib import Path
+from sphere_rl.config import TrainConfig
+from sphere_rl.protocol import check
+
+check(TrainConfig(tasks=("push-wall",)))
+libc = ctypes.CDLL(None)
+libc.fopen.restype = ctypes.c_void_p
+file = ctypes.c_void_p(libc.fopen(sys.argv[1].encode(), b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+print(len(re.findall("<heap nr", Path(sys.argv[1]).read_text())))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the memory setting is glibc's")
+def test_threads_of_a_runs_first_environments_allocate_where_all_do(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", ARENAS, str(tmp_path / "arenas.xml")]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "1\n"
 
 
 LANES = """

@@ -43,6 +43,13 @@ def test_metaworld_spaces_and_goal() -> None:
     envs.close()
 
 
+def test_a_closed_metaworld_holds_no_simulations() -> None:
+    envs = make_suite("cw10").make("push", 2, 0, 1)
+    assert "EnvPool" in repr(vars(envs))
+    envs.close()
+    assert "EnvPool" not in repr(vars(envs))
+
+
 def test_metaworld_resets_in_the_step_that_ends_an_episode() -> None:
     envs = make_suite("cw10").make("reach", 2, 0, 1)
     assert envs.metadata["autoreset_mode"] is AutoresetMode.SAME_STEP

@@ -50,6 +50,7 @@ def check(config: TrainConfig) -> None:
             cannot be, or a sequence for one agent whose tasks differ in their spaces.
     """
     check_device(config.device)
+    tune_process(config.torch_threads)  # threads of an environment made before would keep memory of their own
     suite, tasks = make_suite(config.suite), list(dict.fromkeys(config.task_sequence))
     known: dict[Spaces, str] = {}
     for task in tasks[:1] if suite.same_spaces else tasks:
@@ -181,6 +182,7 @@ class Run:
             agent, collector = self._begin_segment()
             self._train_segment(agent, collector)
             self._end_segment(agent, collector)
+            del collector  # closed environments go before an evaluation or the next segment makes others
             if self.due is not None:
                 self._evaluate(Policy(agent.actor, agent.normalizer), self.due)
         if self.config.protocol == "crl" and len(self.tasks) > 1:  # of one task the final episodes would come again
@@ -215,7 +217,8 @@ class Run:
         else:
             envs = collector.envs
         agent = self.agent = self.agent or Agent(self.config, Spaces.of(envs), self._seed("agent"))
-        self._announce(agent)
+        while self.hosts:  # those who want to know who is trained, and hear it once
+            self.hosts.pop(0).begin(agent)
         if self.progress.iteration == 0:
             self._begin_task(agent)
         if collector is None:
@@ -225,12 +228,6 @@ class Run:
             if state is not None and state["collector"] is not None:
                 collector.load_state_dict(state["collector"])
         return agent, collector
-
-    def _announce(self, agent: Agent) -> None:
-        """Tell those who want to know, once, who is trained."""
-        hosts, self.hosts = self.hosts, []
-        for host in hosts:
-            host.begin(agent)
 
     @contextmanager
     def _place(self, agent: Agent, iteration: int) -> Iterator[None]:

@@ -21,7 +21,8 @@ def scripted(function: Function) -> Function:
     if not SCRIPTED:
         return function
     with warnings.catch_warnings():  # deprecated in favour of torch.compile, which needs a compiler on the machine
-        warnings.simplefilter("ignore", DeprecationWarning)
+        for category in (DeprecationWarning, FutureWarning):  # the second since 2.14
+            warnings.simplefilter("ignore", category)
         return torch.jit.script(unwrap(function))  # without a type checker that tests wrap around it
 
 

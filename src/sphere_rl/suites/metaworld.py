@@ -84,8 +84,9 @@ class SameStepEnvPool(VectorEnv):
         return observation, reward, terminated, truncated, info
 
     def close_extras(self, **kwargs: Any) -> None:
-        """Stop EnvPool's threads."""
+        """Stop EnvPool's threads, and free its simulations, which stay as long as its object does."""
         self._pool.close()
+        del self._pool
 
 
 def _columns(info: dict[str, Any]) -> dict[str, Any]:
