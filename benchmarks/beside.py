@@ -107,8 +107,8 @@ def main() -> None:
     sources = (Path(__file__).parents[1] / "src", given.other.resolve())
     workers = [
         subprocess.Popen(
-            [sys.executable, __file__, "--serve", given.scale], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": str(source)},
+            [sys.executable, __file__, "--serve", given.scale], env=os.environ | {"PYTHONPATH": str(source)},
+            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )
         for source in sources
     ]  # fmt: skip

@@ -105,9 +105,9 @@ def test_lists_in_logs_are_looked_at_too(tmp_path: Path, monkeypatch: pytest.Mon
         return {"expert_load": [0.5, float("nan")]}
 
     monkeypatch.setattr("sphere_rl.training.tracker.measure", measure)
-    with pytest.raises(TrainingError, match=r"iteration 1: expert_load\[1\] is nan in spectrum.jsonl"):
-        train(config("Drawing", spectrum_every=32), tmp_path / "run")
-    assert read_all(RunFolder(tmp_path / "run"))
+    with pytest.raises(TrainingError, match=r"iteration 2: expert_load\[1\] is nan in spectrum.jsonl"):
+        train(config("Drawing", spectrum_every=64), tmp_path / "run")
+    assert [row["iteration"] for row in read_all(RunFolder(tmp_path / "run"))] == [1]
 
 
 # Going back

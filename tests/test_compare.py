@@ -165,6 +165,17 @@ def test_pandas_frames_need_no_pyarrow(folders: tuple[Path, Path], monkeypatch: 
     assert frames["spectra"]["expert_load"][0] == [0.5, 1.5]
 
 
+def test_tables_are_csv_files_whose_lists_are_text(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    results = sp.load_results(folders[0])
+    written = {path.stem: pl.read_csv(path) for path in results.write_csv(tmp_path / "new" / "tables")}
+    assert {name: table.height for name, table in written.items()} == {
+        "runs": 3, "train": 6, "evals": 6, "spectra": 6, "broken": 0
+    }  # fmt: skip
+    assert written["runs"]["tasks"][0] == "; ".join(TASKS)
+    assert written["spectra"]["expert_load"][0] == "0.5; 1.5"
+    assert written["evals"]["mean_return"].to_list() == [10, 20, 14, 28, 90, 90]
+
+
 def test_report_writes_tables_alone(
     folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

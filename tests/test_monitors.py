@@ -103,7 +103,7 @@ def screen_of(run: RunFolder, display: type[Bars | Lines]) -> list[str]:
     console = Console(file=screen, force_terminal=display is Bars, width=120, color_system=None)
     shown = display(config, console, "runs/x", 0)
     shown.begin(Agent(config, Spaces(3, 1, False), seed=0))
-    rows = [(log, row) for log in ("train", "spectrum", "eval") for row in run.read(log)]
+    rows = [(log, row) for log in ("spectrum", "train", "eval") for row in run.read(log)]
     for log, row in sorted(rows, key=lambda item: item[1]["global_step"]):
         if row.get("phase") != "retention":
             shown.row(log, row)
@@ -121,7 +121,7 @@ def test_the_display_says_what_is_trained_and_how_its_spectrum_is(run: RunFolder
     load = run.read("spectrum")[-2]["expert_load"]
     assert measured[-1].endswith(f" · load on {sharing(load):.1f} of 3 experts")
     last = [line for line in screen if "r_e(K)" in line][-1]
-    assert last == f"  {measured[-1]}" if display is Bars else f"{measured[-2]} · " in last
+    assert last == f"  {measured[-1]}" if display is Bars else f"{measured[-1]} · " in last
     final = [row for row in run.read("eval") if row["phase"] == "final"][-1]["mean_return"]
     assert f"return {number(final)}" in text
     assert "e+0" not in text

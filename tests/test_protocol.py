@@ -69,8 +69,24 @@ def test_environments_are_gone_before_others_are_made(
     for module in (protocol, evaluation):
         monkeypatch.setattr(module, "make_envs", counted)
     train(override(tiny, {"tasks": ["Pendulum-v1"] * 2}), tmp_path / "run")
-    assert len(alive) == 14  # of each iteration and each evaluation: those of Gymnasium's cannot be kept over a checkpoint
+    assert len(alive) == 14  # of each iteration and evaluation: Gymnasium's cannot be kept over a checkpoint
     assert not any(alive)
+
+
+def test_an_iteration_is_told_after_what_was_measured_in_it(tiny: TrainConfig, tmp_path: Path) -> None:
+    """So that its line in the display has its ranks, and not those before."""
+    told: list[tuple[str, int]] = []
+
+    class Listener:
+        def row(self, log: str, row: dict[str, Any]) -> None:
+            told.append((log, row["task_step"]))
+
+        def close(self) -> None:
+            pass
+
+    with RunFolder(tmp_path / "run") as folder:
+        protocol.start(override(tiny, {"spectrum_every": 256}), folder, lambda step: [Listener()])
+    assert [log for log, step in told if step == 256][:4] == ["spectrum", "spectrum", "train", "eval"]
 
 
 def test_a_single_task_is_not_evaluated_twice_at_its_end(tiny: TrainConfig, tmp_path: Path) -> None:

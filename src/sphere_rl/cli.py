@@ -131,7 +131,7 @@ def resume(words: list[str]) -> None:
         from sphere_rl.training.monitors import make_monitors
         from sphere_rl.training.saved import config_of
 
-    options = run_parser("resume", resume.__doc__)
+    options = run_parser("resume", resume.__doc__, " (a run goes on with its own settings; a new run takes others)")
     options.add_argument("--quiet", action="store_true", help="no progress display")
     given = options.parse_args(words)
     RunFolder.existing(given.run)
@@ -322,9 +322,9 @@ def compare(words: list[str]) -> None:
     command(words)
 
 
-def run_parser(command: str, description: str | None) -> ArgumentParser:
-    """A parser whose first argument is a run folder."""
-    options = ArgumentParser(prog=f"sphere {command}", description=description)
+def run_parser(command: str, description: str | None, others: str = "") -> ArgumentParser:
+    """A parser whose first argument is a run folder; ``others``: said of flags that it does not have."""
+    options = ArgumentParser(prog=f"sphere {command}", description=description, others=others)
     options.add_argument("run", type=Path, help="run folder")
     return options
 

@@ -16,7 +16,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sphere_rl import plugins
-from sphere_rl.errors import ConfigError
+from sphere_rl.errors import ConfigError, meant
 from sphere_rl.experts.network import kinds
 from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.methods import MethodConfig, check_methods, methods
@@ -366,7 +366,7 @@ def _replace(instance: Any, values: Mapping[str, Any], prefix: str) -> Any:
     converted = {}
     for name, value in values.items():
         if name not in known:
-            raise ConfigError(prefix + name, value, f"a field: {', '.join(sorted(known))}")
+            raise ConfigError(prefix + name, value, f"a field{meant(name, known)}: {', '.join(sorted(known))}")
         converted[name] = convert(prefix + name, value, hints[name])
     return dataclasses.replace(instance, **converted)
 

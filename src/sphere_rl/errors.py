@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """A guess at what was meant by a word that is none of the known ones, in brackets; nothing where none is near."""
+    near = get_close_matches(word, known, n=1, cutoff=0.7)
+    return f" (did you mean {near[0]}?)" if near else ""
+
 
 class ConfigError(ValueError):
     """One line that names the field, its value and what is allowed; the command line exits with 2."""

@@ -16,7 +16,7 @@ MODULES = {
     "suites": ("gymnasium", "envpool", "mujoco"),
     "train": ("filelock", "rich", "scipy", "tensorboard"),
     "report": ("jinja2", "matplotlib", "plotly", "polars"),
-    "play": ("imageio_ffmpeg", "PIL"),
+    "play": ("imageio_ffmpeg", "PIL", "pygame"),
     "export": ("onnx", "onnxscript", "safetensors"),
     "jax": ("jax",),
     "pandas": ("pandas",),
@@ -27,8 +27,8 @@ MODULES = {
     "wandb": ("wandb",),
 }
 """Modules of each extra, by the names that they are imported by."""
-ON_USE = {"envpool", "mujoco"}
-"""Modules that one suite needs and the others do not: they are missed when an environment is made."""
+ON_USE = {"envpool", "mujoco", "pygame"}
+"""Modules that one suite needs and the others do not: they are missed when an environment is made, or draws."""
 DISTRIBUTIONS = {"imageio_ffmpeg": "imageio-ffmpeg", "PIL": "pillow", "rsl_rl": "rsl-rl-lib",
                  "sklearn": "scikit-learn", "stable_baselines3": "stable-baselines3"}  # fmt: skip
 """What a module is installed as, where that is another name."""

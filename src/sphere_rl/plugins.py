@@ -41,7 +41,8 @@ def load(names: Iterable[str]) -> None:
             sys.path.insert(0, here)
             _modules[name] = import_module(name)
         except Exception as error:
-            raise ConfigError("plugin", name, f"a module that can be imported ({described(error)})") from error
+            allowed = f"a module that can be imported, from {here}, too ({described(error)})"
+            raise ConfigError("plugin", name, allowed) from error
         finally:
             sys.path[:] = path
 

@@ -25,7 +25,7 @@ from sphere_rl.kernels.threads import two_lanes
 from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.learner.rollout import Collector, Rollout
 from sphere_rl.runs import LOGS, Logs, RunFolder, checkpoint, file_name
-from sphere_rl.runtime import LaneChoice, check_device, threads, tune_process
+from sphere_rl.runtime import LaneChoice, check_device, release_memory, threads, tune_process
 from sphere_rl.seeding import derive_seed, global_streams, seed_globals
 from sphere_rl.suites import make_suite
 from sphere_rl.suites.guard import call_limit, make_envs
@@ -211,6 +211,7 @@ class Run:
         seed_globals(self._seed("globals", self.progress.segment))
         collector = self.collector
         if collector is None:
+            release_memory()
             config = self.config
             number, count = threads(config.env_threads), config.num_envs
             envs = make_envs(self.suite, self.task, count, seed, number, config.environment)
@@ -268,9 +269,9 @@ class Run:
             seconds = perf_counter() - began
             self.lanes.took(seconds)
             with self._place(agent, progress.iteration):
-                self._log_iteration(agent, rollout, statistics, seconds)
                 for row in self.tracker.measurements(agent, rollout, self.task):
-                    self._log("spectrum", self._position() | row)
+                    self._log("spectrum", self._position() | row)  # first: for the display of the iteration
+                self._log_iteration(agent, rollout, statistics, seconds)
             self.due = self._due_evaluation()
             if self.due is not None and left:  # the last iteration's waits for the checkpoint
                 self._evaluate(Policy(agent.actor, agent.normalizer), self.due)

@@ -105,6 +105,17 @@ class Results:
         names = ("runs", "train", "evals", "spectra", "broken")
         return {name: pd.DataFrame(getattr(self, name).to_dict(as_series=False)) for name in names}
 
+    def write_csv(self, folder: Path | str) -> list[Path]:
+        """Write the same tables as files that are named like them, lists as ``a; b``; the paths of the files."""
+        folder, names = Path(folder), ("runs", "train", "evals", "spectra", "broken")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            table: pl.DataFrame = getattr(self, name)
+            lists = [column for column, kind in table.schema.items() if isinstance(kind, pl.List)]
+            flat = pl.col(lists).list.eval(pl.element().cast(pl.String)).list.join("; ")
+            table.with_columns(flat).write_csv(folder / f"{name}.csv")
+        return [folder / f"{name}.csv" for name in names]
+
     def trained(self, run: str) -> dict[str, Any]:
         """A run's settings that tell what was trained, by name, as recorded; those it did not know are the defaults."""
         return dict(settings(updated(self.folder(run).config()), TRAINS))

@@ -162,10 +162,14 @@ def _draw(env: gymnasium.Env) -> Frame:
     try:
         frame = env.render()
     except gymnasium.error.DependencyNotInstalled as error:
-        raise ConfigError("out", "a video", f"an environment that can draw ({error})") from error
+        raise ConfigError("task", _name(env), f"one that can draw here ({error})") from error
     if not isinstance(frame, np.ndarray):
-        raise ConfigError("out", "a video", f"an environment that draws arrays, not {type(frame).__name__}")
+        raise ConfigError("task", _name(env), f"one that draws arrays, not {type(frame).__name__}")
     return frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2]  # H.264 halves the colour planes
+
+
+def _name(env: gymnasium.Env) -> str:
+    return env.spec.id if env.spec else type(env.unwrapped).__name__
 
 
 @contextmanager

@@ -113,6 +113,7 @@ def plain_names(figure: Figure) -> None:
         assert isinstance(text, Text)
         if text.get_text().count("$") > 1:
             try:
-                parser.parse(text.get_text())
+                for line in text.get_text().splitlines():  # as it is drawn: a line end has no glyph
+                    parser.parse(line)
             except ValueError:
                 text.set_parse_math(False)

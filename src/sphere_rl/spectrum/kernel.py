@@ -39,8 +39,9 @@ def entk(policy: nn.Module, observations: Observations, outputs: Outputs = "full
     ``observations``: a tensor of N states [N, …], or several in a dict, tuple or list, as the policy's one argument.
     ``outputs`` "full": [N·A, N·A], rows (state, output); "sum": [N, N], the sum over output coordinates of their
     kernels (the trace kernel). Every trainable tensor that f depends on takes part, gate included. Raises ValueError
-    when f is not [N, A], nothing is trainable or the policy is no module. Source: Jacot et al. 2018; definition as in
-    Luo et al. 2026.
+    when f is not [N, A], nothing is trainable or the policy is no module. f is the policy in the mode that it is in:
+    with BatchNorm or Dropout, call ``policy.eval()`` first for the kernel of the policy as it acts. Source: Jacot et
+    al. 2018; definition as in Luo et al. 2026.
     """
     _check_outputs(outputs)
     with _measured(policy, observations) as observations:

@@ -139,6 +139,7 @@ class Gymnasium:
 
     def render_env(self, task: str, seed: int, max_episode_steps: int | None = None, **env_args: Any) -> gymnasium.Env:
         """Make one environment that draws its frames."""
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # of pygame: into memory, without a look for a display
         env = self._make(task, env_args | {"max_episode_steps": max_episode_steps, "render_mode": "rgb_array"})
         env = _Adapted(env, 0)
         env.reset(seed=seed)

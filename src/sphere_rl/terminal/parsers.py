@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from sphere_rl.errors import CommandLineError
+from sphere_rl.errors import CommandLineError, meant
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with errors of one line; flags are not abbreviated."""
+    """argparse with errors of one line; flags are not abbreviated.
 
-    def __init__(self, **options: Any) -> None:
+    ``others``: said of flags that are none of these.
+    """
+
+    def __init__(self, *, others: str = "", **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
+        self._others = others
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parse all words.
+
+        Raises:
+            CommandLineError: some mean nothing here, and what may be meant by the first.
+        """
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            flag = rest[0].partition("=")[0]
+            said = (meant(flag, self._option_string_actions) or self._others) if flag.startswith("-") else ""
+            self.error(f"unrecognized arguments: {' '.join(rest)}{said}")
+        return found
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage."""
