@@ -113,7 +113,7 @@ def test_what_makes_no_features_is_refused(made: nn.Module, found: str | None, m
         make_actor("mine", 3, 1, width=8, depth=1)
 
 
-@pytest.mark.filterwarnings("ignore:`?torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`?torch.jit")
 def test_images_train_resume_and_leave(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,7 +23,7 @@ from sphere_rl.experts.tracing import unsorted_weights
 from sphere_rl.kernels.routing import Gating, gate_weights
 from sphere_rl.runs import RunFolder
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.load:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.load")
 STATES = np.random.default_rng(1).normal(0, 2, (40, 3)).astype(np.float32)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sphere_rl.experts.network import make_actor
+from sphere_rl.kernels.script import undeprecated
 from sphere_rl.learner.normalizer import ObservationNormalizer
 from sphere_rl.training.agent import Policy
 
@@ -54,8 +55,7 @@ def test_the_exported_and_the_traced_policy_act_as_the_policy(kind: str, options
     """On batches of sizes that they were not made with; the policy itself computes only selected experts."""
     policy = make_policy(kind, **options)
     exported = torch.export.export(policy, (states(4),), dynamic_shapes=({0: torch.export.Dim("N")},)).module()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
+    with undeprecated():
         # What the annotations' checks compare, which are on in tests only.
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[reportPrivateImportUsage]
         traced: Any = torch.jit.trace(policy, states(4))
@@ -77,10 +77,8 @@ def test_an_exported_policy_is_saved_and_read(tmp_path: Path) -> None:
 
 def test_script_says_what_works_instead() -> None:
     policy = make_policy("topk_moe")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        with pytest.raises(TypeError, match=r"^torch.jit.script: .* expected torch.export"):
-            torch.jit.script(policy)
+    with undeprecated(), pytest.raises(TypeError, match=r"^torch.jit.script: .* expected torch.export"):
+        torch.jit.script(policy)
 
 
 @pytest.mark.parametrize("normalized", [True, False])

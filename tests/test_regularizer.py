@@ -243,7 +243,7 @@ def test_a_scaled_loss_scales_the_share():
     assert not overflown.isfinite().any()
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # PyTorch's own, for jvp
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own, for jvp
 def test_second_derivatives_and_forward_mode_are_refused_in_one_line():
     phi = inputs("phi")[0].requires_grad_()
     (gradient,) = torch.autograd.grad(regularized(phi), phi, create_graph=True)

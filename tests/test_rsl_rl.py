@@ -98,7 +98,7 @@ def test_the_penalty_is_that_of_a_loss_with_it():
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_saved_loaded_and_exported(tmp_path: Any):
     trained = runner()
     trained.learn(2)

@@ -25,6 +25,7 @@ from sphere_rl.errors import MissingExtraError, RunFolderError, described
 from sphere_rl.experts.gates import TopK
 from sphere_rl.experts.tracing import traced
 from sphere_rl.extras import require_module
+from sphere_rl.kernels.script import undeprecated
 from sphere_rl.runs import RunFolder
 from sphere_rl.terminal.parsers import ArgumentParser
 from sphere_rl.training import exported
@@ -174,9 +175,10 @@ def margins(policy: Policy, states: Float[Tensor, "N D"]) -> Float[Tensor, "N"]:
 
 
 def _torchscript(policy: Policy, path: Path) -> Act:
-    traced(policy, torch.zeros(2, policy.actor.observation_dim)).save(str(path))
-    with _quiet():
-        module: Any = torch.jit.load(path)  # type: ignore[reportPrivateImportUsage]
+    module: Any = traced(policy, torch.zeros(2, policy.actor.observation_dim))
+    with undeprecated():
+        module.save(str(path))
+        module = torch.jit.load(path)  # type: ignore[reportPrivateImportUsage]
 
     def act(states: np.ndarray) -> np.ndarray:
         with torch.no_grad():

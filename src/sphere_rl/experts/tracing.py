@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sphere_rl.kernels.routing import Gating
+from sphere_rl.kernels.script import undeprecated
 
 
 def unsorted_weights(logits: Float[Tensor, "N R"], gating: Gating) -> Float[Tensor, "N E"]:
@@ -26,8 +27,7 @@ def unsorted_weights(logits: Float[Tensor, "N R"], gating: Gating) -> Float[Tens
 
 def traced(module: nn.Module, inputs: Tensor) -> torch.jit.ScriptModule:
     """Trace a module that holds this library's networks; no number of rows is fixed by ``inputs`` [2, D]."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`?torch.jit", DeprecationWarning)  # its files are what C++ reads
+    with undeprecated():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[reportPrivateImportUsage] # of checks of shapes
         found = torch.jit.trace(module.eval(), inputs, check_trace=False)  # type: ignore[reportPrivateImportUsage]
     assert isinstance(found, torch.jit.ScriptModule)

@@ -3,7 +3,8 @@
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from inspect import unwrap
 from typing import Any, TypeVar
 
@@ -20,10 +21,20 @@ def scripted(function: Function) -> Function:
     """The same function in TorchScript, where that is promised."""
     if not SCRIPTED:
         return function
-    with warnings.catch_warnings():  # deprecated in favour of torch.compile, which needs a compiler on the machine
-        for category in (DeprecationWarning, FutureWarning):  # the second since 2.14
-            warnings.simplefilter("ignore", category)
+    with undeprecated():
         return torch.jit.script(unwrap(function))  # without a type checker that tests wrap around it
+
+
+@contextmanager
+def undeprecated() -> Iterator[None]:
+    """Without PyTorch's word that TorchScript is deprecated, whatever its category: FutureWarning since 2.14.
+
+    What it names instead compiles on the machine, which needs a compiler there, or writes files that C++ cannot read.
+    """
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.filterwarnings("ignore", "`?torch.jit", category)
+        yield
 
 
 def scriptable(function: Function) -> Function:

@@ -1,0 +1,47 @@
+"""Inherit: the actor of a run that has learned other tasks begins a new one; critic and optimisers are fresh.
+
+    PYTHONPATH=benchmarks sphere train --plugin inherit --suite cw10 --protocol rl --tasks peg-unplug-side \
+        --steps-per-task 1e6 --method inherit --inherit.policy RUN/checkpoints/task-08-window-close.pt \
+        [--inherit.log-std 0] --out OUT
+
+A plugin for one question: where an agent no longer learns, is it the network that cannot, or has the policy become too
+narrow to find anything? ``log_std`` 0 gives the Gaussian the width of a fresh one and leaves the network as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sphere_rl.learner.actor_critic import ActorCritic
+from sphere_rl.methods import Method, MethodConfig
+from sphere_rl.runs import checkpoint
+
+
+@dataclass(frozen=True)
+class InheritConfig(MethodConfig):
+    """Whose actor, and how wide."""
+
+    policy: str = ""
+    """The checkpoint of a run with the same networks, such as checkpoints/task-08-window-close.pt."""
+    log_std: float | None = None
+    """log σ of every action at the start; when not given that of the policy."""
+
+
+class Inherit(Method):
+    """Weights are copied when the task begins, and are trained as usual from there."""
+
+    summary = "begin with the actor of another run, its exploration as it was or wide again"
+    citation = "benchmarks/inherit.py"
+    Config = InheritConfig
+
+    @torch.no_grad()
+    def on_task_start(self, agent: ActorCritic, task_index: int) -> None:
+        """Copy the actor into the first task's agent."""
+        if task_index > 0:
+            return
+        agent.actor.load_state_dict(checkpoint.load(Path(self.config.policy))["agent"]["actor"])
+        if self.config.log_std is not None:
+            agent.actor.head.log_std.fill_(self.config.log_std)
