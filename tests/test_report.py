@@ -275,6 +275,19 @@ def test_unfinished_and_failed_runs_are_shown(runs: Path, tmp_path: Path) -> Non
     assert data_of(tmp_path / "p" / "index.html")["panels"]["rank-gym"]["missing"] == "no spectrum lines of CRL runs"
 
 
+def test_numbers_that_no_run_gives_have_no_column(runs: Path, written: Path, tmp_path: Path) -> None:
+    for name in ("crl-none-0", "crl-sphere-0"):
+        shutil.copytree(runs / name, tmp_path / "r" / name)
+    html = page.make_page(load_results(tmp_path / "r"), tmp_path / "p").path.read_text()
+    both = written.read_text()
+    for mark in ('data-number="rl"', 'data-number="gap"', 'data-difference="gap"', "Difference of the RL"):
+        assert mark in both
+        assert mark not in html
+    assert "These runs do not give RL, RL − CRL, Forward transfer." in html
+    assert "These runs do not give Forward transfer." in both  # of returns there is none
+    assert 'data-number="crl"><b>' in html
+
+
 def test_differences_are_paired_by_seed_and_task(runs: Path, suite: content.SuiteContent, written: Path) -> None:
     (row,) = suite.differences
     assert (row["label"], row["reference"]) == ("sphere", "none")

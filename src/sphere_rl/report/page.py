@@ -123,8 +123,6 @@ def render(suites: Sequence[SuiteContent], results: Results, refresh: int | None
         commands=reproduction.commands(results),
         configs=_configs(results),
         commits=sorted(set(results.runs["commit"].drop_nulls())),
-        numbers=NUMBERS,
-        differences=DIFFERENCES,
         columns=tables.COLUMNS,
         paper={name: title.partition(",")[0] for name, title in FIGURES.items() if title.startswith("Figure")},
         refresh=refresh,
@@ -152,6 +150,7 @@ def policy(scripts: Iterable[str]) -> str:
 
 def _view(suite: SuiteContent) -> dict[str, Any]:
     """What the template shows of a suite."""
+    numbers, differences = _held(NUMBERS, suite.rows), _held(DIFFERENCES, suite.differences)
     large = {name for name in tables.COLUMNS for row in suite.by_task if row[name] and abs(row[name].value) >= 100}
     return {
         "name": suite.name,
@@ -160,12 +159,15 @@ def _view(suite: SuiteContent) -> dict[str, Any]:
         "facts": suite.facts(),
         "score": suite.score_name,
         "tasks": suite.tasks,
-        "rows": [row | {"cells": {name: _cell(row[name]) for name in NUMBERS}} for row in suite.rows],
+        "rows": [row | {"cells": {name: _cell(row[name]) for name in numbers}} for row in suite.rows],
+        "numbers": numbers,
+        "absent": [title for name, title in NUMBERS.items() if name not in numbers],
         "cards": _cards(suite),
         "differences": [
-            row | {"cells": {name: _cell(row[name], name != "improvement") for name in DIFFERENCES}}
+            row | {"cells": {name: _cell(row[name], name != "improvement") for name in differences}}
             for row in suite.differences
         ],
+        "difference_titles": differences,
         "by_task": [
             row | {"cells": {name: _cell(row[name], large=name in large) for name in tables.COLUMNS}}
             for row in suite.by_task
@@ -181,6 +183,12 @@ def _view(suite: SuiteContent) -> dict[str, Any]:
         "unfinished": suite.unfinished,
         "shortened": suite.shortened,
     }
+
+
+def _held(titles: dict[str, str], rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The columns of a table in which some row has a number; all of them where none has any."""
+    held = {name: title for name, title in titles.items() if any(row[name] is not None for row in rows)}
+    return held or titles
 
 
 def _figures(suite: SuiteContent, folder: Path) -> dict[str, str]:
@@ -204,12 +212,12 @@ def _cards(suite: SuiteContent) -> list[dict[str, str]]:
     gained = next((row for row in suite.differences if row["label"] == ours.get("label")), {})
     score = suite.score_name
     names = plain.get("label", "plain PPO"), ours.get("label", "SPHERE")
-    pair = f"{names[1]} − {names[0]}"
+    pair, gap = f"{names[1]} − {names[0]}", _cell(gained.get("gap"), signed=True)
     cards = [
         {"title": f"CRL {score.lower()}", "who": names[0]} | _cell(plain.get("crl")),
         {"title": f"CRL {score.lower()}", "who": names[1]} | _cell(ours.get("crl")),
         {"title": "Difference in CRL", "who": pair} | _cell(gained.get("crl"), signed=True),
-        {"title": "Difference of the RL − CRL gap", "who": pair} | _cell(gained.get("gap"), signed=True),
+        *([{"title": "Difference of the RL − CRL gap", "who": pair} | gap] if gap["value"] != MISSING else []),
         {"title": "CRL rₑ(K)", "who": names[0]} | _cell(plain.get("r_e_K")),
         {"title": "CRL rₑ(K)", "who": names[1]} | _cell(ours.get("r_e_K")),
     ]
