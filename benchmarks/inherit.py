@@ -2,10 +2,11 @@
 
     PYTHONPATH=benchmarks sphere train --plugin inherit --suite cw10 --protocol rl --tasks peg-unplug-side \
         --steps-per-task 1e6 --method inherit --inherit.policy RUN/checkpoints/task-08-window-close.pt \
-        [--inherit.log-std 0] --out OUT
+        [--inherit.log-std 0] [--inherit.parts gate] --out OUT
 
 A plugin for one question: where an agent no longer learns, is it the network that cannot, or has the policy become too
-narrow to find anything? ``log_std`` 0 gives the Gaussian the width of a fresh one and leaves the network as it is.
+narrow to find anything? ``log_std`` 0 gives the Gaussian the width of a fresh one and leaves the network as it is; with
+some ``parts`` alone the others are fresh.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class InheritConfig(MethodConfig):
 
     policy: str = ""
     """The checkpoint of a run with the same networks, such as checkpoints/task-08-window-close.pt."""
+    parts: tuple[str, ...] = ("gate", "experts", "head")
+    """Parts of the actor that are copied."""
     log_std: float | None = None
     """log σ of every action at the start; when not given that of the policy."""
 
@@ -42,6 +45,8 @@ class Inherit(Method):
         """Copy the actor into the first task's agent."""
         if task_index > 0:
             return
-        agent.actor.load_state_dict(checkpoint.load(Path(self.config.policy))["agent"]["actor"])
+        saved = checkpoint.load(Path(self.config.policy))["agent"]["actor"]
+        kept = {name: value for name, value in saved.items() if name.partition(".")[0] in self.config.parts}
+        agent.actor.load_state_dict(agent.actor.state_dict() | kept)
         if self.config.log_std is not None:
             agent.actor.head.log_std.fill_(self.config.log_std)
