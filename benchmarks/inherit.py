@@ -40,13 +40,13 @@ class Inherit(Method):
     citation = "benchmarks/inherit.py"
     Config = InheritConfig
 
-    @torch.no_grad()
     def on_task_start(self, agent: ActorCritic, task_index: int) -> None:
         """Copy the actor into the first task's agent."""
         if task_index > 0:
             return
         saved = checkpoint.load(Path(self.config.policy))["agent"]["actor"]
         kept = {name: value for name, value in saved.items() if name.partition(".")[0] in self.config.parts}
-        agent.actor.load_state_dict(agent.actor.state_dict() | kept)
+        state = agent.actor.state_dict() | kept
         if self.config.log_std is not None:
-            agent.actor.head.log_std.fill_(self.config.log_std)
+            state["head.log_std"] = torch.full_like(state["head.log_std"], self.config.log_std)
+        agent.actor.load_state_dict(state)
