@@ -69,9 +69,11 @@ def steps(scale: str) -> dict[str, Callable[[], None]]:
         action, advantage, target = (torch.randn(*shape, generator=draw) for shape in ((size, 19), (size,), (size,)))
         log_prob = -0.5 * (action.square() + log(2 * torch.pi)).sum(1)
         batch = minibatch(observation, action, torch.zeros(size, 38), log_prob, advantage, target)
-        config = override(TrainConfig(), {"method": ("sphere",), "sphere.mode": mode} if mode != "none" else {})
-        with suppress(ConfigError):  # old versions have one scale only
-            config = override(config, {"sphere.scale": scale}) if mode != "none" else config
+        config = TrainConfig()
+        if mode != "none":
+            config = override(config, {"method": ("sphere",), "sphere.mode": mode})
+            with suppress(ConfigError):  # old versions have one scale only
+                config = override(config, {"sphere.scale": scale})
         agent = agent_of(config, spaces(51, 19, False), seed=0)
         agent.set_learning_rate(0.0)  # the routing stays that of a fresh gate
 

@@ -62,10 +62,14 @@ def paced(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found, last = [], samples[0]
     for now in samples[1:]:
         if now["step"] > last["step"]:
-            pace = (now["processor"] - last["processor"]) / (now["step"] - last["step"]) * 1e4
-            found.append(now | {"pace": pace})
+            found.append(now | {"pace": pace(last, now)})
             last = now
     return found
+
+
+def pace(before: dict[str, Any], after: dict[str, Any]) -> float:
+    """Processor seconds per 10,000 steps from one sample to another."""
+    return (after["processor"] - before["processor"]) / (after["step"] - before["step"]) * 1e4
 
 
 def movement(samples: list[dict[str, Any]], name: str) -> tuple[float, float]:
@@ -81,9 +85,7 @@ def movement(samples: list[dict[str, Any]], name: str) -> tuple[float, float]:
 
 def average(rows: list[dict[str, Any]], name: str) -> float:
     """Median of a quantity, or the pace from the first to the last of these samples."""
-    if name != "pace":
-        return median(row[name] for row in rows)
-    return (rows[-1]["processor"] - rows[0]["processor"]) / (rows[-1]["step"] - rows[0]["step"]) * 1e4
+    return pace(rows[0], rows[-1]) if name == "pace" else median(row[name] for row in rows)
 
 
 def summary(samples: list[dict[str, Any]]) -> str:

@@ -20,7 +20,7 @@ from sphere_rl.config import TrainConfig, preset, task_steps, to_dict, updated
 from sphere_rl.errors import RunFolderError
 from sphere_rl.extras import require
 from sphere_rl.methods import methods
-from sphere_rl.runs import LOGS, RunFolder
+from sphere_rl.runs import LOGS, RunFolder, make_folder, write_atomic
 from sphere_rl.runs.published import PublishedRun, published_runs
 from sphere_rl.runs.records import LOG_COLUMNS
 from sphere_rl.settings import TRAINS, settings
@@ -102,19 +102,20 @@ class Results:
         """
         require("pandas", "to_pandas")
         pd: Any = import_module("pandas")
-        names = ("runs", "train", "evals", "spectra", "broken")
-        return {name: pd.DataFrame(getattr(self, name).to_dict(as_series=False)) for name in names}
+        return {name: pd.DataFrame(table.to_dict(as_series=False)) for name, table in self._by_name().items()}
 
     def write_csv(self, folder: Path | str) -> list[Path]:
         """Write the same tables as files that are named like them, lists as ``a; b``; the paths of the files."""
-        folder, names = Path(folder), ("runs", "train", "evals", "spectra", "broken")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            table: pl.DataFrame = getattr(self, name)
+        files = {Path(folder) / f"{name}.csv": table for name, table in self._by_name().items()}
+        make_folder(Path(folder))
+        for path, table in files.items():
             lists = [column for column, kind in table.schema.items() if isinstance(kind, pl.List)]
             flat = pl.col(lists).list.eval(pl.element().cast(pl.String)).list.join("; ")
-            table.with_columns(flat).write_csv(folder / f"{name}.csv")
-        return [folder / f"{name}.csv" for name in names]
+            write_atomic(path, table.with_columns(flat).write_csv().encode())
+        return [*files]
+
+    def _by_name(self) -> dict[str, pl.DataFrame]:
+        return {name: getattr(self, name) for name in ("runs", "train", "evals", "spectra", "broken")}
 
     def trained(self, run: str) -> dict[str, Any]:
         """A run's settings that tell what was trained, by name, as recorded; those it did not know are the defaults."""
