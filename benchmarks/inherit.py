@@ -2,11 +2,11 @@
 
     PYTHONPATH=benchmarks sphere train --plugin inherit --suite cw10 --protocol rl --tasks peg-unplug-side \
         --steps-per-task 1e6 --method inherit --inherit.policy RUN/checkpoints/task-08-window-close.pt \
-        [--inherit.log-std 0] [--inherit.parts gate] --out OUT
+        [--inherit.log-std 0] [--inherit.parts gate] [--inherit.output-scale 0.1] --out OUT
 
 A plugin for one question: where an agent no longer learns, is it the network that cannot, or has the policy become too
 narrow to find anything? ``log_std`` 0 gives the Gaussian the width of a fresh one and leaves the network as it is; with
-some ``parts`` alone the others are fresh.
+some ``parts`` alone the others are fresh; ``output_scale`` shrinks the mean actions and leaves features and routing.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class InheritConfig(MethodConfig):
     """Parts of the actor that are copied."""
     log_std: float | None = None
     """log σ of every action at the start; when not given that of the policy."""
+    output_scale: float = 1.0
+    """What the experts' last layer, and with it every mean action, is multiplied by."""
 
 
 class Inherit(Method):
@@ -49,4 +51,6 @@ class Inherit(Method):
         state = agent.actor.state_dict() | kept
         if self.config.log_std is not None:
             state["head.log_std"] = torch.full_like(state["head.log_std"], self.config.log_std)
+        for name in ("experts.head.weight", "experts.head.bias"):
+            state[name] = state[name] * self.config.output_scale
         agent.actor.load_state_dict(state)

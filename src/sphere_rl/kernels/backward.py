@@ -60,6 +60,8 @@ class BackwardInputs(NamedTuple):
 class BlockGradients(NamedTuple):
     """What `backpropagate` finds of each block and each of its layers."""
 
+    inputs: list[list[Tensor]]
+    """[n, in]."""
     signals: list[list[Tensor]]
     """[k, n, out]."""
     gradients: list[list[Tensor]]
@@ -82,8 +84,8 @@ def no_gradients(blocks: list[Block], mlps: list[MlpState]) -> BlockGradients:
     """What `backpropagate` fills."""
     none = mlps[0].steps[0].new_empty(0)
     depths = [len(mlps[index].steps) for index, _, _, _ in blocks]
-    signals, gradients, inner = [[[none] * depth for depth in depths] for _ in range(3)]
-    return BlockGradients(signals, gradients, inner)
+    inputs, signals, gradients, inner = [[[none] * depth for depth in depths] for _ in range(4)]
+    return BlockGradients(inputs, signals, gradients, inner)
 
 
 @scripted
@@ -123,8 +125,9 @@ def backpropagate(
         index, expert, start, end = blocks[block]
         own, weights = given[index], mlps[index].weights[expert]
         n, depth = end - start, len(weights)
-        signals = own.loss.new_zeros(k, n, own.loss.size(1))
-        signals[0].copy_(own.loss[start:end])
+        signals = own.loss[start:end].unsqueeze(0)
+        if k > 1:  # the penalty's begin at zero
+            signals = torch.cat([signals, torch.zeros_like(signals)])
         for back in range(depth):
             layer = depth - 1 - back
             out, width = weights[layer].size(0), weights[layer].size(1)
@@ -133,9 +136,9 @@ def backpropagate(
             if own.penalty[layer].numel() > 0:
                 signals[k - 1].addcmul_(own.penalty[layer][start:end], own.strength)
             if back > 0:
-                signals = torch.ops.aten.threshold_backward(signals, own.inputs[layer + 1][start:end], 0)
+                signals = torch.ops.aten.threshold_backward(signals, found.inputs[block][layer + 1], 0)
             inputs = own.inputs[layer][start:end]
-            found.signals[block][layer] = signals
+            found.inputs[block][layer], found.signals[block][layer] = inputs, signals
             if is_cheaper_later(n, k, out, width):
                 found.inner[block][layer] = _inner_of_signals(signals, inputs)
             elif apart:
@@ -178,14 +181,13 @@ def update_weights(
     chosen: list[int],
     blocks: list[Block],
     mlps: list[MlpState],
-    given: list[BackwardInputs],
     found: BlockGradients,
     factors: list[Tensor],
     adam: AdamStep,
 ) -> int:
     """Adam's step of the weights of these blocks on Σ_i factors[i] · gradient i; the biases' gradients are filled."""
     for block in chosen:
-        index, expert, start, end = blocks[block]
+        index, expert, _, _ = blocks[block]
         mlp = mlps[index]
         gradients = list(found.gradients[block])  # a copy: what is made here is freed with the block
         for back in range(len(gradients)):
@@ -195,7 +197,7 @@ def update_weights(
             if gradients[layer].numel() > 0:
                 gradients[layer] = _combined(gradients[layer], factors)
             else:
-                gradients[layer] = torch.mm(signals.t(), given[index].inputs[layer][start:end])
+                gradients[layer] = torch.mm(signals.t(), found.inputs[block][layer])
             if len(mlp.grad_weights) > 0:
                 mlp.grad_weights[layer][expert].copy_(gradients[layer])
         update_expert(mlp, expert, gradients, adam)

@@ -156,7 +156,6 @@ def backward_sweep(
 @scripted
 def update_sweep(
     network: FusedNetwork,
-    given: list[BackwardInputs],
     blocks: list[Block],
     found: BlockGradients,
     factors: list[Tensor],
@@ -172,10 +171,8 @@ def update_sweep(
     mine, others = split_rows([end - start for _, _, start, end in blocks], num_lanes)
     there: list[torch.jit.Future[int]] = []
     if len(others) > 0:
-        there.append(
-            torch.jit.fork(update_weights, others, blocks, network.mlps, given, found, factors, network.adam)  # type: ignore[reportArgumentType]
-        )
-    update_weights(mine, blocks, network.mlps, given, found, factors, network.adam)
+        there.append(torch.jit.fork(update_weights, others, blocks, network.mlps, found, factors, network.adam))  # type: ignore[reportArgumentType]
+    update_weights(mine, blocks, network.mlps, found, factors, network.adam)
     for other in there:
         torch.jit.wait(other)
     for gradient in network.of_head:

@@ -290,7 +290,7 @@ def _take_step(step: _Step) -> tuple[list[Tensor], Tensor, Tensor]:
         idle = _count_step(network, assigned.counts, rules)
         if num_lanes > 1:
             elsewhere.append(torch.jit.fork(update_idle_experts, network, idle))  # type: ignore[reportArgumentType]
-        update_sweep(network, given, blocks, swept, factors, num_lanes)
+        update_sweep(network, blocks, swept, factors, num_lanes)
         if num_lanes == 1:
             update_idle_experts(network, idle)
     statistics.append(norm)

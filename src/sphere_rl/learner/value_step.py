@@ -84,7 +84,7 @@ def _finish(step: Regression, before: Predicted, num_lanes: int) -> list[Tensor]
     count_step(network.counters)
     found = backward_sweep(network, before.given, blocks, 1, num_lanes)
     norm = inner_products(found)[0, 0].clamp(min=0.0).sqrt()
-    update_sweep(network, before.given, blocks, found, [1 / clip_scale(norm, step.max_norm)], num_lanes)
+    update_sweep(network, blocks, found, [1 / clip_scale(norm, step.max_norm)], num_lanes)
     return [before.mean_square, norm]
 
 
