@@ -1,5 +1,6 @@
 """Videos of episodes, read back frame by frame."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from PIL import Image
 from sphere_rl.cli import main
 from sphere_rl.commands.play import play, record
 from sphere_rl.config import override, preset
-from sphere_rl.errors import ConfigError
+from sphere_rl.errors import ConfigError, MissingExtraError
 from sphere_rl.protocol import start
 from sphere_rl.runs import RunFolder
 from sphere_rl.suites import make_suite
@@ -240,6 +241,16 @@ def test_no_opengl_is_said_in_one_line(tmp_path: Path, backend: str) -> None:
     assert "expected a working OpenGL library: install" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "clip.gif").exists()
+
+
+@ON_LINUX
+def test_metaworld_without_egl_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str, mode: int) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    with pytest.raises(MissingExtraError, match=r"^MetaWorld is drawn with EGL.*install libegl1 \(libEGL.so.1: cannot"):
+        make_suite("cw10").render_env("push", 0)
 
 
 def test_a_run_is_filmed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ class CommandLineError(ValueError):
 
 
 class MissingExtraError(CommandLineError, ImportError):
-    """One of the package's extras is not installed: one line that says which; the command line exits with 2."""
+    """An extra or a library of the system is not installed: one line that says which; the command line exits with 2."""
 
 
 class RunFolderError(ValueError):

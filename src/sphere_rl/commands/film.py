@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from sphere_rl.commands.play import play
-from sphere_rl.errors import ConfigError, RunFolderError
+from sphere_rl.errors import CommandLineError, ConfigError, RunFolderError
 from sphere_rl.suites.picture import Picture
 
 SMALL = Picture(240, 180)
@@ -16,6 +16,6 @@ if __name__ == "__main__":
     run, name, out = sys.argv[1:]
     try:
         play(run, out, checkpoint=name, fps=FRAMES_PER_SECOND, picture=SMALL, insist=False)
-    except (ConfigError, RunFolderError, OSError) as error:
+    except (CommandLineError, ConfigError, RunFolderError, OSError) as error:
         print(f"sphere: {error}", file=sys.stderr)
         sys.exit(2)

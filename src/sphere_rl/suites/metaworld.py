@@ -14,7 +14,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from sphere_rl.errors import ConfigError
+from sphere_rl.errors import MissingExtraError
 from sphere_rl.suites import check_task
 
 CW10 = (
@@ -119,7 +119,7 @@ class MetaWorld:
         from sphere_rl.suites.metaworld_view import load_egl
 
         # EnvPool's MuJoCo looks for OpenGL when it is loaded, and may be asked to draw later in the process.
-        with suppress(ConfigError):
+        with suppress(MissingExtraError):
             load_egl()
         import envpool  # loads a large native library: only when an environment is made
 

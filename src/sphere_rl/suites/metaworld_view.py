@@ -14,7 +14,7 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 
-from sphere_rl.errors import ConfigError
+from sphere_rl.errors import MissingExtraError
 from sphere_rl.suites.picture import Picture
 
 SCENES = Path("mujoco", "metaworld")
@@ -96,4 +96,4 @@ def load_egl() -> None:
     try:
         ctypes.CDLL("libEGL.so.1", mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
-        raise ConfigError("out", "a video", f"a machine with EGL: install libegl1 ({error})") from None
+        raise MissingExtraError(f"MetaWorld is drawn with EGL, which is not here: install libegl1 ({error})") from None
