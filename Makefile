@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-QUICK := architecture config experts methods_units networks optimizer penalty ppo ranks rollout runs statistics
+QUICK := architecture config direct experts methods_sphere methods_units networks optimizer penalty ppo ranks rollout runs statistics
 TORCH ?= torch==2.13.*
 
 .PHONY: demo test quick lint bench docs clean
@@ -12,7 +12,7 @@ demo: $(VENV)/.installed  ## train with and without SPHERE on two MetaWorld task
 test: $(VENV)/.installed-test  ## every test
 	$(BIN)/pytest -n auto --dist worksteal
 
-quick: $(VENV)/.installed-test  ## what matters to an edit, in half a minute: formulas, steps, configuration, folders
+quick: $(VENV)/.installed-test  ## what matters to an edit, in less than a minute: formulas, steps, configuration, folders
 	$(BIN)/ruff check
 	$(BIN)/pytest -q -n auto -m 'not slow' $(addprefix tests/test_,$(addsuffix .py,$(QUICK)))
 

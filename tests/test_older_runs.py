@@ -10,7 +10,7 @@ import pytest
 
 from sphere_rl import cli
 from sphere_rl.results import load_results
-from sphere_rl.runs import RunFolder
+from sphere_rl.runs import PACKAGE, RunFolder, versions
 
 OLD = Path(__file__).parent / "data" / "run-0.1"
 
@@ -44,3 +44,20 @@ def test_what_was_interrupted_goes_on_where_that_version_would(old: Path) -> Non
                 if isinstance(value, float):  # another processor rounds another way
                     value = pytest.approx(value, rel=2e-2, abs=1e-4)
                 assert after[name] == value, f"{log}: {name}"
+
+
+@pytest.mark.parametrize("version", ["0.1.0", "today"])
+def test_what_does_not_fit_says_which_version_wrote_it(
+    old: Path, version: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((old / "config.json").read_text())
+    assert record["versions"][PACKAGE] == "0.1.0"
+    record["config"]["network"]["width"] += 1
+    record["versions"] = versions() if version == "today" else record["versions"]
+    (old / "config.json").write_text(json.dumps(record))
+    status = json.loads((old / "status.json").read_text())
+    (old / "status.json").write_text(json.dumps(status | {"state": "interrupted"}))
+    assert cli.main(["resume", str(old), "--quiet"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "does not fit the run's config.json" in line
+    assert line.endswith(f"; the run is of {PACKAGE} 0.1.0") == (version != "today")

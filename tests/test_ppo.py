@@ -10,9 +10,9 @@ import torch
 from sphere_rl.config import TrainConfig, override
 from sphere_rl.errors import TrainingError
 from sphere_rl.learner.actor_critic import Spaces
+from sphere_rl.learner.feature_penalty import NO_PENALTY
 from sphere_rl.learner.losses import adapt_learning_rate, normalize, policy_loss, value_loss
 from sphere_rl.learner.minibatch import Minibatch, flatten
-from sphere_rl.learner.policy_step import NO_PENALTY
 from sphere_rl.learner.rollout import Collector, Rollout
 from sphere_rl.suites import make_suite
 from sphere_rl.training.agent import Agent

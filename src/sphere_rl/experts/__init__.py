@@ -1,5 +1,6 @@
-"""Mixtures of experts: which expert sees which sample (`routing`), layers that compute only those (`layers`), what
-turns their outputs into actions (`heads`), and the actors and critics made of them (`network`).
+"""Mixtures of experts: which expert sees which sample (`routing`), the gates that decide it (`gates`), layers that
+compute only those (`layers`), what turns their outputs into actions (`heads`), the actors and critics made of them
+(`network`) by a run's `options`, and what becomes of them where a model is traced (`tracing`).
 """
 
 from sphere_rl.experts.gates import Gate, Kind, TopK

@@ -1,4 +1,4 @@
-"""Which expert sees which sample: assignments sorted by expert, and the gates that make them of logits."""
+"""Which expert sees which sample: assignments sorted by expert, and how logits and weights become them."""
 
 from __future__ import annotations
 

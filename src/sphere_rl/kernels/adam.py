@@ -73,7 +73,7 @@ def idle_experts(
     first: list[list[Tensor]],
     second: list[list[Tensor]],
     beta2: float,
-    rest: int,
+    rest: int = REST,
 ) -> list[int]:
     """Experts without rows that do not rest: Adam still moves them.
 

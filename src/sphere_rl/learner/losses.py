@@ -95,6 +95,12 @@ def samples_of(every: Samples, index: Tensor) -> Samples:
     )
 
 
+@scriptable
+def mean_kl(statistics: list[Tensor]) -> Tensor:
+    """Of what `gaussian_loss` and `categorical_loss` give beside the loss."""
+    return statistics[1]
+
+
 @scripted
 def gaussian_loss(
     mean: Tensor, log_std: Tensor, samples: Samples, clip: float, entropy_coefficient: float

@@ -63,7 +63,7 @@ class ExpertAdam(torch.optim.Adam):
         parts, experts = self.experts_of(parameter), range(len(parameter))
         counts = [int(active is None or expert in active) for expert in experts]
         first, second = ([[part[moment]] for part in parts] for moment in (1, 2))
-        idle = idle_experts([self.idle_steps(parameter)], counts, first, second, beta2, REST)
+        idle = idle_experts([self.idle_steps(parameter)], counts, first, second, beta2)
         awake = [expert for expert in experts if counts[expert] or expert in idle]
         if len(awake) == len(parameter):
             return whole

@@ -19,13 +19,13 @@ from jaxtyping import Int
 from torch import Tensor
 
 from sphere_rl.experts.network import Actor, MoENetwork
-from sphere_rl.kernels.adam import REST, clip_scale, count_step, idle_experts
+from sphere_rl.kernels.adam import count_step, idle_experts
 from sphere_rl.kernels.backward import BackwardInputs, Block, inner_products
-from sphere_rl.kernels.gram import centred_gram, gram_gradients
 from sphere_rl.kernels.mixture import MixturePass, mixed_output, mixture_pass
 from sphere_rl.kernels.routing import Assignments, Gating, blocks_of
 from sphere_rl.kernels.script import SCRIPTED, scripted
 from sphere_rl.kernels.threads import begin, lanes
+from sphere_rl.learner.feature_penalty import FeaturePenalty, Penalty, penalty_of, step_factors, strength_of
 from sphere_rl.learner.fused import (
     FusedNetwork,
     backward_sweep,
@@ -34,7 +34,14 @@ from sphere_rl.learner.fused import (
     update_sweep,
     with_rate,
 )
-from sphere_rl.learner.losses import Samples, adapt_learning_rate, categorical_loss, gaussian_loss, samples_of
+from sphere_rl.learner.losses import (
+    Samples,
+    adapt_learning_rate,
+    categorical_loss,
+    gaussian_loss,
+    mean_kl,
+    samples_of,
+)
 from sphere_rl.learner.optimizer import ExpertAdam
 from sphere_rl.learner.value_step import (
     Predicted,
@@ -44,26 +51,6 @@ from sphere_rl.learner.value_step import (
     predict,
     regression_step,
 )
-
-
-class FeaturePenalty(NamedTuple):
-    """How far the Grams of some hidden layers are from isotropic, summed, and how that joins the loss."""
-
-    layers: list[bool]
-    """Of each hidden layer of the experts, whether its Gram is penalised; empty: there is no penalty."""
-    mode: str
-    """What it is multiplied by. ``fixed``: share. ``loss``: share · |loss| / penalty. ``grad``: share · ‖g‖ / ‖g_p‖,
-    with g and g_p the gradients of loss and penalty.
-    """
-    share: float
-    pcgrad: bool
-    """Mode grad: take from g_p first what opposes g."""
-    free: bool
-    """The scale-free penalty, not the literal one."""
-
-
-NO_PENALTY = FeaturePenalty([], "fixed", 0.0, pcgrad=False, free=False)
-"""Where no method has one."""
 
 
 class Rules(NamedTuple):
@@ -80,8 +67,6 @@ class Rules(NamedTuple):
     """Rates that it stays between."""
     max_kl: float = 0.0
     """A minibatch whose mean KL [nats] is above this is the last, and the actor takes no step on it; 0: none is."""
-    rest: int = REST
-    """Steps without rows after which Adam leaves an expert alone."""
 
 
 class StepResults(NamedTuple):
@@ -109,16 +94,6 @@ class _Step(NamedTuple):
     spec: FeaturePenalty
     num_lanes: int
     regressions: list[Regression]
-
-
-class _Penalty(NamedTuple):
-    """The penalties of all penalised layers, summed, and their derivatives."""
-
-    value: Tensor
-    of_gate: Tensor
-    """For the routing weights of the experts' rows [M]."""
-    of_layers: list[Tensor]
-    """For what each layer puts out [M, H]; empty where zero."""
 
 
 def has_fused_step(network: MoENetwork) -> bool:
@@ -151,48 +126,6 @@ def policy_steps(
 
 
 @scripted
-def _penalty(features: list[Tensor], found: Assignments, spec: FeaturePenalty) -> _Penalty:
-    """The penalty of hidden layers with these features [M, H]."""
-    total, of_gate = found.gate.new_zeros([]), torch.zeros_like(found.gate)
-    of_layers = [found.gate.new_empty(0)] * (len(features) + 1)
-    n, experts, blocks = found.weights.size(0), found.weights.size(1), blocks_of(found.counts)
-    for layer in range(len(spec.layers)):
-        if spec.layers[layer]:
-            gram = centred_gram(features[layer], found.gate, found.sample, blocks, n, experts, spec.free)
-            of_values, of_weights = gram_gradients(found.gate, found.sample, blocks, gram)
-            total, of_layers[layer] = total + gram.penalty, of_values
-            of_gate += of_weights
-    return _Penalty(total, of_gate, of_layers)
-
-
-@scripted
-def _factors(products: Tensor, spec: FeaturePenalty, max_norm: float) -> tuple[Tensor, list[Tensor], Tensor]:
-    """How the gradients g of the loss and g_p of the penalty add up to a step's, from their inner products [k, k].
-
-    In mode grad k is 2. With ``pcgrad``, c = min(0, ⟨g, g_p⟩) / ‖g‖² is taken from g_p first, else c = 0:
-
-        s = share · ‖g‖ / ‖g_p − c g‖,   step = (1 − s c) g + s g_p,
-        ‖step‖² = (1 − s c)² ‖g‖² + 2 s (1 − s c) ⟨g, g_p⟩ + s² ‖g_p‖²,
-
-    In the other modes k is 1, and g holds both. Gives ‖step‖; what each gradient is multiplied by so that the step is
-    no longer than ``max_norm``; and s.
-    """
-    of_loss, cross, of_penalty = products[0, 0], products[0, -1], products[-1, -1]
-    kept, strength, square = torch.ones_like(cross), torch.zeros_like(cross), of_loss
-    if spec.mode == "grad":
-        along = torch.zeros_like(cross)
-        if spec.pcgrad:
-            along = cross.clamp(max=0.0) / (of_loss + 1e-8)
-        rest = of_penalty - along * (2 * cross - along * of_loss)
-        strength = spec.share * of_loss.sqrt() / (rest.clamp(min=0.0).sqrt() + 1e-8)
-        kept = 1 - strength * along
-        square = kept * (kept * of_loss + 2 * strength * cross) + strength.square() * of_penalty
-    norm = square.clamp(min=0.0).sqrt()
-    scale = clip_scale(norm, max_norm)
-    return norm, [kept / scale, strength / scale][: products.size(0)], strength
-
-
-@scripted
 def _logits_gradient(found: Assignments, gating: Gating, grad_gate: Tensor) -> Tensor:
     """From ∂/∂(routing weight of each row) [M] to ∂/∂logits [N, R], through the softmax of the selected ones."""
     grad, experts = torch.zeros_like(found.weights), found.weights.size(1)
@@ -218,18 +151,8 @@ def _loss(
 
 
 @scripted
-def _strength(penalty: Tensor, loss: Tensor, spec: FeaturePenalty) -> Tensor:
-    """What the penalty is multiplied by before the sweeps; in mode grad that has to wait for both norms."""
-    if spec.mode == "grad":
-        return torch.ones_like(loss)
-    if spec.mode == "loss":
-        return spec.share * loss.abs() / (penalty + 1e-8)
-    return torch.full_like(loss, spec.share)
-
-
-@scripted
 def _backward_inputs(
-    found: MixturePass, gating: Gating, of_rows: Tensor, penalty: _Penalty, spec: FeaturePenalty, strength: Tensor
+    found: MixturePass, gating: Gating, of_rows: Tensor, penalty: Penalty, spec: FeaturePenalty, strength: Tensor
 ) -> tuple[list[BackwardInputs], list[Block]]:
     """What both sweeps read of the experts and the gate, and the blocks of their rows; ``of_rows`` as of `_loss`."""
     assigned = found.assigned
@@ -253,11 +176,11 @@ def _stops(kl: Tensor, rules: Rules) -> bool:
 
 
 @scripted
-def _count_step(network: FusedNetwork, counts: list[int], rules: Rules) -> list[int]:
+def _count_step(network: FusedNetwork, counts: list[int]) -> list[int]:
     """Count a step of all parameters; the experts without rows that Adam still moves."""
     count_step(network.counters)
     mlp = network.mlps[0]
-    return idle_experts(network.idle, counts, mlp.first, mlp.second, network.adam.beta2, rules.rest)
+    return idle_experts(network.idle, counts, mlp.first, mlp.second, network.adam.beta2)
 
 
 @scripted
@@ -265,7 +188,7 @@ def _take_step(step: _Step) -> tuple[list[Tensor], Tensor, Tensor]:
     """Statistics, the penalty, and what it was multiplied by."""
     network, gating, samples, rules, spec, num_lanes, regressions = step
     predicted: list[torch.jit.Future[Predicted]] = []
-    begun: list[torch.jit.Future[_Penalty]] = []
+    begun: list[torch.jit.Future[Penalty]] = []
     elsewhere: list[torch.jit.Future[list[Tensor]]] = []
     if num_lanes > 1:  # beside the gate
         for regression in regressions:
@@ -274,20 +197,20 @@ def _take_step(step: _Step) -> tuple[list[Tensor], Tensor, Tensor]:
     assigned = found.assigned
     if num_lanes > 1:  # beside the loss
         if any(spec.layers):
-            begun.append(torch.jit.fork(_penalty, found.experts[1:-1], assigned, spec))  # type: ignore[reportArgumentType]
+            begun.append(torch.jit.fork(penalty_of, found.experts[1:-1], assigned, spec))  # type: ignore[reportArgumentType]
         for regression, before in zip(regressions, predicted):  # noqa: B905
             elsewhere.append(torch.jit.fork(finish_regression, regression, before))  # type: ignore[reportArgumentType]
     loss, statistics, of_rows = _loss(network, found, samples, rules)
-    penalty = torch.jit.wait(begun[0]) if len(begun) > 0 else _penalty(found.experts[1:-1], assigned, spec)
-    strength = _strength(penalty.value, loss, spec)
+    penalty = torch.jit.wait(begun[0]) if len(begun) > 0 else penalty_of(found.experts[1:-1], assigned, spec)
+    strength = strength_of(penalty.value, loss, spec)
     given, blocks = _backward_inputs(found, gating, of_rows, penalty, spec, strength)
     swept = backward_sweep(network, given, blocks, 2 if spec.mode == "grad" else 1, num_lanes)
     products = inner_products(swept)
     for gradient in network.of_head:
         products[0, 0].add_(gradient.square().sum())
-    norm, factors, relative = _factors(products, spec, rules.max_norm)
-    if not _stops(statistics[1], rules):
-        idle = _count_step(network, assigned.counts, rules)
+    norm, factors, relative = step_factors(products, spec, rules.max_norm)
+    if not _stops(mean_kl(statistics), rules):
+        idle = _count_step(network, assigned.counts)
         if num_lanes > 1:
             elsewhere.append(torch.jit.fork(update_idle_experts, network, idle))  # type: ignore[reportArgumentType]
         update_sweep(network, blocks, swept, factors, num_lanes)
@@ -314,10 +237,10 @@ def _take_steps(step: _Step, order: list[Tensor]) -> tuple[StepResults, list[lis
         part = _Step(network, step.gating, samples, rules, step.spec, step.num_lanes, regressions)
         statistics, penalty, strength = _take_step(part)
         each.append(torch.stack(statistics))
-        if _stops(statistics[1], rules):
+        if _stops(mean_kl(statistics), rules):
             break
         if rules.kl_target > 0:
-            rate = adapt_learning_rate(rate, float(statistics[1]), rules.kl_target, rules.rate_bounds)
+            rate = adapt_learning_rate(rate, float(mean_kl(statistics)), rules.kl_target, rules.rate_bounds)
     return StepResults(torch.stack(each), penalty, strength, rate), step.network.idle
 
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts.network import Actor, Trace
 from sphere_rl.learner.actor_critic import ActorCritic, Settings
+from sphere_rl.learner.feature_penalty import FeaturePenalty
 from sphere_rl.learner.minibatch import Minibatch
-from sphere_rl.learner.policy_step import FeaturePenalty, StepResults
+from sphere_rl.learner.policy_step import StepResults
 from sphere_rl.learner.rollout import Rollout
 
 

@@ -30,13 +30,13 @@ from sphere_rl.experts.network import Actor, Trace
 from sphere_rl.kernels.gradients import GradientStore, add_scaled_, total_norm
 from sphere_rl.kernels.threads import beside
 from sphere_rl.learner.actor_critic import ActorCritic
-from sphere_rl.learner.policy_step import FeaturePenalty, StepResults
+from sphere_rl.learner.feature_penalty import FeaturePenalty, conflict, share_of_loss, share_of_norm
+from sphere_rl.learner.policy_step import StepResults
 from sphere_rl.learner.rollout import Rollout
 from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
 from sphere_rl.penalty import Scale, gate_penalty, sphere_penalty
 from sphere_rl.spectrum.ranks import effective_rank
 
-EPSILON = 1e-8
 STRENGTH: dict[Scale, float] = {"literal": 1e-3, "free": 0.1}
 """Default λ of mode fixed."""
 
@@ -133,7 +133,7 @@ class Sphere(Method):
         penalty = self.penalty(step.trace)
         strength: float | Tensor = factor * self.config.fixed_strength
         if self.config.mode == "loss":
-            strength = factor * self.config.rho * step.loss.detach().abs() / (penalty.detach() + EPSILON)
+            strength = share_of_loss(factor * self.config.rho, step.loss.detach(), penalty.detach())
         self._metrics = {"sphere_penalty": penalty.detach(), "sphere_strength": strength}
         return strength * penalty
 
@@ -147,7 +147,7 @@ class Sphere(Method):
         if self.config.pcgrad:
             own = project_conflict(own, gradients)
             own_norm = total_norm(own)
-        scale = self._schedule.factor * self.config.rho * norm / (own_norm + EPSILON)
+        scale = share_of_norm(self._schedule.factor * self.config.rho, norm, own_norm)
         self._metrics = {"sphere_penalty": penalty, "sphere_strength": scale}
         # In place: both lists are this minibatch's own, and copies of the whole network cost a millisecond.
         add_scaled_(gradients, own, scale)
@@ -268,5 +268,5 @@ def backpropagated_signals(trace: Trace, layer: RoutedFeatures) -> Tensor:
 def project_conflict(own: list[Tensor], other: list[Tensor]) -> list[Tensor]:
     """PCGrad (Yu et al. 2020): where ⟨own, other⟩ < 0, remove own's component along other."""
     dot = torch.stack([(a * b).sum() for a, b in zip(own, other, strict=True)]).sum()
-    share = dot.clamp(max=0) / (total_norm(other).square() + EPSILON)
+    share = conflict(dot, total_norm(other).square())
     return [a - share * b for a, b in zip(own, other, strict=True)]

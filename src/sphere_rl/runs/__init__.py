@@ -286,10 +286,14 @@ class Logs:
                 file.close()
 
 
+PACKAGE = "sphere-rl"
+"""This one's name where versions are kept."""
+
+
 def versions() -> dict[str, str]:
     """Versions of what the numbers of a run depend on."""
     found = {}
-    for name in ("sphere-rl", "torch", "numpy", "gymnasium", "envpool", "mujoco"):
+    for name in (PACKAGE, "torch", "numpy", "gymnasium", "envpool", "mujoco"):
         with suppress(PackageNotFoundError):  # of a suite that is not in use
             found[name] = version(name)
     return found

@@ -12,14 +12,14 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sphere_rl.errors import RunFolderError, described
-from sphere_rl.runs import RunFolder, write_atomic, written
+from sphere_rl.runs import PACKAGE, RunFolder, versions, write_atomic, written
 from sphere_rl.runs.records import content as read_content
 
 KEPT = 2
@@ -66,8 +66,17 @@ def fitting(path: Path) -> Iterator[None]:
     except RunFolderError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = described(error, longest=200)
-        raise RunFolderError(f"{path}: does not fit the run's config.json ({reason})") from None
+        reason = f"{described(error, longest=200)}){_of_another_version(path)}"
+        raise RunFolderError(f"{path}: does not fit the run's config.json ({reason}") from None
+
+
+def _of_another_version(path: Path) -> str:
+    """What to add of a run that another version of this package began, by its ``config.json``."""
+    with suppress(RunFolderError):
+        began = RunFolder(path.parents[1]).record()["versions"].get(PACKAGE)
+        if began not in (None, versions().get(PACKAGE)):
+            return f"; the run is of {PACKAGE} {began}"
+    return ""
 
 
 def save_run(folder: RunFolder, global_step: int, state: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from sphere_rl.experts.heads import CategoricalHead, GaussianHead
 from sphere_rl.kernels.adam import clip_scale
 from sphere_rl.kernels.gradients import scale_, total_norm
 from sphere_rl.kernels.threads import beside
+from sphere_rl.learner.feature_penalty import NO_PENALTY, FeaturePenalty
 from sphere_rl.learner.losses import (
     Samples,
     adapt_learning_rate,
@@ -30,7 +31,7 @@ from sphere_rl.learner.losses import (
 )
 from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.learner.optimizer import ExpertAdam
-from sphere_rl.learner.policy_step import NO_PENALTY, FeaturePenalty, Rules, has_fused_step, policy_steps
+from sphere_rl.learner.policy_step import Rules, has_fused_step, policy_steps
 from sphere_rl.learner.value_step import Regression, begin_regression, regression
 from sphere_rl.methods import ActorStep, Method
 from sphere_rl.training.agent import Agent
