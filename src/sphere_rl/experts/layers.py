@@ -22,6 +22,10 @@ from sphere_rl.kernels.mlp import expert_chain
 from sphere_rl.penalty import Scale, sphere_penalty
 
 
+SETTLING = 15
+"""Power iterations that find the spectral norm of weights that are new."""
+
+
 def drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Normal numbers from ``generator``, on PyTorch's default device, whichever the generator's is."""
     return torch.randn(shape, generator=generator, device=generator.device).to(torch.get_default_device())
@@ -79,9 +83,9 @@ class GroupedLinear(nn.Module):
         sigma = torch.einsum("eo,eoi,ei->e", self.u.clone(), self.weight, self.v.clone())
         return self.weight / sigma[:, None, None]
 
-    def settle_norm(self, iterations: int = 15) -> None:
+    def settle_norm(self) -> None:
         """Find σ of weights that are new: experience is collected with them before the first training pass."""
-        for _ in range(iterations if self.spectral_norm else 0):
+        for _ in range(SETTLING if self.spectral_norm else 0):
             self._power_iteration()
 
     @torch.no_grad()

@@ -102,7 +102,7 @@ def coordinates(features: Float[ndarray, "N m"]) -> Float[ndarray, "N N"]:
     return (u * squares.clamp(min=0).sqrt()).flip(1).numpy()
 
 
-def embed(features: Float[ndarray, "N m"], seed: int = 0) -> Float[ndarray, "N 2"]:
+def embed(features: Float[ndarray, "N m"]) -> Float[ndarray, "N 2"]:
     """t-SNE of weighted features in two dimensions (van der Maaten & Hinton 2008), started from their principal axes.
 
     Raises ImportError without scikit-learn. Features that are all equal stay one point.
@@ -116,7 +116,7 @@ def embed(features: Float[ndarray, "N m"], seed: int = 0) -> Float[ndarray, "N 2
     start = 1e-4 * states[:, :2] / states[:, 0].std()
     perplexity = min(30.0, (len(features) - 1) / 3)
     with threadpool_limits(1):  # for a few hundred states more threads only spin
-        model = TSNE(perplexity=perplexity, init=start.astype(np.float32), random_state=seed, max_iter=ITERATIONS)
+        model = TSNE(perplexity=perplexity, init=start.astype(np.float32), random_state=0, max_iter=ITERATIONS)
         return model.fit_transform(states.astype(np.float32))
 
 
@@ -126,9 +126,9 @@ def embedding(snapshot: Snapshot) -> tuple[Float[ndarray, "N 2"], Int[ndarray, "
     return embed(snapshot.features), dominant_direction(snapshot.features)
 
 
-def ellipsoid(semi_axes: Float[ndarray, "3"], points: int = 21) -> tuple[ndarray, ndarray, ndarray]:
+def ellipsoid(semi_axes: Float[ndarray, "3"]) -> tuple[ndarray, ndarray, ndarray]:
     """Surface of an ellipsoid, longest axis first: x, y and z on a grid."""
     # from the south pole up: so the faces' normals point outwards, towards the light
-    azimuth, height = np.meshgrid(np.linspace(0, 2 * np.pi, points), np.linspace(np.pi, 0, points))
+    azimuth, height = np.meshgrid(np.linspace(0, 2 * np.pi, 21), np.linspace(np.pi, 0, 21))
     sphere = np.cos(azimuth) * np.sin(height), np.sin(azimuth) * np.sin(height), np.cos(height)
     return tuple(axis * side for axis, side in zip(semi_axes, sphere, strict=True))  # type: ignore[return-value]

@@ -26,10 +26,10 @@ class MetaWorldView(gymnasium.Env):
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012
 
-    def __init__(self, environment_id: str, seed: int, picture: Picture | None = None) -> None:
+    def __init__(self, environment_id: str, seed: int) -> None:
         load_egl()
         self._id, self._seed, self._scenes = environment_id, seed, TemporaryDirectory(prefix="sphere-")
-        self._pool = self._make(picture or Picture())
+        self._pool = self._make(Picture())
         self.observation_space, self.action_space = self._pool.observation_space, self._pool.action_space
         self.render_mode = "rgb_array"
         self.spec = EnvSpec(environment_id, max_episode_steps=self._pool.config["max_episode_steps"])
