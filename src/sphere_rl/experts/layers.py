@@ -21,7 +21,6 @@ from sphere_rl.kernels.mixture import Layers
 from sphere_rl.kernels.mlp import expert_chain
 from sphere_rl.penalty import Scale, sphere_penalty
 
-
 SETTLING = 15
 """Power iterations that find the spectral norm of weights that are new."""
 
