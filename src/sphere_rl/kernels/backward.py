@@ -50,7 +50,7 @@ class BackwardInputs(NamedTuple):
     inputs: list[Tensor]
     """Of each layer, its inputs [M, in]."""
     loss: Tensor
-    """∂loss/∂(output of the last layer) [M, out]."""
+    """∂loss/∂(output of the last layer) [M, out]; its memory is used up: with k = 1 its rows are the first signals."""
     penalty: list[Tensor]
     """Of each layer, ∂penalty/∂(what it puts out, hidden ones after their ReLU) [M, out]; empty where zero."""
     strength: Tensor
