@@ -4,8 +4,8 @@
     python benchmarks/beside.py /tmp/other/src --rounds 17 --pairs 5
 
 Each version has a process of its own, and the two take turns, eight minibatches each time; shapes are those of the H1.
-Where a process has its memory makes it some percent faster or slower for as long as it lives, so ``--pairs`` measures with
-several: one version beside itself tells what that is worth.
+Where a process has its memory makes it some percent faster or slower for as long as it lives, so ``--pairs`` measures
+with several: one version beside itself tells what that is worth.
 Names that have moved since are found where they were. Both compute the literal penalty, the only one of old versions;
 ``--scale free`` gives this version the scale-free one.
 """
