@@ -14,6 +14,7 @@ import torch
 from measure import markdown
 
 from sphere_rl.runs import RunFolder, checkpoint
+from sphere_rl.spectrum.plasticity import root_mean_square
 from sphere_rl.training.diagnosis import collecting
 from sphere_rl.training.policies import read_policy
 from sphere_rl.training.probe import probe_batch
@@ -30,7 +31,7 @@ def beginnings(folder: RunFolder) -> dict[str, str]:
         states = policy.normalize(torch.as_tensor(probe_batch(config, task)))
         with collecting(policy), torch.no_grad():
             mean = policy.actor.trace(states).output
-        found[task] = f"{mean.square().mean().sqrt().item():.2f}, {(mean.abs() > 1).float().mean().item():.0%}"
+        found[task] = f"{root_mean_square([mean]):.2f}, {(mean.abs() > 1).float().mean().item():.0%}"
     return found
 
 

@@ -21,6 +21,12 @@ from sphere_rl.results import Results, load_results
 NAMES = {"none": "plain PPO", "sphere_free": "SPHERE, scale-free", "sphere_literal": "SPHERE, the authors' default"}
 
 
+def ranks(spectra: pl.DataFrame) -> str:
+    """Mean r_e(K) of these measurements on the policy's own states and on the fixed ones."""
+    found = [spectra.filter(pl.col("batch") == batch)["r_e_K"].mean() for batch in ("rollout", "probe")]
+    return ", ".join(f"{rank:.1f}" for rank in found)
+
+
 def rows(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
     """Head and rows: of each task that a run has finished, success at its end with the return in brackets, and the mean
     of r_e(K) within it on the policy's own states and on the fixed probe states.
@@ -36,12 +42,8 @@ def rows(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
             if not final.height:
                 cells += ["–", "–"]
                 continue
-            ranks = [
-                results.spectra.filter(here & (pl.col("batch") == batch))["r_e_K"].mean()
-                for batch in ("rollout", "probe")
-            ]
             cells.append(f"{final['success_final'][0]:.2f} ({final['mean_return'][0]:.0f})")
-            cells.append(", ".join(f"{rank:.1f}" for rank in ranks))
+            cells.append(ranks(results.spectra.filter(here)))
         if set(cells) != {"–"}:
             table.append((task, *cells))
     names = [f"`{method}`, seed {seed}" for method, seed in runs.select("method", "seed").rows()]

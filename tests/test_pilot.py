@@ -59,19 +59,16 @@ def test_so_has_the_inherited_tenth_task() -> None:
     for run, label in results.runs.select("run", "method").rows():
         ends = results.evals.filter(pl.col("run") == run, pl.col("task_step") >= 500_000).sort("task_step")
         returns = [f"{ends['mean_return'][place]:.0f}" for place in (0, -1)]
-        own, fixed = (
-            results.spectra.filter(pl.col("run") == run, pl.col("batch") == batch).sort("global_step")
-            for batch in ("rollout", "probe")
-        )
+        spectra = results.spectra.filter(pl.col("run") == run).sort("global_step")
+        own = spectra.filter(pl.col("batch") == "rollout")
         (row,) = [line for line in page.splitlines() if line.startswith("|") and f"(`{label}`)" in line]
         cells = [cell.strip(" *") for cell in row.split("|")[3:-1]]
         gate, size = (
             [f"{own[column][place]:.{digits}f}" for place in (0, -1)]
             for column, digits in (("gate_entropy", 2), ("output_size", 1))
         )
-        ranks = [f"{table['r_e_K'].mean():.1f}" for table in (own, fixed)]
         success = f"{ends['success_final'][-1]:.2f}"
-        assert cells == [*(", ".join(each) for each in (ranks, gate, size, returns)), success]
+        assert cells == [claim.ranks(spectra), *(", ".join(each) for each in (gate, size, returns)), success]
 
 
 def several(values: list[float], digits: int) -> str:

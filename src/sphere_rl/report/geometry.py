@@ -126,9 +126,13 @@ def embedding(snapshot: Snapshot) -> tuple[Float[ndarray, "N 2"], Int[ndarray, "
     return embed(snapshot.features), dominant_direction(snapshot.features)
 
 
+POINTS = 21
+"""Of an ellipsoid's grid, along each of its two angles."""
+
+
 def ellipsoid(semi_axes: Float[ndarray, "3"]) -> tuple[ndarray, ndarray, ndarray]:
     """Surface of an ellipsoid, longest axis first: x, y and z on a grid."""
     # from the south pole up: so the faces' normals point outwards, towards the light
-    azimuth, height = np.meshgrid(np.linspace(0, 2 * np.pi, 21), np.linspace(np.pi, 0, 21))
+    azimuth, height = np.meshgrid(np.linspace(0, 2 * np.pi, POINTS), np.linspace(np.pi, 0, POINTS))
     sphere = np.cos(azimuth) * np.sin(height), np.sin(azimuth) * np.sin(height), np.cos(height)
     return tuple(axis * side for axis, side in zip(semi_axes, sphere, strict=True))  # type: ignore[return-value]

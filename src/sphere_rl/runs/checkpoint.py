@@ -66,8 +66,8 @@ def fitting(path: Path) -> Iterator[None]:
     except RunFolderError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{described(error, longest=200)}){_of_another_version(path)}"
-        raise RunFolderError(f"{path}: does not fit the run's config.json ({reason}") from None
+        reason, origin = described(error, longest=200), _of_another_version(path)
+        raise RunFolderError(f"{path}: does not fit the run's config.json ({reason}){origin}") from None
 
 
 def _of_another_version(path: Path) -> str:
