@@ -16,7 +16,7 @@ from measure import markdown
 from sphere_rl.results import Results, load_results
 
 HEAD = (
-    "arm",
+    "arm, seed",
     "longest features, hammer",
     "r_e(K), push-wall",
     "return, hammer",
@@ -26,16 +26,17 @@ HEAD = (
 
 
 def rows(results: Results) -> list[tuple[str, ...]]:
-    """Of each arm, on the policy's own states: feature_norm, r_e(K); and the returns of its evaluations."""
+    """Of each run, on the policy's own states: feature_norm, r_e(K); and the returns of its evaluations."""
     found = []
-    for name in sorted(results.runs.filter(pl.col("state") == "finished")["method"]):
-        own = results.spectra.filter((pl.col("method") == name) & (pl.col("batch") == "rollout"))
-        evals = results.evals.filter(pl.col("method") == name)
+    runs = results.runs.filter(pl.col("state") == "finished").sort("method", "seed")
+    for run, name, seed in runs.select("run", "method", "seed").rows():
+        own = results.spectra.filter((pl.col("run") == run) & (pl.col("batch") == "rollout"))
+        evals = results.evals.filter(pl.col("run") == run)
         final = evals.filter(pl.col("phase") == "final").sort("task_index")["mean_return"].to_list()
         training = evals.filter((pl.col("phase") == "train") & (pl.col("task_index") == 1))["mean_return"]
         longest = own.filter(pl.col("task_index") == 0)["feature_norm"].max()
         rank = own.filter(pl.col("task_index") == 1)["r_e_K"].mean()
-        row = (name, f"{longest:.1f}", f"{rank:.1f}", f"{final[0]:.0f}")
+        row = (f"{name}, {seed}", f"{longest:.1f}", f"{rank:.1f}", f"{final[0]:.0f}")
         found.append((*row, ", ".join(f"{value:.0f}" for value in training), f"{final[1]:.0f}"))
     return found
 

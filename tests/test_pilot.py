@@ -42,10 +42,15 @@ def test_the_page_has_the_numbers_of_the_published_runs() -> None:
 def test_so_have_the_runs_without_signal() -> None:
     rows = silent.rows(load_results(RESULTS / "silent"))
     page = (RESULTS / "index.md").read_text()
-    assert [row[0] for row in rows] == ["free_grad_003", "free_grad_01", "literal_loss_005", "none"]
+    assert [row[0] for row in rows] == [
+        f"{arm}, {seed}"
+        for arm, seeds in {"free_grad_003": 3, "free_grad_01": 1, "literal_loss_005": 3, "none": 3}.items()
+        for seed in range(seeds)
+    ]
     assert all("| " + " | ".join(row) + " |" in page for row in rows)
     ends = {row[0]: float(row[-1]) for row in rows}
-    assert ends["free_grad_01"] < ends["none"] < ends["free_grad_003"]
+    assert ends["free_grad_01, 0"] < ends["none, 0"] < ends["free_grad_003, 0"]
+    assert all(ends[f"free_grad_003, {seed}"] < ends[f"none, {seed}"] for seed in (1, 2))
 
 
 def test_so_have_the_ten_tasks() -> None:
