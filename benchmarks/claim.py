@@ -1,4 +1,4 @@
-"""Table of the claim's runs as far as they are, and a picture of those that are finished; see benchmarks/claim.toml.
+"""Tables of the claim's runs, by task as far as they are and by arm, and a picture of the finished; see claim.toml.
 
 python benchmarks/claim.py docs/results/cw10 [docs/media/ten-tasks.png]
 """
@@ -13,12 +13,15 @@ import polars as pl
 from matplotlib.figure import Figure
 from measure import markdown
 
+from sphere_rl import statistics
 from sphere_rl.report.appearance import COLORS, LINES, MARKERS, drawing
 from sphere_rl.report.axes import mark_tasks
 from sphere_rl.report.curves import curves
 from sphere_rl.results import Results, load_results
 
 NAMES = {"none": "plain PPO", "sphere_free": "SPHERE, scale-free", "sphere_literal": "SPHERE, the authors' default"}
+LEARNED = ("push-wall", "faucet-close", "handle-press-side", "push", "window-close", "peg-unplug-side")
+"""Tasks that plain PPO learns alone: success of half the episodes or more at the end; see docs/results/alone.md."""
 
 
 def ranks(spectra: pl.DataFrame) -> str:
@@ -48,6 +51,38 @@ def rows(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
             table.append((task, *cells))
     names = [f"`{method}`, seed {seed}" for method, seed in runs.select("method", "seed").rows()]
     return ["task", *(text for name in names for text in (name, "r_e(K): own, fixed"))], table
+
+
+def arms(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Head and rows: of each arm over all ten tasks, and over those that are learned alone, success at the tasks' ends
+    (each seed, mean and interquartile mean), its difference to plain PPO's, paired by seed and task, the probability
+    that it is above (Agarwal et al. 2021), success after the last task, and r_e(K). Seeds that have finished all tasks.
+    """
+    tasks = results.tasks["cw10"]
+    scored = (statistics.final_scores, statistics.retention_scores)
+    crl = pl.col("protocol") == "crl"
+    table = []
+    for part, among in (("all ten", tasks), ("learned alone", LEARNED)):
+        places = [tasks.index(task) for task in among]
+        plain = pl.DataFrame()
+        for method, name in NAMES.items():
+            of = crl & (pl.col("method") == method)
+            ends, kept = (scores(results.evals.filter(of), tasks) for scores in scored)
+            plain = ends if method == "none" else plain
+            final, last = (statistics.complete(statistics.matrix(each, places)) for each in (ends, kept))
+            gain = statistics.matrix(statistics.paired_scores(ends, plain), places)
+            better = statistics.improvement(final, statistics.matrix(plain, places), "crl")
+            compared = [statistics.estimate(gain, "crl"), better] if method != "none" else ["", ""]
+            means = (statistics.estimate(final, "crl", by) for by in (statistics.mean, statistics.iqm))
+            finished = results.runs.filter(of, pl.col("state") == "finished").sort("seed")["run"]
+            spectra = results.spectra.filter(pl.col("task").is_in(among))
+            kernel = "; ".join(ranks(spectra.filter(pl.col("run") == run)) for run in finished)
+            seeds = ", ".join(f"{score:.2f}" for score in final.mean(1))
+            cells = (seeds, *means, *compared, statistics.estimate(last, "crl"), kernel)
+            table.append((name, part, *(str(cell).replace("-", "−") for cell in cells)))
+    head = ["arm", "tasks", "each seed", "mean", "IQM", "above plain PPO", "P(above)", "after the last task",
+            "r_e(K): own, fixed; each seed"]  # fmt: skip
+    return head, table
 
 
 def picture(results: Results) -> Figure:
@@ -88,7 +123,7 @@ def picture(results: Results) -> Figure:
 def main() -> None:
     folder, *out = map(Path, sys.argv[1:])
     results = load_results(folder)
-    print(markdown(*rows(results)))
+    print(markdown(*rows(results)), markdown(*arms(results)), sep="\n\n")
     for path in out:
         with drawing():
             picture(results).savefig(path, dpi=160)

@@ -54,9 +54,26 @@ def test_so_have_the_runs_without_signal() -> None:
 
 
 def test_so_have_the_ten_tasks() -> None:
-    head, rows = claim.rows(load_results(RESULTS / "cw10"))
-    page = (RESULTS / "index.md").read_text()
-    assert all("| " + " | ".join(row) + " |" in page for row in (head, *rows))
+    results, page = load_results(RESULTS / "cw10"), (RESULTS / "index.md").read_text()
+    for head, rows in (claim.rows(results), claim.arms(results)):
+        assert all("| " + " | ".join(row) + " |" in page for row in (head, *rows))
+
+
+def test_the_arms_of_the_ten_tasks_by_hand() -> None:
+    ends = load_results(RESULTS / "cw10").evals.filter(pl.col("phase") == "final", pl.col("seed") == 0)
+    score = {(method, task): end for method, task, end in ends.select("method", "task", "success_final").rows()}
+    _, rows = claim.arms(load_results(RESULTS / "cw10"))
+    tasks = {"all ten": ends["task"].unique().to_list(), "learned alone": list(claim.LEARNED)}
+    for (name, part, seeds, *_), method in zip(rows, [*claim.NAMES] * 2, strict=True):
+        mean = sum(score[method, task] for task in tasks[part]) / len(tasks[part])
+        assert (name, seeds.split(", ")[0]) == (claim.NAMES[method], f"{mean:.2f}")
+
+
+def test_tasks_learned_alone() -> None:
+    runs = load_results(RESULTS / "alone").evals.filter(pl.col("run").str.contains("-raw-"))
+    older = (pl.read_ndjson(path) for path in sorted((RESULTS / "topk").glob("*-eval.jsonl")))
+    ends = pl.concat([runs, *older], how="diagonal_relaxed").filter(pl.col("phase") == "final")
+    assert sorted(ends.filter(pl.col("success_final") >= 0.5)["task"]) == sorted(claim.LEARNED)
 
 
 def test_so_has_the_inherited_tenth_task() -> None:
