@@ -17,7 +17,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-LIVE = {"pilot": "docs/results/pilot", "alone": "docs/results/alone"}
+LIVE = {name: f"docs/results/{name}" for name in ("cw10", "pilot", "alone")}
 """Folders of published runs, by the name of their page in ``live/``."""
 DIRECTIVE = re.compile(r"^::: (sphere_rl[\w.]*)", re.MULTILINE)
 CODE = re.compile(r"<code>([\w.]+)(\(\))?</code>")
