@@ -58,27 +58,23 @@ def arms(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
     (each seed, mean and interquartile mean), its difference to plain PPO's, paired by seed and task, the probability
     that it is above (Agarwal et al. 2021), success after the last task, and r_e(K). Seeds that have finished all tasks.
     """
-    tasks = results.tasks["cw10"]
-    scored = (statistics.final_scores, statistics.retention_scores)
-    crl = pl.col("protocol") == "crl"
+    evals = results.evals.filter(pl.col("protocol") == "crl")
+    own = {method: evals.filter(pl.col("method") == method) for method in NAMES}
+    done = results.runs.filter(pl.col("protocol") == "crl", pl.col("state") == "finished").sort("seed")
     table = []
-    for part, among in (("all ten", tasks), ("learned alone", LEARNED)):
-        places = [tasks.index(task) for task in among]
-        plain = pl.DataFrame()
+    for part, tasks in (("all ten", results.tasks["cw10"]), ("learned alone", LEARNED)):
+        scored = {row["method"]: row for row in statistics.headline(evals, {"cw10": tasks})}
+        spectra = results.spectra.filter(pl.col("task").is_in(tasks))
         for method, name in NAMES.items():
-            of = crl & (pl.col("method") == method)
-            ends, kept = (scores(results.evals.filter(of), tasks) for scores in scored)
-            plain = ends if method == "none" else plain
-            final, last = (statistics.complete(statistics.matrix(each, places)) for each in (ends, kept))
-            gain = statistics.matrix(statistics.paired_scores(ends, plain), places)
-            better = statistics.improvement(final, statistics.matrix(plain, places), "crl")
-            compared = [statistics.estimate(gain, "crl"), better] if method != "none" else ["", ""]
-            means = (statistics.estimate(final, "crl", by) for by in (statistics.mean, statistics.iqm))
-            finished = results.runs.filter(of, pl.col("state") == "finished").sort("seed")["run"]
-            spectra = results.spectra.filter(pl.col("task").is_in(among))
-            kernel = "; ".join(ranks(spectra.filter(pl.col("run") == run)) for run in finished)
-            seeds = ", ".join(f"{score:.2f}" for score in final.mean(1))
-            cells = (seeds, *means, *compared, statistics.estimate(last, "crl"), kernel)
+            found, ends = scored[method], statistics.final_scores(own[method], tasks)
+            each = statistics.complete(statistics.matrix(ends, range(len(tasks)))).mean(1)
+            seeds = ", ".join(f"{score:.2f}" for score in each)
+            gain = statistics.differences(own[method], own["none"], tasks) if method != "none" else {}
+            kernel = "; ".join(
+                ranks(spectra.filter(pl.col("run") == run)) for run in done.filter(pl.col("method") == method)["run"]
+            )
+            cells = (seeds, found["crl"], found["crl_iqm"], gain.get("crl", ""), gain.get("improvement", ""),
+                     found["retention"], kernel)  # fmt: skip
             table.append((name, part, *(str(cell).replace("-", "−") for cell in cells)))
     head = ["arm", "tasks", "each seed", "mean", "IQM", "above plain PPO", "P(above)", "after the last task",
             "r_e(K): own, fixed; each seed"]  # fmt: skip

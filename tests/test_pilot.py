@@ -60,9 +60,10 @@ def test_so_have_the_ten_tasks() -> None:
 
 
 def test_the_arms_of_the_ten_tasks_by_hand() -> None:
-    ends = load_results(RESULTS / "cw10").evals.filter(pl.col("phase") == "final", pl.col("seed") == 0)
+    results = load_results(RESULTS / "cw10")
+    ends = results.evals.filter(pl.col("phase") == "final", pl.col("seed") == 0)
     score = {(method, task): end for method, task, end in ends.select("method", "task", "success_final").rows()}
-    _, rows = claim.arms(load_results(RESULTS / "cw10"))
+    _, rows = claim.arms(results)
     tasks = {"all ten": ends["task"].unique().to_list(), "learned alone": list(claim.LEARNED)}
     for (name, part, seeds, *_), method in zip(rows, [*claim.NAMES] * 2, strict=True):
         mean = sum(score[method, task] for task in tasks[part]) / len(tasks[part])
