@@ -10,6 +10,7 @@ import torch
 from conformance.agents import make_agent, make_config, rollout
 from torch import nn
 
+from sphere_rl.kernels.script import SCRIPTED, scripted
 from sphere_rl.kernels.threads import beside, lanes, two_lanes
 from sphere_rl.training.ppo import update
 
@@ -39,6 +40,25 @@ def test_training_is_bitwise_that_of_one_lane(method: str, options: dict[str, An
     (one, first), (two, second) = (trained(threads, method, **options) for threads in (1, 2))
     assert torch.equal(one, two)
     assert first == second
+
+
+@scripted
+def start_tenth(numbers: torch.Tensor) -> torch.jit.Future[torch.Tensor]:
+    return torch.jit.fork(torch.mul, numbers, torch.tensor(0.1))  # type: ignore[reportReturnType]
+
+
+@pytest.mark.skipif(not SCRIPTED, reason="PyTorch's inter-op threads carry out TorchScript")
+@pytest.mark.parametrize("flush", [True, False])  # one of them is not what PyTorch's threads were made with
+def test_both_lanes_treat_denormal_numbers_alike(flush: bool) -> None:
+    """Adam's moments of an expert without rows decay into them: lanes that differ end in other bits."""
+    tiny = torch.full((64,), 1e-38)
+    torch.set_flush_denormal(flush)
+    with two_lanes(2):
+        on_first = tiny.mul(0.1)
+        on_second = beside(lambda: tiny.mul(0.1))()
+        for result in (on_second, *(start_tenth(tiny).wait() for _ in range(8))):
+            assert torch.equal(result, on_first)
+        assert bool(on_first.any()) is not flush
 
 
 def test_a_task_runs_on_the_second_lane_which_has_no_lanes_of_its_own() -> None:

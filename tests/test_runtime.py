@@ -36,6 +36,24 @@ def test_denormals_are_flushed_and_freed_gradients_stay_in_the_process():
     assert page_faults < 640  # 8 MB in 4 KiB pages 20 times are 38 400 where memory goes back to the system
 
 
+OLDER_THREADS = """
+import torch
+from sphere_rl.runtime import tune_process
+
+tiny = torch.full((1 << 20,), 1e-38)  # long enough for four threads
+torch.set_num_threads(4)
+before = int((tiny * 0.1).count_nonzero())
+tune_process(4)
+print(before, torch.get_num_threads(), int((tiny * 0.1).count_nonzero()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch is built with another OpenMP")
+def test_threads_that_ran_before_flush_denormals_too() -> None:
+    result = subprocess.run([sys.executable, "-c", OLDER_THREADS], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [str(1 << 20), "2", "0"]
+
+
 ARENAS = """
 import ctypes, re, sys
 from pathlib import Path

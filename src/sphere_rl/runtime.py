@@ -13,6 +13,7 @@ import torch
 from sphere_rl.errors import ConfigError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # from glibc's malloc.h
+OMP_PAUSE_HARD = 2  # from OpenMP's omp.h
 KEEP_FREED, KEEP_BLOCKS = 1 << 27, 1 << 22  # bytes; a gradient of ten 256 x 256 experts has 2.6 MB
 
 
@@ -86,6 +87,7 @@ def tune_process(asked: int | Literal["auto"]) -> None:
     ``auto`` is two threads where there are two cores: what is trained, and what reads it, computes alike everywhere.
     Denormals: the Adam moments of an expert that the gate no longer selects decay by β each step; after about 800
     steps they are below 1e-38, and arithmetic on such numbers makes each Adam step 15 to 20 times slower for good.
+    Each thread has a setting of its own, taken from the one that makes it: those that this thread has made before go.
     Memory: gradients are megabytes that are freed and allocated again in every minibatch; glibc would give them back
     to the system and page them in anew, 1 to 2 ms a minibatch. Larger blocks go back at once, and all threads share
     one arena, if this comes before the first of them: else each keeps what was freed in its own.
@@ -93,6 +95,8 @@ def tune_process(asked: int | Literal["auto"]) -> None:
     """
     torch_threads = min(2, cores()) if asked == "auto" else asked
     torch.set_flush_denormal(True)
+    with suppress(OSError):  # PyTorch is built with another OpenMP
+        ctypes.CDLL("libgomp.so.1").omp_pause_resource_all(OMP_PAUSE_HARD)
     torch.set_num_threads(max(1, torch_threads // 2))  # outside lanes, too: measured kernels have the same bits
     if torch_threads > 1:
         with suppress(RuntimeError):  # they run already

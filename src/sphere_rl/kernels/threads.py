@@ -3,14 +3,12 @@
 PyTorch's own threads split one operation. A mixture's operations are too small for that: products of 10 to 200 rows run
 no faster on two cores, but two of them side by side do. So inside `two_lanes` independent work is shared: half of the
 experts of a pass (`sphere_rl.kernels.mlp`), the critic's step beside the actor's. All operations are the same as
-without, so results are bitwise equal.
+without, and so are the threads' settings; results are bitwise equal.
 
 That there are two is known to the thread that is inside `two_lanes` and to no other, and gone with it: what runs on
 the second lane, or beside a run in the same process, sees one. Kernels ask (`lanes`) instead of being told, because
 between them and the run lie autograd and the hooks of methods, which pass nothing on.
 """
-
-from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +19,7 @@ from typing import Any
 
 import torch
 
-from sphere_rl.kernels.script import SCRIPTED, scriptable
+from sphere_rl.kernels.script import SCRIPTED, scriptable, scripted
 
 
 class _Present(threading.local):
@@ -34,6 +32,53 @@ class _Present(threading.local):
 _present = _Present()
 
 
+def flushes_denormals() -> bool:
+    """Whether this thread computes with zero where a number is too small for float32's full precision."""
+    return torch.tensor(1e-38).mul(0.1).item() == 0
+
+
+class _Interop:
+    """PyTorch's inter-op threads, on which scripted work of the second lane runs.
+
+    Like every thread they have a setting of their own for denormal numbers, that of whoever made them: another part of
+    the process may have, before a run. With another setting than the first lane's their results are other bits.
+    """
+
+    def __init__(self) -> None:
+        self._flush: bool | None = None
+        self._all = threading.Barrier(1)
+        self._lock = threading.Lock()
+
+    def adopt(self, flush: bool) -> None:
+        """Let all of them flush denormal numbers, or none."""
+        with self._lock:
+            if flush is self._flush:
+                return
+            self._all = threading.Barrier(torch.get_num_interop_threads())
+            for arrival in [_start_arrival(flush) for _ in range(self._all.parties)]:
+                arrival.wait()
+            self._flush = None if self._all.broken else flush
+
+    def arrive(self, flush: bool) -> None:
+        """Set the one that this runs on; it is free for a second task when each has had its own, or after 10 s."""
+        torch.set_flush_denormal(flush)
+        with suppress(threading.BrokenBarrierError):
+            self._all.wait(10)
+
+
+_interop = _Interop()
+
+
+@torch.jit.ignore  # type: ignore[reportArgumentType]
+def _arrive(flush: bool) -> None:
+    _interop.arrive(flush)
+
+
+@scripted
+def _start_arrival(flush: bool) -> torch.jit.Future[None]:
+    return torch.jit.fork(_arrive, flush)  # type: ignore[reportReturnType]
+
+
 @contextmanager
 def two_lanes(threads: int) -> Iterator[None]:
     """Share work between two lanes if ``threads`` are at least two; each then has half of PyTorch's threads."""
@@ -42,8 +87,10 @@ def two_lanes(threads: int) -> Iterator[None]:
         return
     before = torch.get_num_threads()
     torch.set_num_threads(threads // 2)
-    # Each thread has its own settings; PyTorch's inter-op threads inherit those of the one that makes them.
-    with ThreadPoolExecutor(1, "second lane", initializer=partial(torch.set_flush_denormal, True)) as second:
+    flush = flushes_denormals()
+    if SCRIPTED:
+        _interop.adopt(flush)
+    with ThreadPoolExecutor(1, "second lane", initializer=partial(torch.set_flush_denormal, flush)) as second:
         second.submit(torch.set_num_threads, threads // 2).result()
         _present.second = second
         try:
