@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TINY
@@ -15,7 +16,7 @@ from sphere_rl.errors import RunFolderError
 from sphere_rl.protocol import start
 from sphere_rl.results import load_results
 from sphere_rl.runs import RunFolder
-from sphere_rl.runs.published import PUBLISHED, PublishedRun, publish, published_runs
+from sphere_rl.runs.published import PUBLISHED, PublishedRun, publish, published_runs, stem_of
 from sphere_rl.suites import make_suite
 
 DOCS = Path(__file__).parents[1] / "docs" / "results"
@@ -43,6 +44,29 @@ def test_tables_are_those_of_the_folders(trained: Path) -> None:
         assert getattr(found, table).drop("run").equals(getattr(expected, table).drop("run"))
     assert found.runs.drop("run", "speed").equals(expected.runs.drop("run", "speed"))
     assert found.folder("crl-free-seed0").record()["commit"] == folder.record()["commit"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "changes", "stem"),
+    [
+        ("gym-rl-topk_moe-free-seed3", {}, "rl-push-free-seed3"),
+        ("gym-rl-topk_moe-free-seed3", {"tasks": ["push", "hammer"]}, "rl-free-seed3"),
+        ("gym-crl-topk_moe-none-seed3", {"protocol": "crl", "label": ""}, "crl-l2+sphere-seed3"),
+        ("rl-small-seed3", {}, "rl-small-seed3"),
+        ("small", {}, "rl-small-seed3"),
+        ("small", {"protocol": "crl"}, "crl-small-seed3"),
+    ],
+)
+def test_a_name_says_the_protocol_once(folder: str, changes: dict[str, Any], stem: str) -> None:
+    config = {
+        "suite": "gym",
+        "protocol": "rl",
+        "tasks": ["push"],
+        "method": ["l2", "sphere"],
+        "label": "free",
+        "seed": 3,
+    }
+    assert stem_of(config | changes, folder) == stem
 
 
 def test_the_page_is_made_from_them(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

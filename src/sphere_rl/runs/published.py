@@ -78,7 +78,7 @@ def publish(folder: RunFolder, out: Path) -> str:
     """Write the published files of a run, as far as it is, and return their stem. Equal runs give equal bytes.
 
     The stem is ``PROTOCOL[-TASK]-METHOD-seedK``: with the task for runs of protocol rl on one, and the label that a
-    run was given in its method's place. A folder that was named by hand keeps that name.
+    run was given in its method's place. A folder that was named by hand keeps that name, its protocol before it.
 
     Raises:
         RunFolderError: the run cannot be read, or another one is published under that name already.
@@ -98,10 +98,11 @@ def publish(folder: RunFolder, out: Path) -> str:
 
 def stem_of(config: dict[str, Any], folder: str) -> str:
     """What a run is called where it is published; see `publish`."""
+    protocol = config["protocol"]
     if not folder.startswith(config["suite"]):  # no sweep's name: somebody gave it
-        stem = f"{config['protocol']}-{folder}"
+        parts = [folder.removeprefix(f"{protocol}-")]
     else:
-        alone = config["protocol"] == "rl" and len(config["tasks"]) == 1
-        named = config.get("label") or "+".join(config["method"])
-        stem = "-".join([config["protocol"], *(config["tasks"] if alone else ()), named])
-    return file_name(re.sub(r"-seed\d+$", "", stem)) + f"-seed{config['seed']}"
+        alone = protocol == "rl" and len(config["tasks"]) == 1
+        parts = [*(config["tasks"] if alone else ()), config.get("label") or "+".join(config["method"])]
+    stem = re.sub(r"-seed\d+$", "", "-".join([protocol, *parts]))
+    return f"{file_name(stem)}-seed{config['seed']}"
