@@ -34,7 +34,7 @@ _present = _Present()
 
 def flushes_denormals() -> bool:
     """Whether this thread computes with zero where a number is too small for float32's full precision."""
-    return torch.tensor(1e-38).mul(0.1).item() == 0
+    return torch.tensor(1e-38, device="cpu").mul(0.1).item() == 0
 
 
 class _Interop:
