@@ -7,7 +7,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from sphere_rl.errors import ConfigError
 from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.suites import check_task, make_suite, suites
-from sphere_rl.suites.metaworld import ALL_TASKS, CW10, environment_id
+from sphere_rl.suites.metaworld import ALL_TASKS, CW10, GOALS_WANDER, SUITES, environment_id
 
 
 def trajectory(envs: VectorEnv, steps: int) -> np.ndarray:
@@ -64,6 +64,37 @@ def test_metaworld_resets_in_the_step_that_ends_an_episode() -> None:
     assert info["final_info"]["elapsed_step"].tolist() == [500, 500]
     assert envs.step(np.ones((2, 4), np.float32))[4]["elapsed_step"].tolist() == [1, 1]
     envs.close()
+
+
+@pytest.mark.parametrize("task", ALL_TASKS)
+def test_a_metaworld_goal_stays_where_the_task_has_it(task: str) -> None:
+    """EnvPool's own resets carry hammer's and shelf-place's 0.85 m further each time."""
+    envs = make_suite("metaworld").make(task, 4, 0, 1)
+    goals = np.stack([envs.reset()[0][:, 36:39] for _ in range(4)])
+    envs.close()
+    assert np.ptp(goals, axis=(0, 1)).max() < 0.31, "0.3 is the widest of the places that a goal is drawn from"
+
+
+def test_nor_does_that_of_one_which_is_drawn_move() -> None:
+    env = SUITES[0].render_env("shelf-place", 0)
+    assert np.ptp([env.reset()[0][36:39] for _ in range(3)], axis=0).max() < 0.31
+    env.close()
+
+
+@pytest.mark.parametrize("task", GOALS_WANDER)
+def test_what_is_made_anew_is_seeded_and_its_episodes_differ(task: str) -> None:
+    one, same = (trajectory(make_suite("cw10").make(task, 2, 5, 1), 1005) for _ in range(2))
+    np.testing.assert_array_equal(one, same)
+    starts = one[[0, 500, 1000]]
+    assert len({tuple(row) for row in starts[:, :, 4:6].reshape(6, 2)}) == 6
+    np.testing.assert_allclose(starts[:, :, :3], np.broadcast_to(starts[0, 0, :3], (3, 2, 3)), atol=1e-3)
+
+
+def test_some_of_an_environment_that_is_made_anew_cannot_be_reset() -> None:
+    pool = SUITES[0]._pool("hammer", 0, num_envs=2)
+    pool.reset()
+    with pytest.raises(ValueError, match=r"env_ids: \[1\] are not all 2"):
+        pool.reset(np.array([1], np.int32))
 
 
 def test_gymnasium_environments_are_seeded_one_by_one() -> None:

@@ -6,6 +6,7 @@ import ctypes
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,19 +17,21 @@ from gymnasium.envs.registration import EnvSpec
 
 from sphere_rl.errors import MissingExtraError
 from sphere_rl.suites.picture import Picture
+from sphere_rl.suites.remade import RemadePool
 
 SCENES = Path("mujoco", "metaworld")
 """MetaWorld's scenes inside the folder of EnvPool's assets."""
 
 
 class MetaWorldView(gymnasium.Env):
-    """One environment, 12.5 ms a step, without autoreset."""
+    """One environment, 12.5 ms a step, without autoreset; with ``anew`` it is made anew for each episode."""
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 80}  # noqa: RUF012
 
-    def __init__(self, environment_id: str, seed: int) -> None:
+    def __init__(self, environment_id: str, seed: int, anew: bool) -> None:
         load_egl()
-        self._id, self._seed, self._scenes = environment_id, seed, TemporaryDirectory(prefix="sphere-")
+        self._id, self._seed, self._anew = environment_id, seed, anew
+        self._scenes = TemporaryDirectory(prefix="sphere-")
         self._pool = self._make(Picture())
         self.observation_space, self.action_space = self._pool.observation_space, self._pool.action_space
         self.render_mode = "rgb_array"
@@ -41,9 +44,9 @@ class MetaWorldView(gymnasium.Env):
         if not picture.fine:
             assets = Path(envpool.make_spec(self._id).config.base_path)
             options["base_path"] = _plain_scenes(assets, Path(self._scenes.name))
-        return envpool.make_gymnasium(
-            self._id, num_envs=1, seed=self._seed, partially_observable=False, render_mode="rgb_array", **options
-        )
+        options |= {"num_envs": 1, "partially_observable": False, "render_mode": "rgb_array"}
+        make = partial(envpool.make_gymnasium, self._id, **options)
+        return RemadePool(make, self._seed) if self._anew else make(seed=self._seed)
 
     def draw_as(self, picture: Picture) -> None:
         """Choose the frames; before the first reset, for the environment is made anew."""

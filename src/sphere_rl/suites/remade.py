@@ -1,0 +1,34 @@
+"""EnvPool environments that are made anew for every episode, where EnvPool's own reset leaves something behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+class RemadePool:
+    """An EnvPool of environments whose episodes end together; every reset but the first makes it anew.
+
+    ``make(seed=...)`` makes one. The first has the seed given, the others are drawn from it.
+    """
+
+    def __init__(self, make: Callable[..., Any], seed: int) -> None:
+        self._make, self._seeds = make, np.random.default_rng(seed)
+        self._pool, self._fresh = make(seed=seed), True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def reset(self, env_ids: np.ndarray | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        """Begin an episode in all environments; it cannot be begun in some."""
+        num_envs = self._pool.config["num_envs"]
+        if env_ids is not None and len(env_ids) < num_envs:
+            raise ValueError(f"env_ids: {env_ids.tolist()} are not all {num_envs}, which are made anew together")
+        if not self._fresh:
+            self._pool.close()
+            del self._pool  # it keeps its simulations for as long as it lives
+            self._pool = self._make(seed=int(self._seeds.integers(2**31)))
+        self._fresh = False
+        return self._pool.reset()
