@@ -6,6 +6,7 @@ python benchmarks/claim.py docs/results/cw10 [docs/media/ten-tasks.png]
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +56,9 @@ def rows(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
 
 def arms(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
     """Head and rows: of each arm over all ten tasks, and over those that are learned alone, success at the tasks' ends
-    (each seed, mean and interquartile mean), its difference to plain PPO's, paired by seed and task, the probability
-    that it is above (Agarwal et al. 2021), success after the last task, and r_e(K). Seeds that have finished all tasks.
+    (each seed, mean and interquartile mean), its difference to plain PPO's of the same seed, the probability that it is
+    above (Agarwal et al. 2021), success after the last task, and r_e(K). Seeds that have finished all tasks. Without
+    intervals, which say nothing of two seeds.
     """
     evals = results.evals.filter(pl.col("protocol") == "crl")
     own = {method: evals.filter(pl.col("method") == method) for method in NAMES}
@@ -67,18 +69,31 @@ def arms(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
         spectra = results.spectra.filter(pl.col("task").is_in(tasks))
         for method, name in NAMES.items():
             found, ends = scored[method], statistics.final_scores(own[method], tasks)
-            each = statistics.complete(statistics.matrix(ends, range(len(tasks)))).mean(1)
-            seeds = ", ".join(f"{score:.2f}" for score in each)
+            each, left = by_seed(ends, tasks), by_seed(statistics.retention_scores(own[method], tasks), tasks)
             gain = statistics.differences(own[method], own["none"], tasks) if method != "none" else {}
+            plain = by_seed(statistics.final_scores(own["none"], tasks), tasks)
+            above = several(score - plain[seed] for seed, score in each.items() if gain and seed in plain)
             kernel = "; ".join(
                 ranks(spectra.filter(pl.col("run") == run)) for run in done.filter(pl.col("method") == method)["run"]
             )
-            cells = (seeds, found["crl"], found["crl_iqm"], gain.get("crl", ""), gain.get("improvement", ""),
-                     found["retention"], kernel)  # fmt: skip
-            table.append((name, part, *(str(cell).replace("-", "−") for cell in cells)))
+            estimates = (found["crl"], found["crl_iqm"], gain.get("improvement"))
+            mean, middle, better = (f"{estimate.value:.2f}" if estimate else "" for estimate in estimates)
+            cells = (several(each.values()), mean, middle, above, better, several(left.values()), kernel)
+            table.append((name, part, *cells))
     head = ["arm", "tasks", "each seed", "mean", "IQM", "above plain PPO", "P(above)", "after the last task",
             "r_e(K): own, fixed; each seed"]  # fmt: skip
     return head, table
+
+
+def by_seed(scores: pl.DataFrame, tasks: Sequence[str]) -> dict[int, float]:
+    """Mean over the tasks of each seed that has them all."""
+    means = scores.group_by("seed").agg(pl.col("score").mean(), pl.len()).sort("seed")
+    return dict(means.filter(pl.col("len") == len(tasks)).select("seed", "score").rows())
+
+
+def several(values: Iterable[float]) -> str:
+    """With two digits and the minus of text."""
+    return ", ".join(f"{value:.2f}" for value in values).replace("-", "−")
 
 
 def picture(results: Results) -> Figure:

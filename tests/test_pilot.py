@@ -77,21 +77,23 @@ def test_tasks_learned_alone() -> None:
     assert sorted(ends.filter(pl.col("success_final") >= 0.5)["task"]) == sorted(claim.LEARNED)
 
 
-def test_so_has_the_inherited_tenth_task() -> None:
+def test_so_have_tasks_that_begin_with_the_actor_of_another_run() -> None:
     results, page = load_results(RESULTS / "inherited"), (RESULTS / "index.md").read_text()
-    for run, label in results.runs.select("run", "method").rows():
+    for run, seed in results.runs.select("run", "seed").rows():
         ends = results.evals.filter(pl.col("run") == run, pl.col("task_step") >= 500_000).sort("task_step")
         returns = [f"{ends['mean_return'][place]:.0f}" for place in (0, -1)]
         spectra = results.spectra.filter(pl.col("run") == run).sort("global_step")
         own = spectra.filter(pl.col("batch") == "rollout")
-        (row,) = [line for line in page.splitlines() if line.startswith("|") and f"(`{label}`)" in line]
+        label = run.removeprefix("rl-").removesuffix(f"-seed{seed}")
+        name = f"(`{label}`)" if seed == 0 else f"(`{label}`, seed {seed})"
+        (row,) = [line for line in page.splitlines() if line.startswith("|") and name in line]
         cells = [cell.strip(" *") for cell in row.split("|")[3:-1]]
-        gate, size = (
+        rank, gate, size = (
             [f"{own[column][place]:.{digits}f}" for place in (0, -1)]
-            for column, digits in (("gate_entropy", 2), ("output_size", 1))
+            for column, digits in (("r_e_K", 1), ("gate_entropy", 2), ("output_size", 1))
         )
         success = f"{ends['success_final'][-1]:.2f}"
-        assert cells == [claim.ranks(spectra), *(", ".join(each) for each in (gate, size, returns)), success]
+        assert cells == [claim.ranks(spectra), *(", ".join(each) for each in (rank, gate, size, returns)), success]
 
 
 def several(values: list[float], digits: int) -> str:
