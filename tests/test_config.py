@@ -164,6 +164,10 @@ def test_nonsense_is_refused_in_one_line(words: str, message: str) -> None:
         ("gama = 1", r"gama: 1 is not allowed; expected a field \(did you mean gamma\?\): "),
         ("gamma = 'high'", "gamma: 'high' is not allowed; expected a value of type float"),
         ("seed = 1.5", "seed: 1.5 is not allowed; expected a value of type int"),
+        (
+            "torch_threads = 10_000",
+            "torch_threads: 10000 is not allowed; expected auto, or a whole number from 1 to 1,024",
+        ),
         ("seed = inf", "seed: inf is not allowed; expected a value of type int"),
         ("learning_rate_bounds = [0.1]", r"learning_rate_bounds: \[0.1\] is not allowed; expected a list of 2"),
         ("minibatch_size = 1", "minibatch_size: 1 is not allowed; expected 2 or more"),

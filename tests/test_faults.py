@@ -146,6 +146,15 @@ def test_an_evaluation_repeats_and_leaves_the_global_streams_as_they_were() -> N
     assert seen[0] == seen[1]
 
 
+def test_global_streams_take_every_seed_that_a_run_may_have() -> None:
+    """NumPy's own reads 32 bits."""
+    drawn = set()
+    for seed in (0, 2**32 - 1, 2**32 + 1, 2**63 - 1):
+        with global_streams(seed):
+            drawn.add((random.random(), float(np.random.random()), float(torch.rand(()))))  # noqa: NPY002
+    assert len(drawn) == 4
+
+
 def test_all_three_global_streams_are_seeded_and_restored() -> None:
     def drawn() -> tuple[float, float, float]:
         return random.random(), np.random.rand(), float(torch.rand(()))  # noqa: NPY002

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal, kl_divergence
 
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts.heads import CategoricalHead, GaussianHead
 from sphere_rl.experts.network import KINDS, make_actor
+from sphere_rl.spectrum import entk, measure
 
 SMALL: dict[str, Any] = {"width": 8, "depth": 2, "num_experts": 4}
 
@@ -135,6 +139,45 @@ def test_sizes_that_an_architecture_does_not_use_are_not_checked(kind: str, opti
     trace = actor.train().trace(torch.randn(6, 5))
     assert trace.output.shape == (6, 3)
     assert torch.isfinite(trace.output).all()
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, "39"])
+@pytest.mark.parametrize("name", ["observation_dim", "action_dim", "width"])
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_sizes_are_whole_numbers(name: str, size: Any) -> None:
+    sizes: dict[str, Any] = {"observation_dim": 3, "action_dim": 2} | {name: size}
+    with pytest.raises(ConfigError, match=rf"^{name}: {re.escape(repr(size))} is not allowed; expected "):
+        make_actor("topk_moe", **sizes)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+    ("states", "found"),
+    [
+        (torch.zeros(5, 3, dtype=torch.float64), "torch.float64 [5, 3]"),
+        (torch.zeros(5, 4), "torch.float32 [5, 4]"),
+        (torch.zeros(3), "torch.float32 [3]"),
+        (torch.zeros(5, 3, dtype=torch.int64), "torch.int64 [5, 3]"),
+        (np.zeros((5, 3), np.float32), "float32 [5, 3]"),
+    ],
+)
+def test_states_that_an_actor_cannot_read_are_named(states: Any, found: str) -> None:
+    actor = make_actor("topk_moe", 3, 2, width=8, depth=1)
+    message = f"observation: got {found}, allowed: torch.float32 [N, 3]"
+    for use in (actor, actor.trace, lambda x: measure(actor, x)):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            use(states)
+    if isinstance(states, Tensor):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            entk(actor, states)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_what_cannot_be_measured_is_named() -> None:
+    with pytest.raises(ValueError, match="actor: got Linear, allowed: a MoENetwork"):
+        measure(nn.Linear(3, 2), torch.zeros(5, 3))  # type: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="observations: got no state"):
+        measure(make_actor("dense", 3, 2, width=8), torch.zeros(0, 3))
 
 
 def test_unknown_kind_is_refused() -> None:

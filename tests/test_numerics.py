@@ -52,6 +52,27 @@ def test_penalties_in_float32_are_those_in_float64(name: str, size: float) -> No
         assert float(error) < 1e-5
 
 
+@pytest.mark.parametrize("name", PENALTIES)
+def test_penalties_that_overflow_are_infinite(name: str) -> None:
+    for size in (1e10, 1e19, 1e30):
+        assert float(PENALTIES[name](features().float() * size, "literal")) == float("inf")
+        assert float(PENALTIES[name](features().float() * size, "free")) < 4
+    assert torch.isnan(PENALTIES[name](features() * float("nan"), "literal"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", PENALTIES)
+def test_penalties_of_half_precision_are_computed_in_single(name: str, dtype: torch.dtype) -> None:
+    """A product of features is what float16 cannot hold: a few hundred squared are beyond 65,504."""
+    x = (features() * 400).to(dtype)
+    value, exact = PENALTIES[name](x, "free"), PENALTIES[name](x.double(), "free")
+    assert value.dtype == dtype
+    assert float(value) == pytest.approx(float(exact), rel=2 * torch.finfo(dtype).eps)
+    with torch.autocast("cpu", dtype):
+        mixed = PENALTIES[name](x.float(), "literal")
+    assert float(mixed) == pytest.approx(float(PENALTIES[name](x.double(), "literal")), rel=1e-5)
+
+
 @pytest.mark.parametrize("size", SCALES)
 def test_ranks_do_not_depend_on_scale_or_precision(size: float) -> None:
     x = features()

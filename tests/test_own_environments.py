@@ -171,7 +171,7 @@ def test_sent_actions_belong_to_the_space(dtype: Any) -> None:
     ("task", "message"),
     [
         ("Whole", "a task whose Box of actions has real numbers, not Box"),
-        ("Mixed", "a task with Box or discrete actions, not Tuple"),
+        ("Mixed", "a task with a flat Box of actions or discrete ones, not Tuple"),
         ("Growing", "a task with observations of Box and Discrete, Dict and Tuple, not Dict('a': Sequence"),
         ("Nothing", "an environment that can be made (AssertionError: "),
         ("Given", "an environment that can be made (TypeError: "),

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,23 @@ def test_mp4(tmp_path: Path) -> None:
     frames = read_mp4(recording.path, height=32, width=48)
     assert (recording.frames, recording.steps, recording.success) == (6, 5, False)
     np.testing.assert_allclose(frames.mean(axis=(1, 2, 3)), [0, 20, 40, 60, 80, 100], atol=6)
+
+
+def test_an_mp4_that_cannot_be_written_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    """ffmpeg ends before it has read a frame, or is stopped by a limit on the size of files."""
+    pytest.importorskip("imageio_ffmpeg")
+    (tmp_path / "folder.mp4").mkdir()
+    with pytest.raises(OSError, match="ffmpeg cannot write it") as found:
+        record(Counter(), lambda observation: 0.0, tmp_path / "folder.mp4", steps=5)
+    assert found.value.filename == str(tmp_path / "folder.mp4")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match="ffmpeg cannot write it"):
+            record(Counter(), lambda observation: 0.0, tmp_path / "large.mp4", steps=5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not (tmp_path / "large.mp4").exists()
 
 
 @pytest.mark.parametrize(

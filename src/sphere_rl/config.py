@@ -182,8 +182,8 @@ class TrainConfig:
 
     def _check_numbers(self) -> None:
         for name in ("env_threads", "torch_threads"):
-            if getattr(self, name) != "auto" and getattr(self, name) < 1:
-                raise ConfigError(name, getattr(self, name), "auto, or a whole number above 0")
+            if getattr(self, name) != "auto" and not 1 <= getattr(self, name) <= MOST_THREADS:
+                raise ConfigError(name, getattr(self, name), f"auto, or a whole number from 1 to {MOST_THREADS:,}")
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, int) and abs(value) >= 2**63:
@@ -244,6 +244,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "seed target_kl max_episode_steps value_coefficient entropy_coefficient learning_rate_end env_timeout"
 ).split()
+MOST_THREADS = 1024
 LONGEST_WAIT = 1e6
 
 

@@ -1,7 +1,8 @@
 """SPHERE: a penalty on the spread of a feature Gram's spectrum (Luo et al., ICML 2026, arXiv 2605.04712).
 
 Every function takes NumPy, PyTorch or JAX arrays of one floating dtype and returns an array of the same kind:
-it differentiates under ``torch.autograd``, ``torch.func`` and ``jax.grad`` and compiles under ``jax.jit``.
+it differentiates under ``torch.autograd``, ``torch.func`` and ``jax.grad`` and compiles under ``jax.jit``. What is
+lower than float32, by dtype or under ``torch.autocast``, is computed in float32.
 
     loss = ppo_loss + strength * sphere_penalty(weighted_features(features, gates))
 """
@@ -49,8 +50,9 @@ def sphere_penalty(phi: Float[Array, "N m"], scale: Scale = "literal") -> Float[
 
 def layers_penalty(phis: Sequence[Float[Array, "N _"]], scale: Scale = "literal") -> Float[Array, ""]:
     """Return Σ_l sphere_penalty(Φ_l, scale), the variant over several layers. Raises ValueError for no layer."""
-    if not phis:
-        raise ValueError("phis: got no layer, allowed: at least one array [N, m]")
+    if not isinstance(phis, Sequence) or not phis:
+        raise ValueError(f"phis: got {type(phis).__name__}, allowed: a list of at least one array [N, m]")
+    one_library(phis=phis)
     total = sphere_penalty(phis[0], scale)
     for phi in phis[1:]:
         total = total + sphere_penalty(phi, scale)
@@ -90,6 +92,9 @@ def _spread(phi: Float[Array, "*b N m"], scale: Scale) -> Float[Array, "*b"]:
     check_scale(scale)
     xp = array_namespace(phi)
     samples, width = phi.shape[-2:]
+    dtype = phi.dtype
+    if xp.finfo(dtype).bits < 32:
+        phi = xp.astype(phi, xp.float32)
     phi = phi if scale == "literal" else unit_features(phi)
     gram = _smaller_gram(phi)
     size = min(samples, width)
@@ -101,7 +106,9 @@ def _spread(phi: Float[Array, "*b N m"], scale: Scale) -> Float[Array, "*b"]:
         mean = nonzero / width
     identity = xp.eye(size, dtype=phi.dtype, device=device(phi))
     centred = gram - mean[..., None, None] * identity
-    return xp.sum(centred * centred, axis=(-2, -1)) + (width - size) * mean * mean
+    spread = xp.sum(centred * centred, axis=(-2, -1)) + (width - size) * mean * mean
+    spread = xp.where(xp.isinf(trace), trace, spread)  # where infinity less infinity would be no number
+    return xp.astype(spread, dtype, copy=False)
 
 
 def penalty_gradient(phi: Float[Array, "N m"], scale: Scale) -> Float[Array, "N m"]:
@@ -140,11 +147,19 @@ def _smaller_gram(phi: Float[Array, "*b N m"]) -> Float[Array, "*b n n"]:
 
 
 def _product(left: Float[Array, "*b n k"], right: Float[Array, "*b k l"]) -> Float[Array, "*b n l"]:
-    """Left times right with all digits of their dtype: on GPUs and TPUs JAX keeps fewer unless it is told."""
+    """Left times right with all digits of their dtype: on GPUs and TPUs JAX keeps fewer unless it is told, and so does
+    PyTorch under autocast.
+    """
     if is_jax_array(left):
         from jax.numpy import matmul
 
         return matmul(left, right, precision="highest")
+    if is_torch_array(left):
+        import torch
+
+        if torch.is_autocast_enabled(left.device.type):
+            with torch.autocast(left.device.type, enabled=False):
+                return left @ right
     return left @ right
 
 
@@ -186,10 +201,18 @@ def check_array(name: str, array: Array, axes: str) -> None:
         raise ValueError(f"{name}: got dtype {array.dtype}, allowed: a real floating dtype")
 
 
+def one_library(**arrays: Sequence[Array]) -> None:
+    """Raise ValueError unless these, by name, are all of NumPy, all of PyTorch or all of JAX."""
+    kinds = {is_torch_array(array) + 2 * is_jax_array(array) for given in arrays.values() for array in given}
+    if len(kinds) > 1:
+        raise ValueError(f"{', '.join(arrays)}: got arrays of several libraries, allowed: all of one")
+
+
 def check_routed(features: Array, gates: Array) -> None:
     """Raise ValueError unless ``features`` are [N, E, H] and ``gates`` [N, E], real and floating."""
     check_array("features", features, "N E H")
     check_array("gates", gates, "N E")
+    one_library(features=[features], gates=[gates])
     if tuple(features.shape[:2]) != tuple(gates.shape):
         wanted = tuple(features.shape[:2])
         raise ValueError(f"gates: got shape {tuple(gates.shape)}, allowed: {wanted}, the axes N, E of features")

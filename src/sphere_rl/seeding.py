@@ -24,7 +24,7 @@ def seed_globals(seed: int) -> None:
     Their states are not saved anywhere, so they start anew wherever environments do, and at each segment of a run.
     """
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
+    np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.default_generator.manual_seed(seed)
 
 

@@ -103,7 +103,7 @@ def _beside(target: Path) -> Iterator[Path]:
         RunFolderError: ``target`` holds something, or cannot be written.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunFolderError(f"{target}: not empty; expected a new or empty folder")
+        raise RunFolderError(f"{target}: not empty; expected a new or empty folder (--out), or all formats at once")
     new = next((parent for parent in reversed(target.parents) if not parent.exists()), None)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -181,12 +182,21 @@ def _mp4(path: Path, shape: tuple[int, ...], fps: float) -> Iterator[Callable[[F
     source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{shape[1]}x{shape[0]}", "-r", f"{fps:g}", "-i", "-"]
     target = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-movflags", "+faststart", str(path)]
     command = [get_ffmpeg_exe(), "-loglevel", "error", "-y", *source, *target]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as ffmpeg:
-        assert ffmpeg.stdin is not None
-        pipe = ffmpeg.stdin
-        yield lambda frame: pipe.write(frame.tobytes())
-    if ffmpeg.returncode:
-        raise OSError(f"{path}: ffmpeg failed with exit code {ffmpeg.returncode}")
+    ffmpeg = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert ffmpeg.stdin is not None
+    pipe = ffmpeg.stdin
+    try:
+        with suppress(BrokenPipeError):  # it has ended, and says why
+            yield lambda frame: pipe.write(frame.tobytes())
+        _, said = ffmpeg.communicate()
+    finally:
+        ffmpeg.kill()  # where it has not ended
+    if code := ffmpeg.returncode:
+        with suppress(OSError):
+            path.unlink()
+        words = said.decode(errors="replace").strip().splitlines()
+        reason = f"signal {-code}" if code < 0 else words[-1] if words else f"exit code {code}"
+        raise OSError(errno.EIO, f"ffmpeg cannot write it ({reason})", str(path))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
+from numbers import Integral
 from typing import Any, NoReturn
 
 import torch
@@ -65,6 +66,9 @@ class MoENetwork(nn.Module):
         if kind not in kinds():
             raise ConfigError("actor", kind, f"one of {', '.join(kinds())}")
         kinds()[kind].check(options)
+        for name, size in (("observation_dim", observation_dim), ("action_dim", output_dim)):
+            if not isinstance(size, Integral) or size < 1:
+                raise ConfigError(name, size, "a whole number above 0")
         self.kind, self.options = kind, options
         width = wide_width(observation_dim, output_dim, options) if kind == "wide" else options.width
         gated = kinds()[kind].gate is not None
@@ -83,7 +87,12 @@ class MoENetwork(nn.Module):
         self.experts = ExpertMLP(inputs, hidden, output_dim, num_experts, **build)
 
     def trace(self, observation: Float[Tensor, "N D"]) -> Trace:
-        """One forward pass with everything it computed."""
+        """One forward pass with everything it computed.
+
+        Raises:
+            ValueError: the states have another dtype or another number of coordinates than the network.
+        """
+        self._check(observation)
         whole = single_routing(len(observation), device=observation.device, dtype=observation.dtype)
         seen = self.encoded(observation)
         if self.gate is None:
@@ -102,9 +111,19 @@ class MoENetwork(nn.Module):
         """The output alone."""
         if is_being_exported():
             return self._unrouted(observation)
+        self._check(observation)
         if not (self.has_kernel_forward and is_unrecorded()):
             return self.trace(observation).output
         return mixture_output([mlp.effective() for mlp in self.parts], self.gating, observation, 1)
+
+    def _check(self, observation: Tensor) -> None:
+        dtype, wanted = self.experts.head.weight.dtype, (len(observation), self.observation_dim)
+        alike = isinstance(observation, Tensor) and (
+            observation.dtype == dtype or torch.is_autocast_enabled(observation.device.type)
+        )
+        if observation.shape != wanted or not alike:
+            found = f"{observation.dtype} {list(observation.shape)}"
+            raise ValueError(f"observation: got {found}, allowed: {dtype} [N, {self.observation_dim}]")
 
     def _unrouted(self, observation: Tensor) -> Tensor:
         """The output from all experts, those that are not selected with weight 0: a graph that no sample changes."""

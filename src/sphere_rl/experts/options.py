@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
+from numbers import Integral
 
 from sphere_rl.errors import ConfigError
 
@@ -35,7 +36,7 @@ class NetworkOptions:
 
     def __post_init__(self) -> None:
         for name in ("width", "depth", "num_experts", "top_k", "num_shared"):
-            if getattr(self, name) >= 2**63:
+            if not isinstance(getattr(self, name), Integral) or getattr(self, name) >= 2**63:
                 raise ConfigError(name, getattr(self, name), "a whole number below 2**63")
         for name in ("width", "depth", "num_experts"):
             if getattr(self, name) < 1:

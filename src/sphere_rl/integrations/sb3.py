@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
-from gymnasium.spaces import Dict
-from gymnasium.spaces.utils import flatdim
 from torch import Tensor, nn
 
 from sphere_rl.errors import ConfigError
@@ -22,6 +20,8 @@ from sphere_rl.extras import require
 from sphere_rl.integrations.mixture import added_by, regularized_output, uniform
 
 require("sb3")
+from gymnasium.spaces import Dict  # noqa: E402
+from gymnasium.spaces.utils import flatdim  # noqa: E402
 from stable_baselines3.common.policies import ActorCriticPolicy  # noqa: E402
 from stable_baselines3.common.torch_layers import CombinedExtractor, MlpExtractor  # noqa: E402
 

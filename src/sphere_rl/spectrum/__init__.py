@@ -187,7 +187,14 @@ def measure(
     adds weight_change and churn. ``kernel_rows``: the most that K may have, by `kernel_states`; by default it is of
     all states. The actor's mode is respected and nothing of it changes: parameters, gradients, buffers and the global
     random state stay bit for bit.
+
+    Raises:
+        ValueError: the actor is none of this package, or it cannot read the states, or there are none.
     """
+    if not isinstance(actor, MoENetwork):
+        raise ValueError(f"actor: got {type(actor).__name__}, allowed: a MoENetwork, as make_actor makes them")
+    if not len(observations):
+        raise ValueError("observations: got no state, allowed: at least one")
     found: dict[str, float | list[float]] = {}
     with untouched(actor), torch.no_grad():
         trace = actor.trace(observations)

@@ -43,8 +43,10 @@ def _within(rank: float, p: Float[Tensor, "k"]) -> float:
 def _shares(eigenvalues: Shaped[Any, "n"]) -> Float[Tensor, "k"]:
     """Each eigenvalue over their sum in float64; none for the zero matrix."""
     values = _float64(eigenvalues)
-    if values.ndim != 1 or not values.isfinite().all():
-        raise ValueError(f"eigenvalues: got shape {tuple(values.shape)}, allowed: [n], every value finite")
+    if values.ndim != 1:
+        raise ValueError(f"eigenvalues: got shape {tuple(values.shape)}, allowed: [n]")
+    if not values.isfinite().all():
+        raise ValueError("eigenvalues: got a value that is not finite, allowed: every value finite")
     largest = values.max().item() if len(values) else 0.0
     if len(values) and values.min().item() < -ROUND_OFF * max(largest, 0.0):
         raise ValueError(f"eigenvalues: got {values.min().item():g} beside {largest:g}, allowed: none below zero")

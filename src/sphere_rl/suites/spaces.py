@@ -55,7 +55,7 @@ def check_spaces(task: str, observation: gymnasium.Space, action: gymnasium.Spac
     if isinstance(action, Discrete) or branches_of(action):
         return
     if not isinstance(action, Box) or len(action.shape) != 1 or not action.shape[0]:
-        raise ConfigError("tasks", task, f"a task with Box or discrete actions, not {action}")
+        raise ConfigError("tasks", task, f"a task with a flat Box of actions or discrete ones, not {action}")
     if not np.issubdtype(action.dtype, np.floating):
         raise ConfigError("tasks", task, f"a task whose Box of actions has real numbers, not {action}")
 
