@@ -415,6 +415,13 @@ def test_watch_ends_with_the_runs(runs: Path, tmp_path: Path, capsys: pytest.Cap
         report.command([str(runs), "--watch", "0"])
 
 
+def test_a_page_does_not_go_into_a_run(runs: Path) -> None:
+    folder = next(path.parent for path in sorted(runs.rglob("config.json")))
+    with pytest.raises(CommandLineError, match=f"--out: {folder} is a run's own folder"):
+        report.command([str(runs), "--out", str(folder)])
+    assert not (folder / "index.html").exists()
+
+
 # ---- in a browser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,11 @@ def command(words: list[str], report: Callable[[list[str]], object] | None = Non
     waiting = [run for run in runs if state(run) != "finished"]
     if len(waiting) < len(runs):
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are finished already", flush=True)
-    codes = carry_out(engine, waiting, runs)
+    try:
+        codes = carry_out(engine, waiting, runs)
+    except KeyboardInterrupt:
+        print("\nstopped, with its runs; the same command goes on where they were", file=sys.stderr)
+        raise
     failed = [run for run in waiting if codes[run.name]]
     left_out = None
     if given.report and report:  # failures do not hide what the others have found
