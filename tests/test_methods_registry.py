@@ -75,7 +75,6 @@ def test_every_method_is_there():
         (("sphere", "magic"), "method: 'magic' is not allowed; expected one or more of c_chain, cbp, "),
         (("sphere+redo",), r"'sphere\+redo' is not allowed; .* \(composed ones with a space between\)"),
         (("redo", "redo"), "each method once"),
-        (("none", "sphere"), "method: 'none sphere' is not allowed; expected none by itself"),
         (("trac", "weight_decay"), "at most one that replaces Adam, not trac and weight_decay"),
     ],
 )

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -8,6 +10,7 @@ from sphere_rl.errors import ConfigError
 from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.suites import check_task, make_suite, suites
 from sphere_rl.suites.metaworld import ALL_TASKS, CW10, GOALS_WANDER, SUITES, environment_id
+from sphere_rl.suites.remade import RemadePool
 
 
 def trajectory(envs: VectorEnv, steps: int) -> np.ndarray:
@@ -91,7 +94,9 @@ def test_what_is_made_anew_is_seeded_and_its_episodes_differ(task: str) -> None:
 
 
 def test_some_of_an_environment_that_is_made_anew_cannot_be_reset() -> None:
-    pool = SUITES[0]._pool("hammer", 0, num_envs=2)
+    import envpool
+
+    pool = RemadePool(partial(envpool.make_gymnasium, environment_id("hammer"), num_envs=2), 0)
     pool.reset()
     with pytest.raises(ValueError, match=r"env_ids: \[1\] are not all 2"):
         pool.reset(np.array([1], np.int32))

@@ -244,8 +244,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "seed target_kl max_episode_steps value_coefficient entropy_coefficient learning_rate_end env_timeout"
 ).split()
-MOST_THREADS = 1024
-LONGEST_WAIT = 1e6
+MOST_THREADS, LONGEST_WAIT = 1024, 1e6
 
 
 def task_steps(config: Mapping[str, Any]) -> int:

@@ -117,7 +117,7 @@ class MoENetwork(nn.Module):
         return mixture_output([mlp.effective() for mlp in self.parts], self.gating, observation, 1)
 
     def _check(self, observation: Tensor) -> None:
-        dtype, wanted = self.experts.head.weight.dtype, (len(observation), self.observation_dim)
+        dtype, wanted = next(self.experts.parameters()).dtype, (len(observation), self.observation_dim)
         alike = isinstance(observation, Tensor) and (
             observation.dtype == dtype or torch.is_autocast_enabled(observation.device.type)
         )

@@ -78,8 +78,6 @@ def check_methods(names: Sequence[str]) -> None:
             raise ConfigError("method", name, f"one or more of {', '.join(methods())}{apart}")
         if names.count(name) > 1:
             raise ConfigError("method", " ".join(names), "each method once")
-    if "none" in names and len(names) > 1:
-        raise ConfigError("method", " ".join(names), "none by itself")
     optimizers = [name for name in names if methods()[name].make_optimizer is not Method.make_optimizer]
     if len(optimizers) > 1:
         raise ConfigError("method", " ".join(names), f"at most one that replaces Adam, not {' and '.join(optimizers)}")
