@@ -54,6 +54,15 @@ def test_so_have_the_runs_without_signal() -> None:
     assert all(ends[f"free_grad_003, {seed}"] < ends[f"none, {seed}"] for seed in (1, 2))
 
 
+def test_so_have_those_with_goals_that_stay() -> None:
+    page = (RESULTS / "index.md").read_text()
+    rows = silent.rows(load_results(RESULTS / "silent-again"))
+    assert len(rows) == 4
+    assert all("| " + " | ".join(row) + " |" in page for row in rows)
+    ends = {row[0]: float(row[-1]) for row in rows}
+    assert min(ends, key=ends.__getitem__) == "none, 0"
+
+
 def test_so_have_the_ten_tasks() -> None:
     results, page = load_results(RESULTS / "cw10"), (RESULTS / "index.md").read_text()
     for head, rows in (claim.rows(results), claim.arms(results)):
