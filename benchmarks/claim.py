@@ -67,11 +67,11 @@ def arms(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
     for part, tasks in (("all ten", results.tasks["cw10"]), ("learned alone", LEARNED)):
         scored = {row["method"]: row for row in statistics.headline(evals, {"cw10": tasks})}
         spectra = results.spectra.filter(pl.col("task").is_in(tasks))
+        plain = by_seed(statistics.final_scores(own["none"], tasks), tasks)
         for method, name in NAMES.items():
             found, ends = scored[method], statistics.final_scores(own[method], tasks)
             each, left = by_seed(ends, tasks), by_seed(statistics.retention_scores(own[method], tasks), tasks)
             gain = statistics.differences(own[method], own["none"], tasks) if method != "none" else {}
-            plain = by_seed(statistics.final_scores(own["none"], tasks), tasks)
             above = several(score - plain[seed] for seed, score in each.items() if gain and seed in plain)
             kernel = "; ".join(
                 ranks(spectra.filter(pl.col("run") == run)) for run in done.filter(pl.col("method") == method)["run"]

@@ -191,6 +191,7 @@ def _mp4(path: Path, shape: tuple[int, ...], fps: float) -> Iterator[Callable[[F
         _, said = ffmpeg.communicate()
     finally:
         ffmpeg.kill()  # where it has not ended
+        ffmpeg.wait()
     if code := ffmpeg.returncode:
         with suppress(OSError):
             path.unlink()

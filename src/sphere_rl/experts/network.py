@@ -111,9 +111,9 @@ class MoENetwork(nn.Module):
         """The output alone."""
         if is_being_exported():
             return self._unrouted(observation)
-        self._check(observation)
         if not (self.has_kernel_forward and is_unrecorded()):
             return self.trace(observation).output
+        self._check(observation)
         return mixture_output([mlp.effective() for mlp in self.parts], self.gating, observation, 1)
 
     def _check(self, observation: Tensor) -> None:

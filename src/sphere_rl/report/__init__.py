@@ -31,11 +31,13 @@ def command(words: list[str]) -> int | None:
     given = options.parse_args(words)
     if given.tables and given.watch:
         raise CommandLineError("--tables: not allowed with --watch")
-    if (given.out / "config.json").exists():
-        raise CommandLineError(f"--out: {given.out} is a run's own folder; expected another one")
     from sphere_rl.report.page import make_page, make_tables
     from sphere_rl.results import load_results
+    from sphere_rl.runs import RunFolder
     from sphere_rl.runtime import tune_process
+
+    if RunFolder(given.out).config_path.exists():
+        raise CommandLineError(f"--out: {given.out} is a run's own folder; expected another one")
 
     tune_process(1)  # the matrices are small: more threads only spin, and take cores from runs that go on
     if given.tables:

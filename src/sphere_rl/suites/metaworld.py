@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import gymnasium
@@ -17,7 +16,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from sphere_rl.errors import MissingExtraError
 from sphere_rl.suites import check_task
-from sphere_rl.suites.remade import RemadePool
+from sphere_rl.suites.remade import make_pool
 
 CW10 = (
     "hammer",
@@ -127,10 +126,7 @@ class MetaWorld:
         # EnvPool's MuJoCo looks for OpenGL when it is loaded, and may be asked to draw later in the process.
         with suppress(MissingExtraError):
             load_egl()
-        import envpool  # loads a large native library: only when an environment is made
-
-        make = partial(envpool.make_gymnasium, environment_id(task), partially_observable=False, **options)
-        return RemadePool(make, seed) if task in GOALS_WANDER else make(seed=seed)
+        return make_pool(environment_id(task), seed, task in GOALS_WANDER, **options)
 
 
 SUITES = (

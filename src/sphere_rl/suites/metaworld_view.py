@@ -6,7 +6,6 @@ import ctypes
 import re
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +16,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from sphere_rl.errors import MissingExtraError
 from sphere_rl.suites.picture import Picture
-from sphere_rl.suites.remade import RemadePool
+from sphere_rl.suites.remade import make_pool
 
 SCENES = Path("mujoco", "metaworld")
 """MetaWorld's scenes inside the folder of EnvPool's assets."""
@@ -38,15 +37,13 @@ class MetaWorldView(gymnasium.Env):
         self.spec = EnvSpec(environment_id, max_episode_steps=self._pool.config["max_episode_steps"])
 
     def _make(self, picture: Picture) -> Any:
-        import envpool
-
         options: dict[str, Any] = {"render_width": picture.width, "render_height": picture.height}
         if not picture.fine:
+            import envpool
+
             assets = Path(envpool.make_spec(self._id).config.base_path)
             options["base_path"] = _plain_scenes(assets, Path(self._scenes.name))
-        options |= {"num_envs": 1, "partially_observable": False, "render_mode": "rgb_array"}
-        make = partial(envpool.make_gymnasium, self._id, **options)
-        return RemadePool(make, self._seed) if self._anew else make(seed=self._seed)
+        return make_pool(self._id, self._seed, self._anew, num_envs=1, render_mode="rgb_array", **options)
 
     def draw_as(self, picture: Picture) -> None:
         """Choose the frames; before the first reset, for the environment is made anew."""

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
+
+
+def make_pool(environment_id: str, seed: int, anew: bool, **options: Any) -> Any:
+    """An EnvPool of goal-observable MetaWorld environments; with ``anew`` one that is made anew for every episode."""
+    import envpool  # loads a large native library: only when an environment is made
+
+    make = partial(envpool.make_gymnasium, environment_id, partially_observable=False, **options)
+    return RemadePool(make, seed) if anew else make(seed=seed)
 
 
 class RemadePool:
