@@ -13,6 +13,7 @@ from sphere_rl.experts.network import KINDS
 from sphere_rl.methods import methods
 from sphere_rl.spectrum import SPECTRAL_METRICS
 
+PUBLISHED = Path(__file__).parents[1] / "docs" / "results" / "silent"
 TINY = """train --suite gym --tasks Pendulum-v1 --num-envs 2 --num-steps 64 --minibatch-size 32 --num-epochs 1
     --width 16 --depth 1 --num-experts 3 --steps-per-task 256 --eval-every 128 --eval-episodes 1
     --final-eval-episodes 1""".split()
@@ -76,6 +77,9 @@ def test_quiet_prints_no_progress(tmp_path: Path, capfd: pytest.CaptureFixture[s
         ("train --method injection reset_all", "expected injection without reset_all"),
         ("train --method crelu --width 15", "width: 15 is not allowed; expected an even number with crelu"),
         ("train --tasks push --out /proc/run", "/proc/run: cannot be written"),
+        (f"report {PUBLISHED} --out /proc/page", "/proc/page: cannot be written"),
+        (f"report {PUBLISHED} --tables csv --out /proc/page", "/proc/page/tables: cannot be written"),
+        ("sweep --suite cw10 --grid foo.bar 1 --out /proc/s", "arguments: --foo.bar 1 (sphere train --help lists the"),
     ],
 )
 def test_bad_words_exit_with_2_and_one_line_and_write_nothing(

@@ -88,6 +88,9 @@ def test_a_run_that_is_there_twice_counts_once_and_is_named(
     assert main(["compare", str(ours), str(theirs), "--json"]) == 0
     expected = rows_of(capsys)
     write_run(ours / "again", [0.0, 0.0], method=["sphere"], seed=1, eval_every=7)
+    for name, returns in {"0-broken-off": [0.0, 0.0], "0-begun": [0.0]}.items():  # first by name
+        with write_run(ours / name, returns, method=["sphere"], seed=1) as folder:
+            folder.set_status("interrupted", 512, TASKS[0])
     for name, tasks in {"r0": TASKS[:1], "r1": TASKS[1:], "r2": TASKS}.items():
         write_run(ours / name, [1.0] * len(tasks), tasks, protocol="rl", method=["sphere"], seed=1)
     assert main(["compare", str(ours), str(theirs), "--json"]) == 0
@@ -96,7 +99,10 @@ def test_a_run_that_is_there_twice_counts_once_and_is_named(
     like = "with seed 1 on tasks of"
     assert [line.partition(", too;")[0] for line in lines] == [
         f"sphere: left out: {ours / 'again'}: is gym crl topk_moe sphere {like} {ours / '1'}",
-        f"sphere: left out: {ours / 'r2'}: is gym rl topk_moe sphere {like} {ours / 'r0'}",
+        f"sphere: left out: {ours / 'r0'}: is gym rl topk_moe sphere {like} {ours / 'r2'}",  # r2 has come further
+        f"sphere: left out: {ours / 'r1'}: is gym rl topk_moe sphere {like} {ours / 'r2'}",
+        f"sphere: left out: {ours / '0-broken-off'}: is gym crl topk_moe sphere {like} {ours / '1'}",
+        f"sphere: left out: {ours / '0-begun'}: is gym crl topk_moe sphere {like} {ours / '1'}",
     ]
     rows = {(row["score"], row["task"]): row for row in map(json.loads, printed.out.splitlines())}
     assert rows == expected

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sphere_rl.errors import CommandLineError, ConfigError, RunFolderError, TrainingError
+from sphere_rl.errors import CommandLineError, ConfigError, RunFolderError, StorageError, TrainingError
 from sphere_rl.terminal.parsers import ArgumentParser, integer, positive, size
 from sphere_rl.terminal.waiting import waiting
 
@@ -40,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(words[0], words[1:])
     except (CommandLineError, ConfigError, RunFolderError) as error:
         return fail(str(error))
+    except StorageError as error:  # where nothing is trained, what was asked for cannot be written there
+        return fail(str(error), code=3 if words[0] in TRAINING else 2)
     except TrainingError as error:
         return fail(str(error), code=3)
     except KeyboardInterrupt:
@@ -358,6 +360,8 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "list": list_all,
 }
 
+TRAINING = ("demo", "train", "resume", "sweep")
+"""Commands under which a disk fails a run."""
 LIST_WIDTH = 100
 """Columns of the tables of ``sphere list`` in a pipe, where COLUMNS does not say how many."""
 NEEDS = (

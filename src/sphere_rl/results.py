@@ -196,8 +196,8 @@ def load_results(root: Path | str) -> Results:
 
     Runs that are still going are read as far as they are.
 
-    One that cannot be read, or that is a run which another folder holds already, is left out of the tables, and listed
-    in `Results.broken`.
+    One that cannot be read, or that is a run which another folder holds, too, is left out of the tables, and listed
+    in `Results.broken`. Of runs that are one and the same, that stays which has finished or has come furthest.
 
     Raises:
         RunFolderError: there is no run folder, or none that can be read.
@@ -214,10 +214,15 @@ def load_results(root: Path | str) -> Results:
             broken.append({"run": str(path.relative_to(root)), "reason": str(error)})
     if not found:
         raise RunFolderError(broken[0]["reason"] + (f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""))
+    return _tables(root, found, broken)
+
+
+def _tables(root: Path, found: Sequence[_Read], broken: list[dict[str, str]]) -> Results:
+    """The tables of all that was read, by name; what is there twice is added to ``broken``."""
     configs, sequences = [one.config for one in found], _sequences(found)
-    runs, evals, spectra = [], [], []
-    known: dict[tuple[Any, ...], str] = {}
-    for one, label, differs in zip(found, method_labels(configs), differing(configs), strict=True):
+    rows, known = {}, dict[tuple[Any, ...], str]()
+    labelled = zip(found, method_labels(configs), differing(configs), strict=True)
+    for one, label, differs in sorted(labelled, key=lambda read: read[0].progress, reverse=True):
         key = {"run": one.run} | {name: one.config[name] for name in KEY} | {"method": label}
         made = {"methods": list(one.config["method"]), "settings": differs}
         tasks = tuple(one.config["tasks"] or sequences[one.config["suite"]])
@@ -226,9 +231,10 @@ def load_results(root: Path | str) -> Results:
             broken.append({"run": one.run, "reason": f"{root / one.run}: {_like(twin, key)}"})
             continue
         known |= dict.fromkeys(parts, str(root / one.run))
-        runs.append(key | made | _run_row(one, tasks))
-        evals.extend(key | row for row in one.logs["eval"])
-        spectra.extend(key | row for row in one.logs["spectrum"])
+        rows[one.run] = key, key | made | _run_row(one, tasks), one.logs
+    kept = [rows[one.run] for one in found if one.run in rows]
+    runs = [row for _, row, _ in kept]
+    evals, spectra = ([key | row for key, _, logs in kept for row in logs[log]] for log in ("eval", "spectrum"))
     return Results(
         root,
         pl.DataFrame(runs, infer_schema_length=None, schema_overrides=RUNS),
@@ -253,6 +259,22 @@ class _Read:
     commit: str | None
     status: dict[str, Any]
     logs: dict[str, list[dict[str, Any]]]
+
+    @property
+    def state(self) -> str:
+        """The state that it recorded; new before it began."""
+        return self.status.get("state", "new")
+
+    @property
+    def steps(self) -> int:
+        """Environment steps that it has made."""
+        train = self.logs["train"]
+        return train[-1]["global_step"] if train else self.status.get("global_step", 0)
+
+    @property
+    def progress(self) -> tuple[bool, int]:
+        """Whether it has finished, and its steps."""
+        return self.state == "finished", self.steps
 
 
 NEEDED = (*KEY, "tasks", "steps_per_task", "num_envs", "num_steps")
@@ -334,18 +356,18 @@ def _sequences(found: Sequence[_Read]) -> dict[str, tuple[str, ...]]:
 
 
 def _run_row(one: _Read, tasks: Sequence[str]) -> dict[str, Any]:
-    config, status, train = one.config, one.status, one.logs["train"]
-    speeds = sorted(row["steps_per_second"] for row in train)
+    config, status = one.config, one.status
+    speeds = sorted(row["steps_per_second"] for row in one.logs["train"])
     finals = [row["task"] for row in one.logs["eval"] if row["phase"] == "final"]
     return {
-        "state": status.get("state", "new"),
+        "state": one.state,
         "task": status.get("task"),
         "error": status.get("error"),
         "tasks": list(tasks),
         "num_tasks": len(tasks),
         "tasks_done": len(finals),
         "steps_per_task": task_steps(config),
-        "global_step": train[-1]["global_step"] if train else status.get("global_step", 0),
+        "global_step": one.steps,
         "speed": speeds[len(speeds) // 2] if speeds else None,
         "commit": one.commit,
     }

@@ -48,6 +48,7 @@ class Option:
 def train_parser(default: TrainConfig, helpful: bool) -> ArgumentParser:
     """A parser of every option; what is not given is not in its result. Sentences only where ``helpful``."""
     parser = ArgumentParser(
+        others=" (sphere train --help lists the options)",
         prog="sphere train",
         usage="sphere train [OPTIONS]",
         description="Train an agent on a sequence of tasks. Flags win over the file, the file over the suite's preset, "
