@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from conformance.agents import (
+    SHORT,
     actor_step,
     batch,
     begin,
@@ -18,13 +19,19 @@ from conformance.agents import (
 )
 from torch import Tensor
 
+from sphere_rl.errors import ConfigError
 from sphere_rl.experts.network import MoENetwork
+from sphere_rl.learner.actor_critic import Spaces
+from sphere_rl.learner.rollout import Collector
 from sphere_rl.methods._layers import hidden_layers, linear_layers
 from sphere_rl.methods.c_chain import policy, policy_change
 from sphere_rl.methods.load_balance import balance_loss, z_loss
 from sphere_rl.methods.parseval import add_gradient
 from sphere_rl.methods.spectral_reg import power_iteration
+from sphere_rl.suites import make_suite
+from sphere_rl.suites.spaces import LARGEST
 from sphere_rl.training.agent import Agent
+from sphere_rl.training.ppo import update
 from sphere_rl.training.step import actor_loss, add_parameter_gradients
 from sphere_rl.training.step import actor_step as step_of_actor
 from sphere_rl.training.step import critic_step as step_of_critic
@@ -210,6 +217,54 @@ def test_load_balance_covers_every_gate(actor):
     assert trace.logits is not None
     expected = 0.01 * balance_loss(trace.logits, 2) + 0.001 * trace.logits.logsumexp(1).square().mean()
     torch.testing.assert_close(value, expected)
+
+
+def test_bound_loss_by_hand():
+    """Of a box from −1 to 3 the half width is 2; without an upper bound actions count as they are."""
+    spaces = Spaces(3, 2, discrete=False, low=(-1.0, -1.0), high=(3.0, LARGEST))
+    method = only_method(Agent(make_config("bound_loss"), spaces, 0))
+    found = method.outside(torch.tensor([[-5.0, -2.0], [4.0, 1e9], [0.0, 0.0], [3.0, -1.0]]))
+    assert found.tolist() == [[2.0, 1.0], [0.5, 0.0], [0.0, 0.0], [0.0, 0.0]]
+    agent = make_agent(make_config("bound_loss", bound_loss={"coefficient": 0.5}))
+    with torch.no_grad():
+        agent.actor.experts.head.bias.add_(3.0)  # Pendulum takes torques from −2 to 2
+    step = actor_step(agent, batch(1))
+    mean = step.trace.output
+    share = (mean > 2).float().mean().item()
+    assert 0 < share < 1
+    loss = ((mean - 2) / 2).clamp(min=0).square().mean().item()
+    assert only_method(agent).actor_penalty(step).item() == pytest.approx(0.5 * loss)
+    metrics = {name: float(value) for name, value in only_method(agent).metrics().items()}
+    assert metrics == {"bound_loss": pytest.approx(loss), "bound_loss_share": pytest.approx(share)}
+
+
+def test_bound_loss_gradient_and_where_there_is_no_box():
+    agent = double_agent("bound_loss")
+    with torch.no_grad():
+        agent.actor.experts.head.bias.add_(3.0)
+    (actor_penalty, parameters), _ = penalties(agent)
+    assert actor_penalty().item() > 0
+    check_gradient(actor_penalty, parameters)
+    unknown = Agent(agent.config, Spaces(3, 1, discrete=False), 0)
+    assert only_method(unknown).actor_penalty(actor_step(unknown, batch(1))).item() == 0
+    with pytest.raises(ConfigError, match="method: 'bound_loss' is not allowed; expected a task with continuous"):
+        make_agent(make_config("bound_loss"), task="CartPole-v1")
+
+
+def test_bound_loss_brings_back_an_agent_whose_actions_are_all_clipped():
+    """Beyond the box everything that it tries is the bound, and plain PPO sees nothing that would lead back."""
+    left = {}
+    for method in ("none", "bound_loss"):
+        agent = make_agent(make_config(method, learning_rate=3e-3, num_steps=64, steps_per_task=128))
+        with torch.no_grad():
+            agent.actor.experts.head.bias.add_(8.0)  # σ is 1, the bound 2
+        envs = make_suite("gym").make(SHORT, 2, 0, 1)
+        collector = Collector(envs, None, agent.device)
+        for _ in range(20):
+            update(agent, collector.collect(agent.actor, agent.critic, 64, agent.generator), agent.config)
+        envs.close()
+        left[method] = agent.actor(batch(1).observation).mean().item()
+    assert left["bound_loss"] < 3.5 < 5.5 < left["none"]
 
 
 def test_c_chain_compares_with_the_policy_before_the_last_step():

@@ -19,7 +19,7 @@ from sphere_rl.methods import Method, methods
 
 EXPECTED = (
     "none sphere layernorm l2_init weight_decay parseval spectral_norm spectral_reg crelu redo regrama cbp "
-    "shrink_perturb reset_head reset_all injection c_chain trac nap fire load_balance"
+    "shrink_perturb reset_head reset_all injection c_chain trac nap fire load_balance bound_loss"
 ).split()
 
 TOY = '''
@@ -72,7 +72,7 @@ def test_every_method_is_there():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (("sphere", "magic"), "method: 'magic' is not allowed; expected one or more of c_chain, cbp, "),
+        (("sphere", "magic"), "method: 'magic' is not allowed; expected one or more of bound_loss, c_chain, cbp, "),
         (("sphere+redo",), r"'sphere\+redo' is not allowed; .* \(composed ones with a space between\)"),
         (("redo", "redo"), "each method once"),
         (("trac", "weight_decay"), "at most one that replaces Adam, not trac and weight_decay"),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from gymnasium.spaces import Discrete
 from gymnasium.spaces.utils import flatdim
@@ -26,13 +27,17 @@ class Spaces:
     """What an agent must know of its environment.
 
     ``action_dim`` is the number of actions where they are discrete. ``branches``: of several that are taken at once,
-    how many values each has; ``action_dim`` is their sum.
+    how many values each has; ``action_dim`` is their sum. ``low`` and ``high``: the bounds to which actions of a box
+    are clipped, float32's largest number where there is none; empty without a box. Spaces that differ in these alone
+    are equal: an agent can go from one to the other.
     """
 
     observation_dim: int
     action_dim: int
     discrete: bool
     branches: tuple[int, ...] = ()
+    low: tuple[float, ...] = field(default=(), compare=False)
+    high: tuple[float, ...] = field(default=(), compare=False)
 
     def __str__(self) -> str:
         """For messages."""
@@ -48,7 +53,11 @@ class Spaces:
         observation_dim, branches = flatdim(envs.single_observation_space), branches_of(action)
         if branches:
             return cls(observation_dim, sum(branches), discrete=True, branches=branches)
-        return cls(observation_dim, flatdim(action), isinstance(action, Discrete))
+        if isinstance(action, Discrete):
+            return cls(observation_dim, flatdim(action), discrete=True)
+        box: Any = action
+        low, high = (tuple(map(float, np.nan_to_num(bound))) for bound in (box.low, box.high))
+        return cls(observation_dim, flatdim(action), discrete=False, low=low, high=high)
 
 
 @runtime_checkable

@@ -39,10 +39,11 @@ def check_memory(config: TrainConfig, spaces: Spaces) -> None:
 
 def parameters(config: TrainConfig, spaces: Spaces) -> int:
     """Parameters of actor and critic, with the options that methods set, counted without making them."""
-    options, made, sizes = options_with(made_methods(config), config), torch.Generator(), vars(spaces)
+    options, made = options_with(made_methods(config), config), torch.Generator()
+    kind = spaces.discrete, spaces.branches
     try:
         with torch.device("meta"):
-            actor = Actor(config.actor, **sizes, options=options, generator=made)
+            actor = Actor(config.actor, spaces.observation_dim, spaces.action_dim, options, made, *kind)
             critic = MoENetwork(config.critic, spaces.observation_dim, 1, options, made)
     except RuntimeError:  # one tensor alone has more bytes than can be counted
         return 2**62
