@@ -13,11 +13,12 @@ from sphere_rl.experts.network import KINDS, Actor, make_actor
 from sphere_rl.penalty import sphere_penalty
 from sphere_rl.spectrum import SPECTRAL_METRICS, effective_rank, entk, measure
 from sphere_rl.spectrum.kernel import KERNEL_ROWS, kernel_states
-from sphere_rl.spectrum.plasticity import churn, dead_ratio, pca_rank
+from sphere_rl.spectrum.plasticity import churn, dead_ratio, outside_share, pca_rank
 from sphere_rl.spectrum.ranks import participation_ratio
 
 torch.set_num_threads(1)
 UPDATE_ONLY = {"grama_ratio", "grad_norm", "weight_change", "churn"}
+BOX = -torch.ones(3), torch.ones(3)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -37,7 +38,7 @@ def observations() -> torch.Tensor:
 def test_measure_gives_every_metric_of_every_actor(kind, options):
     policy = actor(kind, **options)
     gradients = {name: torch.ones_like(p) for name, p in policy.named_parameters()}
-    found = measure(policy, observations(), gradients=gradients, previous=dict(policy.named_parameters()))
+    found = measure(policy, observations(), gradients=gradients, previous=dict(policy.named_parameters()), box=BOX)
     assert list(found) == list(SPECTRAL_METRICS)
     load = found.pop("expert_load")
     assert isinstance(load, list)
@@ -51,7 +52,7 @@ def test_measure_against_its_parts():
     policy = actor()
     found, trace = measure(policy, observations()), policy.trace(observations())
     kernel = entk(policy, observations()).double()
-    assert set(SPECTRAL_METRICS) - set(found) == UPDATE_ONLY
+    assert set(SPECTRAL_METRICS) - set(found) == UPDATE_ONLY | {"outside_share"}
     assert found["r_e_K"] == pytest.approx(effective_rank(torch.linalg.eigvalsh(kernel)), rel=1e-9)
     phi = trace.features[-1].weighted().detach().double()
     sigma = torch.linalg.svdvals(phi)
@@ -66,6 +67,16 @@ def test_measure_against_its_parts():
     weights = [layer.weight for layer in policy.modules() if isinstance(layer, GroupedLinear)]
     ranks = [torch.linalg.matrix_norm(w) ** 2 / torch.linalg.matrix_norm(w, 2) ** 2 for w in weights]
     assert found["stable_rank_W"] == pytest.approx(torch.cat(ranks).mean().item(), rel=1e-5)
+
+
+def test_what_is_outside_the_action_box():
+    """Of 6 mean actions the first is below its bound, and two are above theirs; on a bound is inside."""
+    output = torch.tensor([[-1.5, 0.0, 9.0], [-1.0, 2.0, 3.0]])
+    assert outside_share(output, torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([1.0, 1.0, 3.0])) == 3 / 6
+    policy = actor()
+    with torch.no_grad():
+        policy.experts.head.bias[..., 0] += 5
+    assert measure(policy, observations(), box=BOX)["outside_share"] == pytest.approx(1 / 3)
 
 
 def test_measure_sees_an_update():

@@ -130,7 +130,8 @@ def test_a_preset_is_named_and_flags_win(tmp_path: Path, capsys: pytest.CaptureF
     assert cli.main(["sweep", *words]) == 2
     assert "cw10-crl-topk_moe-none-seed7" in capsys.readouterr().err  # that is the run it planned
     assert cli.main(["sweep", "--preset", "nope"]) == 2
-    message = "sphere: preset: 'nope' is not allowed; expected one of bounded, claim, comparison, pilot, replication, silent\n"
+    known = "bounded, claim, comparison, pilot, replication, silent"
+    message = f"sphere: preset: 'nope' is not allowed; expected one of {known}\n"
     assert capsys.readouterr().err == message
     assert cli.main(["sweep", "--preset", "pilot", "--config", "x.toml"]) == 2
     assert "not allowed with argument" in capsys.readouterr().err

@@ -12,6 +12,7 @@ import torch
 from gymnasium.spaces import Discrete
 from gymnasium.spaces.utils import flatdim
 from gymnasium.vector import VectorEnv
+from jaxtyping import Float
 from torch import Tensor
 
 from sphere_rl.experts.network import Actor, MoENetwork
@@ -38,6 +39,11 @@ class Spaces:
     branches: tuple[int, ...] = ()
     low: tuple[float, ...] = field(default=(), compare=False)
     high: tuple[float, ...] = field(default=(), compare=False)
+
+    @property
+    def box(self) -> tuple[Float[Tensor, "A"], Float[Tensor, "A"]] | None:
+        """The bounds of a box of actions, lower and upper ones; None without a box."""
+        return (torch.tensor(self.low), torch.tensor(self.high)) if self.low else None
 
     def __str__(self) -> str:
         """For messages."""

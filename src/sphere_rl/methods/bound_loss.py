@@ -48,11 +48,9 @@ class BoundLoss(Method):
 
     def start(self, agent: ActorCritic) -> None:
         """Know the box; one that is not known has no bounds."""
-        spaces = agent.spaces
-        low = torch.tensor(spaces.low or [-LARGEST] * spaces.action_dim, device=agent.device)
-        high = torch.tensor(spaces.high or [LARGEST] * spaces.action_dim, device=agent.device)
+        low, high = agent.spaces.box or (torch.tensor(-LARGEST), torch.tensor(LARGEST))
         width = torch.where((low > -LARGEST) & (high < LARGEST), high - low, 2.0)
-        self._low, self._high, self._unit = low, high, width / 2
+        self._low, self._high, self._unit = (bound.to(agent.device) for bound in (low, high, width / 2))
 
     def outside(self, mean: Float[Tensor, "N A"]) -> Float[Tensor, "N A"]:
         """How far mean actions lie outside the box, in its half widths, or as they are where it is open."""

@@ -28,6 +28,7 @@ from sphere_rl.spectrum.plasticity import (
     feature_rank,
     gate_entropy,
     grama_ratio,
+    outside_share,
     pca_rank,
     root_mean_square,
     srank,
@@ -59,6 +60,7 @@ SPECTRAL_METRICS: dict[str, str] = {
     "feature_rank": "number of σ/√N > 0.01 (Lyle et al. 2022)",
     "feature_norm": "root mean square over states of ‖φ(x)‖, φ(x) the rows of Φ: √tr A",
     "output_size": "root mean square of the outputs: mean actions, or logits",
+    "outside_share": "share of mean actions outside the action box, where the environment clips them",
     "dormant_ratio": "share of hidden units whose mean |h| is at most 0.025 of their layer's mean (Sokar et al. 2023)",
     "dead_ratio": "share of hidden units that are zero on all states",
     "active_fraction": "share of hidden activations that are not zero, on the states routed to them",
@@ -180,13 +182,14 @@ def measure(
     gradients: Mapping[str, Tensor] | None = None,
     previous: Mapping[str, Tensor] | None = None,
     kernel_rows: int | None = None,
+    box: tuple[Float[Tensor, "A"], Float[Tensor, "A"]] | None = None,
 ) -> dict[str, float | list[float]]:
     """Return every metric of `SPECTRAL_METRICS` for ``actor`` on a batch of states, in its order.
 
     ``gradients`` of the last loss add grama_ratio and grad_norm; ``previous``, the parameters before the last update,
     adds weight_change and churn. ``kernel_rows``: the most that K may have, by `kernel_states`; by default it is of
-    all states. The actor's mode is respected and nothing of it changes: parameters, gradients, buffers and the global
-    random state stay bit for bit.
+    all states. ``box``, the lower and the upper bounds of actions, adds outside_share. The actor's mode is respected
+    and nothing of it changes: parameters, gradients, buffers and the global random state stay bit for bit.
 
     Raises:
         ValueError: the actor is none of this package, or it cannot read the states, or there are none.
@@ -199,6 +202,8 @@ def measure(
     with untouched(actor), torch.no_grad():
         trace = actor.trace(observations)
         found |= feature_metrics(trace)
+    if box is not None:
+        found["outside_share"] = outside_share(trace.output, *box)
     chosen = observations[kernel_states(len(observations), trace.output.shape[1], kernel_rows)]
     found["r_e_K"] = effective_rank(torch.linalg.eigvalsh(entk(actor, chosen).double()))
     found |= weight_metrics(actor, gradients, previous)

@@ -72,6 +72,11 @@ def stable_rank(weight: Float[Tensor, "*b out in"]) -> Float[Tensor, "*b"]:
     return torch.where(largest > 0, matrix.square().sum((-2, -1)) / largest, 0.0)
 
 
+def outside_share(output: Float[Tensor, "N A"], low: Float[Tensor, "A"], high: Float[Tensor, "A"]) -> float:
+    """Share of mean actions outside a box, where the environment clips them."""
+    return ((output < low.to(output)) | (output > high.to(output))).double().mean().item()
+
+
 def root_mean_square(tensors: Iterable[Tensor]) -> float:
     """√(Σ θ² / P) over all P entries of all tensors."""
     squares, size = 0.0, 0

@@ -19,7 +19,7 @@ from sphere_rl.spectrum.kernel import KERNEL_ROWS, kernel_states, untouched
 from sphere_rl.spectrum.ranks import gram_eigenvalues
 from sphere_rl.suites import make_suite
 from sphere_rl.training.agent import Policy
-from sphere_rl.training.policies import Chosen, placed, read_policies
+from sphere_rl.training.policies import Chosen, placed, read_policies, spaces_of
 from sphere_rl.training.probe import probe_batch
 from sphere_rl.training.saved import config_of
 
@@ -131,8 +131,10 @@ def diagnose(folder: RunFolder, chosen: Chosen, device: str = "cpu") -> Diagnosi
     task, policy, observations = on_probe(folder, chosen, device)
     found = spectra(policy, observations)
     part = found.kernel_observations
+    config = config_of(folder)
+    box = spaces_of(config.suite, task, tuple(config.environment.items())).box
     with collecting(policy):
-        metrics = measure(policy.actor, observations, kernel_rows=KERNEL_ROWS)
+        metrics = measure(policy.actor, observations, kernel_rows=KERNEL_ROWS, box=box)
         blocks = block_view(policy.actor, part) if policy.actor.encoder is None else ()
     return Diagnosis(
         checkpoint=chosen.path.stem,

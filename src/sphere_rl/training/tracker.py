@@ -47,9 +47,10 @@ class Tracker:
         if self._before is None:
             return
         gradients = {n: p.grad for n, p in agent.actor.named_parameters() if p.grad is not None}
+        box = agent.spaces.box
         for batch, observations in (("probe", self.probe(agent, task)), ("rollout", spread(rollout))):
             metrics = measure(
-                agent.actor, observations, gradients=gradients, previous=self._before, kernel_rows=KERNEL_ROWS
+                agent.actor, observations, gradients=gradients, previous=self._before, kernel_rows=KERNEL_ROWS, box=box
             )
             yield {"batch": batch, **metrics}
         self._before = None
