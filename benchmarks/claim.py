@@ -1,11 +1,13 @@
 """Tables of the claim's runs, by task as far as they are and by arm, and a picture of the finished; see claim.toml.
 
-python benchmarks/claim.py docs/results/cw10 [docs/media/ten-tasks.png]
+    python benchmarks/claim.py docs/results/cw10 [docs/media/ten-tasks.png] [--without hammer]
+
+``--without`` leaves tasks out of those that are learned alone: where hammer's goal wandered, it was not.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,8 +22,16 @@ from sphere_rl.report.axes import mark_tasks
 from sphere_rl.report.curves import curves
 from sphere_rl.results import Results, load_results
 
-NAMES = {"none": "plain PPO", "sphere_free": "SPHERE, scale-free", "sphere_literal": "SPHERE, the authors' default"}
-LEARNED = ("push-wall", "faucet-close", "handle-press-side", "push", "window-close", "peg-unplug-side")
+NAMES = {
+    "none": "plain PPO",
+    "sphere_free": "SPHERE, scale-free",
+    "sphere_literal": "SPHERE, the authors' default",
+    "bound_loss": "bound loss",
+    "reset_head": "fresh output layers",
+    "free_bounded": "both, scale-free",
+    "literal_bounded": "both, the authors' default",
+}
+LEARNED = ("hammer", "push-wall", "faucet-close", "handle-press-side", "push", "window-close", "peg-unplug-side")
 """Tasks that plain PPO learns alone: success of half the episodes or more at the end; see docs/results/alone.md."""
 
 
@@ -54,21 +64,21 @@ def rows(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
     return ["task", *(text for name in names for text in (name, "r_e(K): own, fixed"))], table
 
 
-def arms(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
+def arms(results: Results, learned: tuple[str, ...] = LEARNED) -> tuple[list[str], list[tuple[str, ...]]]:
     """Head and rows: of each arm over all ten tasks, and over those that are learned alone, success at the tasks' ends
     (each seed, mean and interquartile mean), its difference to plain PPO's of the same seed, the probability that it is
     above (Agarwal et al. 2021), success after the last task, and r_e(K). Seeds that have finished all tasks. Without
     intervals, which say nothing of two seeds.
     """
     evals = results.evals.filter(pl.col("protocol") == "crl")
-    own = {method: evals.filter(pl.col("method") == method) for method in NAMES}
     done = results.runs.filter(pl.col("protocol") == "crl", pl.col("state") == "finished").sort("seed")
+    own = {method: evals.filter(pl.col("method") == method) for method in NAMES}
     table = []
-    for part, tasks in (("all ten", results.tasks["cw10"]), ("learned alone", LEARNED)):
+    for part, tasks in (("all ten", results.tasks["cw10"]), ("learned alone", learned)):
         scored = {row["method"]: row for row in statistics.headline(evals, {"cw10": tasks})}
         spectra = results.spectra.filter(pl.col("task").is_in(tasks))
         plain = by_seed(statistics.final_scores(own["none"], tasks), tasks)
-        for method, name in NAMES.items():
+        for method, name in arm_names(done):
             found, ends = scored[method], statistics.final_scores(own[method], tasks)
             each, left = by_seed(ends, tasks), by_seed(statistics.retention_scores(own[method], tasks), tasks)
             gain = statistics.differences(own[method], own["none"], tasks) if method != "none" else {}
@@ -85,6 +95,41 @@ def arms(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
     return head, table
 
 
+def arm_names(runs: pl.DataFrame) -> list[tuple[str, str]]:
+    """The arms that some of these runs are of, and what they are called."""
+    return [(method, name) for method, name in NAMES.items() if method in runs["method"]]
+
+
+def within(results: Results, task: str) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Head and rows: how each run goes through one task, as far as it is. r_e(K): means over the task; what follows is
+    on the policy's own states, as first and last measured.
+    """
+    table = []
+    for run, steps in results.runs.sort("protocol", "method", "seed").select("run", "steps_per_task").rows():
+        here = (pl.col("run") == run) & (pl.col("task") == task)
+        evals = results.evals.filter(here & pl.col("phase").is_in(["train", "final"])).sort("task_step")
+        spectra = results.spectra.filter(here).sort("task_step")
+        own = spectra.filter(pl.col("batch") == "rollout")
+        if not evals.height:
+            continue
+        half = evals.filter(pl.col("task_step") >= steps / 2 - 1e4)["mean_return"].to_list()
+        ends = [f"{half[place]:.0f}" for place in (0, -1) if half] or [f"{evals['mean_return'][-1]:.0f}"]
+        done = evals["phase"][-1] == "final"
+        success = f"{evals['success_final'][-1]:.2f}" if done else f"– ({evals['task_step'][-1] / 1e6:.2f} M)"
+        changes = (
+            "–" if own[name].is_null().any() else f"{own[name][0]:.{digits}f}, {own[name][-1]:.{digits}f}"
+            for name, digits in CHANGES.items()
+        )
+        table.append((f"`{run}`", success, ", ".join(ends), ranks(spectra), *changes))
+    head = ["run", "success", "return at half, at the end", "r_e(K): own, fixed", "r_e(K)", "r_e(A)", "feature_norm",
+            "mean actions", "gate's entropy"]  # fmt: skip
+    return head, table
+
+
+CHANGES = {"r_e_K": 1, "r_e_A": 1, "feature_norm": 1, "output_size": 1, "gate_entropy": 2}
+"""What is shown of a task's first and last measurement, and with how many digits."""
+
+
 def by_seed(scores: pl.DataFrame, tasks: Sequence[str]) -> dict[int, float]:
     """Mean over the tasks of each seed that has them all."""
     means = scores.group_by("seed").agg(pl.col("score").mean(), pl.len()).sort("seed")
@@ -97,20 +142,18 @@ def several(values: Iterable[float]) -> str:
 
 
 def picture(results: Results) -> Figure:
-    """Of the finished runs, r_e(K) on the fixed probe states through the tasks, and success at the end of each: means
+    """Draw r_e(K) on the policy's own states through the tasks, and success at the end of each that is finished: means
     over seeds, with the range of ranks and each seed's success.
     """
-    tasks = results.tasks["cw10"]
+    tasks, shown = results.tasks["cw10"], arm_names(results.runs)
     ends = results.evals.filter(pl.col("phase") == "final", pl.col("protocol") == "crl")
-    finished = ends.group_by("run").len().filter(pl.col("len") == len(tasks))["run"].implode()
-    ends = ends.filter(pl.col("run").is_in(finished))
-    spectra = results.spectra.filter(pl.col("run").is_in(finished), pl.col("batch") == "probe").with_columns(
+    spectra = results.spectra.filter(pl.col("protocol") == "crl", pl.col("batch") == "rollout").with_columns(
         (pl.col("task_index") + pl.col("task_step") / pl.col("task_step").max()).alias("place")
     )
     figure = Figure(figsize=(9.0, 4.6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    width = 0.84 / len(NAMES)
-    for i, (method, name) in enumerate(NAMES.items()):
+    width = 0.84 / len(shown)
+    for i, (method, name) in enumerate(shown):
         own = {"color": COLORS[i]}
         for line in curves(spectra.filter(pl.col("method") == method), "place", "r_e_K", ["method"], "task_index"):
             place, mean, low, high = (np.array(each, float) for each in (line.x, line.mean, line.low, line.high))
@@ -124,7 +167,7 @@ def picture(results: Results) -> Figure:
         below.plot(here["task_index"] + start, here["success_final"], MARKERS[i], markersize=3.5, **own)
     for axes in (above, below):
         mark_tasks(axes, dict(enumerate(tasks)), names=axes is above)
-    above.set(ylabel="$r_e(K)$, fixed states", xlim=(0, len(tasks)))
+    above.set(ylabel="$r_e(K)$, own states", xlim=(0, len(tasks)))
     below.set(ylabel="success at its end", xlabel="million steps", ylim=(-0.03, 1.05))
     below.set_xticks(range(len(tasks) + 1))
     figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -132,12 +175,21 @@ def picture(results: Results) -> Figure:
 
 
 def main() -> None:
-    folder, *out = map(Path, sys.argv[1:])
-    results = load_results(folder)
-    print(markdown(*rows(results)), markdown(*arms(results)), sep="\n\n")
-    for path in out:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("runs", type=Path, help="folder of published runs")
+    options.add_argument("picture", type=Path, nargs="?", help="file of the picture")
+    options.add_argument("--without", nargs="+", default=[], help="tasks that were not learned alone")
+    options.add_argument("--task", help="only how each run goes through this task")
+    given = options.parse_args()
+    results = load_results(given.runs)
+    if given.task:
+        print(markdown(*within(results, given.task)))
+        return
+    learned = tuple(task for task in LEARNED if task not in given.without)
+    print(markdown(*rows(results)), markdown(*arms(results, learned)), sep="\n\n")
+    if given.picture:
         with drawing():
-            picture(results).savefig(path, dpi=160)
+            picture(results).savefig(given.picture, dpi=160)
 
 
 if __name__ == "__main__":

@@ -235,3 +235,11 @@ def test_the_patterns_find_what_there_is() -> None:
     assert len(FENCED) > 50
     assert len(IN_TEXT) > 50
     assert {"feature_norm.py", "pendula.py", "sigmoid_moe.py", "small.toml", "grid.toml", "arms.toml"} <= {*FILES}
+
+
+def test_what_a_page_includes_of_another_file_has_no_links_of_its_own() -> None:
+    """They would start from the other file's folder; mkdocs --strict refuses them."""
+    text = (ROOT / "README.md").read_text()
+    parts = re.findall(r"--8<-- \[start:(\w+)\] -->\n(.*?)<!-- --8<-- \[end:\1\]", text, re.DOTALL)
+    assert parts
+    assert [name for name, part in parts if re.search(r"\]\((?!https?:)", part)] == []

@@ -57,7 +57,7 @@ def test_every_public_name_is_documented() -> None:
 @pytest.mark.slow
 def test_the_site_is_built_without_a_warning_and_shows_every_name(tmp_path: Path) -> None:
     pytest.importorskip("mkdocstrings", reason="the extra docs is not installed")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     quick = {"SPHERE_LIVE": "0", "NO_MKDOCS_2_WARNING": "1"}
     environ = os.environ | quick
     built = subprocess.run(command, cwd=DOCS.parent, env=environ, capture_output=True, text=True, check=False)
