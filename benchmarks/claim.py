@@ -1,6 +1,7 @@
-"""Tables of the claim's runs, by task as far as they are and by arm, and a picture of the finished; see claim.toml.
+"""Tables of the claim's runs, by task as far as they are and by arm, and a picture of them; see claim.toml.
 
     python benchmarks/claim.py docs/results/cw10 [docs/media/ten-tasks.png] [--without hammer]
+    python benchmarks/claim.py docs/results/cw10 --task push-wall
 
 ``--without`` leaves tasks out of those that are learned alone: where hammer's goal wandered, it was not.
 """

@@ -11,6 +11,7 @@ import torch
 import toy_envs
 from gymnasium import spaces
 from gymnasium.spaces.utils import flatten
+from gymnasium.vector import VectorEnv
 from torch.distributions import Categorical, kl_divergence
 from toy_runs import GYM, config, train
 
@@ -19,7 +20,7 @@ from sphere_rl.cli import main
 from sphere_rl.experts.heads import MultiCategoricalHead
 from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.runs import checkpoint
-from sphere_rl.suites.spaces import action_sender
+from sphere_rl.suites.spaces import LARGEST, action_sender
 
 BRANCHES = (2, 3, 1, 4)
 
@@ -118,3 +119,17 @@ def test_one_agent_needs_the_same_choices(tmp_path: Path, capsys: pytest.Capture
     assert main(words) == 2
     expected = "expected a task with 3 observations and 2 discrete actions of 2, 3 values as toy_envs:Several-v0 has"
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_box_of_actions_keeps_its_bounds_and_an_open_side_is_a_number(dtype: type) -> None:
+    """So that a checkpoint's and an export's are plain numbers; agents go from one box to another."""
+    box = spaces.Box(np.array([-0.5, -np.inf], dtype), np.array([2.0, np.inf], dtype), dtype=dtype)
+    envs: Any = VectorEnv()
+    envs.single_action_space, envs.single_observation_space = box, spaces.Box(-1, 1, (3,))
+    found = Spaces.of(envs)
+    assert (found.low, found.high) == ((-0.5, -LARGEST), (2.0, LARGEST))
+    assert found == Spaces(3, 2, discrete=False)
+    assert found.box is not None
+    assert [bound.tolist() for bound in found.box] == [list(found.low), list(found.high)]
+    assert Spaces(3, 2, discrete=True).box is None

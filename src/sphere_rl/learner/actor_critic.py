@@ -20,7 +20,7 @@ from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.kernels.gradients import GradientStore
 from sphere_rl.learner.optimizer import ExpertAdam
 from sphere_rl.seeding import derive_seed
-from sphere_rl.suites.spaces import branches_of
+from sphere_rl.suites.spaces import LARGEST, branches_of
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Spaces:
         if isinstance(action, Discrete):
             return cls(observation_dim, flatdim(action), discrete=True)
         box: Any = action
-        low, high = (tuple(map(float, np.nan_to_num(bound))) for bound in (box.low, box.high))
+        low, high = (tuple(map(float, np.clip(bound, -LARGEST, LARGEST))) for bound in (box.low, box.high))
         return cls(observation_dim, flatdim(action), discrete=False, low=low, high=high)
 
 
