@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conformance.agents import actor_step, batch, begin, make_agent, make_config, only_method, rollout, train
+from shrink import Shrink, ShrinkConfig
 from test_methods_penalties import check_gradient, double_agent
 from torch import Tensor
 from watching import linear_outputs
@@ -107,6 +108,20 @@ def test_lambda_of_mode_fixed_is_the_scales_own_unless_given(options: dict[str, 
     described = method.feature_penalty(agent.actor, samples().observation)
     assert described is not None
     assert described.share == expected
+
+
+def test_the_literal_penalty_in_mode_loss_is_the_free_one_and_a_pull_to_small_features():
+    """∇log P_literal = ∇log P_free + ∇log (tr A)², which benchmarks/shrink.py is."""
+    found = {}
+    for scale in ("literal", "free"):
+        agent = sphere_agent(scale=scale, mode="loss", rho=0.05)
+        found[scale] = gradients_of(agent, only_method(agent).actor_penalty(actor_step(agent, samples())))
+    agent = sphere_agent()
+    pull = Shrink(ShrinkConfig(rho=0.05)).actor_penalty(actor_step(agent, samples()))
+    found["pull"] = gradients_of(agent, pull)
+    for literal, free, pulled in zip(*found.values(), strict=True):
+        torch.testing.assert_close(literal, free + pulled, rtol=1e-5, atol=1e-9)
+    assert norm(found["pull"]) > 0.1 * norm(found["free"]) > 0
 
 
 @pytest.mark.parametrize("layers", ["last", "all"])
