@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run(words[0], words[1:])
     except (CommandLineError, ConfigError, RunFolderError) as error:
         return fail(str(error))
-    except StorageError as error:  # where nothing is trained, what was asked for cannot be written there
-        return fail(str(error), code=3 if words[0] in TRAINING else 2)
+    except StorageError as error:  # where nothing is trained, a place that takes no files is bad input
+        return fail(str(error), code=3 if error.of_the_disk or words[0] in TRAINING else 2)
     except TrainingError as error:
         return fail(str(error), code=3)
     except KeyboardInterrupt:

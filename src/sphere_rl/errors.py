@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -49,7 +50,14 @@ class StorageError(OutsideError, OSError):
     @classmethod
     def of(cls, path: object, error: OSError) -> StorageError:
         """What to say of an error of the operating system at ``path``."""
-        return cls(f"{path}: cannot be written ({error.strerror or error})")
+        made = cls(f"{path}: cannot be written ({error.strerror or error})")
+        made.errno = error.errno
+        return made
+
+    @property
+    def of_the_disk(self) -> bool:
+        """Whether the disk failed or has no room; else nothing can ever be written at that place."""
+        return self.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 def described(error: BaseException, longest: int = 300) -> str:
