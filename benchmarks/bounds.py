@@ -14,16 +14,17 @@ import torch
 from measure import markdown
 
 from sphere_rl.runs import RunFolder, checkpoint
-from sphere_rl.spectrum.plasticity import root_mean_square
+from sphere_rl.spectrum.plasticity import outside_share, root_mean_square
+from sphere_rl.suites import make_suite
 from sphere_rl.training.diagnosis import collecting
-from sphere_rl.training.policies import read_policy
+from sphere_rl.training.policies import read_policy, spaces_of
 from sphere_rl.training.probe import probe_batch
 from sphere_rl.training.saved import config_of
 
 
 def beginnings(folder: RunFolder) -> dict[str, str]:
     """Of each task but the first, the root mean square of the mean actions that the task before has left, and the share
-    of them beyond ±1, CW10's bounds.
+    of them outside the action box.
     """
     config, found = config_of(folder), {}
     for path, task in zip(checkpoint.task_checkpoints(folder), config.task_sequence[1:], strict=False):
@@ -31,7 +32,9 @@ def beginnings(folder: RunFolder) -> dict[str, str]:
         states = policy.normalize(torch.as_tensor(probe_batch(config, task)))
         with collecting(policy), torch.no_grad():
             mean = policy.actor.trace(states).output
-        found[task] = f"{root_mean_square([mean]):.2f}, {(mean.abs() > 1).float().mean().item():.0%}"
+        box = spaces_of(make_suite(config.suite), task, config.environment).box
+        assert box is not None
+        found[task] = f"{root_mean_square([mean]):.2f}, {outside_share(mean, *box):.0%}"
     return found
 
 

@@ -34,6 +34,8 @@ NAMES = {
 }
 LEARNED = ("hammer", "push-wall", "faucet-close", "handle-press-side", "push", "window-close", "peg-unplug-side")
 """Tasks that plain PPO learns alone: success of half the episodes or more at the end; see docs/results/alone.md."""
+CHANGES = {"r_e_K": 1, "r_e_A": 1, "feature_norm": 1, "output_size": 1, "gate_entropy": 2}
+"""What is shown of a task's first and last measurement, and with how many digits."""
 
 
 def ranks(spectra: pl.DataFrame) -> str:
@@ -72,8 +74,8 @@ def arms(results: Results, learned: tuple[str, ...] = LEARNED) -> tuple[list[str
     intervals, which say nothing of two seeds.
     """
     evals = results.evals.filter(pl.col("protocol") == "crl")
-    done = results.runs.filter(pl.col("protocol") == "crl", pl.col("state") == "finished").sort("seed")
     own = {method: evals.filter(pl.col("method") == method) for method in NAMES}
+    done = results.runs.filter(pl.col("protocol") == "crl", pl.col("state") == "finished").sort("seed")
     table = []
     for part, tasks in (("all ten", results.tasks["cw10"]), ("learned alone", learned)):
         scored = {row["method"]: row for row in statistics.headline(evals, {"cw10": tasks})}
@@ -113,22 +115,18 @@ def within(results: Results, task: str) -> tuple[list[str], list[tuple[str, ...]
         own = spectra.filter(pl.col("batch") == "rollout")
         if not evals.height:
             continue
-        half = evals.filter(pl.col("task_step") >= steps / 2 - 1e4)["mean_return"].to_list()
-        ends = [f"{half[place]:.0f}" for place in (0, -1) if half] or [f"{evals['mean_return'][-1]:.0f}"]
+        half = evals.filter(pl.col("task_step") >= steps / 2 - 1e4)["mean_return"]
+        returns = [half[0], half[-1]] if len(half) else [evals["mean_return"][-1]]
         done = evals["phase"][-1] == "final"
         success = f"{evals['success_final'][-1]:.2f}" if done else f"– ({evals['task_step'][-1] / 1e6:.2f} M)"
         changes = (
             "–" if own[name].is_null().any() else f"{own[name][0]:.{digits}f}, {own[name][-1]:.{digits}f}"
             for name, digits in CHANGES.items()
         )
-        table.append((f"`{run}`", success, ", ".join(ends), ranks(spectra), *changes))
+        table.append((f"`{run}`", success, ", ".join(f"{value:.0f}" for value in returns), ranks(spectra), *changes))
     head = ["run", "success", "return at half, at the end", "r_e(K): own, fixed", "r_e(K)", "r_e(A)", "feature_norm",
             "mean actions", "gate's entropy"]  # fmt: skip
     return head, table
-
-
-CHANGES = {"r_e_K": 1, "r_e_A": 1, "feature_norm": 1, "output_size": 1, "gate_entropy": 2}
-"""What is shown of a task's first and last measurement, and with how many digits."""
 
 
 def by_seed(scores: pl.DataFrame, tasks: Sequence[str]) -> dict[int, float]:

@@ -111,6 +111,15 @@ class Settings(Protocol):
         ...
 
 
+def make_networks(
+    config: Settings, spaces: Spaces, options: NetworkOptions, generator: torch.Generator
+) -> tuple[Actor, MoENetwork]:
+    """Actor and critic of these kinds and sizes, with new weights."""
+    sizes = spaces.observation_dim, spaces.action_dim
+    actor = Actor(config.actor, *sizes, options, generator, spaces.discrete, spaces.branches)
+    return actor, MoENetwork(config.critic, spaces.observation_dim, 1, options, generator)
+
+
 class ActorCritic:
     """Actor and critic. Equal arguments give equal weights; no global random state is used.
 
@@ -141,13 +150,8 @@ class ActorCritic:
 
     def fresh_networks(self, generator: torch.Generator) -> tuple[Actor, MoENetwork]:
         """Build an actor and a critic with new weights, on this agent's device."""
-        options, spaces = self.network_options, self.spaces
-        observation_dim, action_dim = spaces.observation_dim, spaces.action_dim
         with self.device:
-            actor = Actor(
-                self.config.actor, observation_dim, action_dim, options, generator, spaces.discrete, spaces.branches
-            )
-            return actor, MoENetwork(self.config.critic, observation_dim, 1, options, generator)
+            return make_networks(self.config, self.spaces, self.network_options, generator)
 
     @property
     def network_options(self) -> NetworkOptions:

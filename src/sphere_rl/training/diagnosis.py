@@ -132,7 +132,7 @@ def diagnose(folder: RunFolder, chosen: Chosen, device: str = "cpu") -> Diagnosi
     found = spectra(policy, observations)
     part = found.kernel_observations
     config = config_of(folder)
-    box = spaces_of(config.suite, task, tuple(config.environment.items())).box
+    box = spaces_of(make_suite(config.suite), task, config.environment).box
     with collecting(policy):
         metrics = measure(policy.actor, observations, kernel_rows=KERNEL_ROWS, box=box)
         blocks = block_view(policy.actor, part) if policy.actor.encoder is None else ()

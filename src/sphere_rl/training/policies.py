@@ -184,15 +184,19 @@ def read_policies(
 
 def check_spaces(path: Path, spaces: Spaces, suite: Suite, task: str, arguments: Mapping[str, Any]) -> None:
     """Raise `ConfigError` where a task has other spaces than the policy of a checkpoint was trained in."""
-    one = suite.tasks[0] if suite.same_spaces and suite.tasks else task
-    theirs = spaces_of(suite.name, one, tuple(arguments.items()))
+    theirs = spaces_of(suite, task, arguments)
     if theirs != spaces:
         raise ConfigError("checkpoint", path.stem, f"a policy for {task} ({theirs}), not for {spaces}")
 
 
-@cache
-def spaces_of(suite: str, task: str, arguments: tuple[tuple[str, Any], ...]) -> Spaces:
+def spaces_of(suite: Suite, task: str, arguments: Mapping[str, Any]) -> Spaces:
     """The spaces of a task whose environments take these arguments."""
+    one = suite.tasks[0] if suite.same_spaces and suite.tasks else task
+    return _task_spaces(suite.name, one, tuple(arguments.items()))
+
+
+@cache
+def _task_spaces(suite: str, task: str, arguments: tuple[tuple[str, Any], ...]) -> Spaces:
     envs = make_envs(make_suite(suite), task, 1, 0, 1, dict(arguments))
     envs.close()
     return Spaces.of(envs)

@@ -10,8 +10,7 @@ import torch
 
 from sphere_rl.config import TrainConfig
 from sphere_rl.errors import ConfigError
-from sphere_rl.experts.network import Actor, MoENetwork
-from sphere_rl.learner.actor_critic import Spaces
+from sphere_rl.learner.actor_critic import Spaces, make_networks
 from sphere_rl.training.agent import Agent, made_methods, options_with
 
 BYTES = 4
@@ -39,15 +38,13 @@ def check_memory(config: TrainConfig, spaces: Spaces) -> None:
 
 def parameters(config: TrainConfig, spaces: Spaces) -> int:
     """Parameters of actor and critic, with the options that methods set, counted without making them."""
-    options, made = options_with(made_methods(config), config), torch.Generator()
-    kind = spaces.discrete, spaces.branches
+    options = options_with(made_methods(config), config)
     try:
         with torch.device("meta"):
-            actor = Actor(config.actor, spaces.observation_dim, spaces.action_dim, options, made, *kind)
-            critic = MoENetwork(config.critic, spaces.observation_dim, 1, options, made)
+            networks = make_networks(config, spaces, options, torch.Generator())
     except RuntimeError:  # one tensor alone has more bytes than can be counted
         return 2**62
-    return sum(p.numel() for network in (actor, critic) for p in network.parameters())
+    return sum(p.numel() for network in networks for p in network.parameters())
 
 
 def memory() -> int:
