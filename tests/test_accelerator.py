@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conformance.agents import SHORT, make_agent, make_config, rollout
+from conformance.agents import SHORT, agent_or_refusal, make_config, rollout
 from stopping import StopAfter, Stopped
 from torch import Tensor, nn
 
@@ -52,7 +52,7 @@ def weights(agent: Any) -> Tensor:
 def iteration(device: str, method: str, task: str, **options: Any) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Weights before and after three epochs of one minibatch each, whose order does not matter, and statistics."""
     config = make_config(method, device=device, tasks=[task], minibatch_size=32, num_epochs=3, **options)
-    agent = make_agent(config, task=task)
+    agent = agent_or_refusal(config, task=task)
     before = weights(agent)
     experience = rollout(3, task)
     statistics = update(agent, moved(experience) if device == DEVICE else experience, config)

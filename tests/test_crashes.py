@@ -55,12 +55,12 @@ def matrix() -> Iterator[TrainConfig]:
 
 def settings_of(method: str, **changes: Any) -> TrainConfig:
     eager = {method: EAGER[method]} if method in EAGER else {}
-    return config("", tasks=["CartPole-v1", "CartPole-v1"], method=[method], **eager, **changes)
+    return config("", tasks=["toy_envs:Drawing-v0", "toy_envs:Drawing-v0"], method=[method], **eager, **changes)
 
 
 def largest_first() -> list[str]:
     """Methods by the size of a run's checkpoint: what they keep beside the networks, or in the optimisers."""
-    envs = GYM.make("CartPole-v1", 1, 0, 1)
+    envs = GYM.make("toy_envs:Drawing-v0", 1, 0, 1)
     spaces = Spaces.of(envs)
     envs.close()
     return sorted(methods(), key=lambda name: -checkpoint_bytes(settings_of(name), spaces)[0])

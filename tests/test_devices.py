@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conformance.agents import SHORT, make_agent, make_config, rollout, spaces
+from conformance.agents import SHORT, agent_or_refusal, make_config, rollout, spaces
 
 import sphere_rl as sp
 from sphere_rl import protocol
@@ -37,7 +37,7 @@ def elsewhere() -> torch.device:
 @pytest.mark.parametrize("method", sorted(methods()))
 def test_an_iteration_of_every_method(method: str, task: str, elsewhere: torch.device) -> None:
     config = make_config(method, tasks=[task], minibatch_size=8)
-    agent = make_agent(config, task=task)
+    agent = agent_or_refusal(config, task=task)
     with elsewhere:
         update(agent, rollout(3, task), config)
     assert all(parameter.device.type == "cpu" for parameter in agent.actor_parameters)

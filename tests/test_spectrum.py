@@ -18,7 +18,7 @@ from sphere_rl.spectrum.ranks import participation_ratio
 
 torch.set_num_threads(1)
 UPDATE_ONLY = {"grama_ratio", "grad_norm", "weight_change", "churn"}
-BOX = -torch.ones(3), torch.ones(3)
+BOX = [-1.0] * 3, [1.0] * 3
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -72,7 +72,7 @@ def test_measure_against_its_parts():
 def test_what_is_outside_the_action_box():
     """Of 6 mean actions the first is below its bound, and two are above theirs; on a bound is inside."""
     output = torch.tensor([[-1.5, 0.0, 9.0], [-1.0, 2.0, 3.0]])
-    assert outside_share(output, torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([1.0, 1.0, 3.0])) == 3 / 6
+    assert outside_share(output, [-1.0, -1.0, -1.0], [1.0, 1.0, 3.0]) == 3 / 6
     policy = actor()
     with torch.no_grad():
         policy.experts.head.bias[..., 0] += 5

@@ -6,9 +6,11 @@ from functools import cache
 from typing import Any
 
 import gymnasium
+import pytest
 import torch
 
 from sphere_rl.config import TrainConfig, override
+from sphere_rl.errors import ConfigError
 from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.learner.minibatch import Minibatch, flatten
 from sphere_rl.learner.rollout import Collector, Rollout
@@ -56,6 +58,18 @@ def make_config(*methods: str, actor: str = "topk_moe", critic: str = "dense", *
 def make_agent(config: TrainConfig, seed: int = 0, task: str = SHORT) -> Agent:
     """An agent for this task."""
     return Agent(config, spaces(task), seed)
+
+
+def agent_or_refusal(config: TrainConfig, seed: int = 0, task: str = SHORT) -> Agent:
+    """An agent; where the method says in one line that it cannot apply, that line is checked and the test is over."""
+    try:
+        return make_agent(config, seed, task)
+    except ConfigError as error:
+        refusal = str(error)
+    assert "\n" not in refusal
+    assert "expected" in refusal
+    assert any(name in refusal for name in config.method)
+    pytest.skip(refusal)
 
 
 @cache

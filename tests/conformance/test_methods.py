@@ -11,34 +11,19 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 import torch
-from agents import EAGER, SHORT, begin, make_agent, make_config, train
+from agents import EAGER, SHORT, agent_or_refusal, begin, make_agent, make_config, train
 from comparing import difference, run_difference
 
 from sphere_rl import protocol
-from sphere_rl.config import TrainConfig
-from sphere_rl.errors import ConfigError
 from sphere_rl.experts.network import KINDS
 from sphere_rl.learner.minibatch import flatten
 from sphere_rl.learner.rollout import Collector
 from sphere_rl.methods import methods
 from sphere_rl.runs import RunFolder, checkpoint
 from sphere_rl.suites import make_suite
-from sphere_rl.training.agent import Agent
 from sphere_rl.training.step import STATISTICS, minibatch_steps
 
 METHODS = sorted(methods())
-
-
-def agent_or_refusal(config: TrainConfig, **options) -> Agent:
-    """An agent; where the method says in one line that it cannot apply, that line is checked and the test is over."""
-    try:
-        return make_agent(config, **options)
-    except ConfigError as error:
-        refusal = str(error)
-    assert "\n" not in refusal
-    assert "expected" in refusal
-    assert any(name in refusal for name in config.method)
-    pytest.skip(refusal)
 
 
 @pytest.mark.parametrize("name", METHODS)

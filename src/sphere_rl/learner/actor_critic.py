@@ -12,7 +12,6 @@ import torch
 from gymnasium.spaces import Discrete
 from gymnasium.spaces.utils import flatdim
 from gymnasium.vector import VectorEnv
-from jaxtyping import Float
 from torch import Tensor
 
 from sphere_rl.experts.network import Actor, MoENetwork
@@ -41,9 +40,9 @@ class Spaces:
     high: tuple[float, ...] = field(default=(), compare=False)
 
     @property
-    def box(self) -> tuple[Float[Tensor, "A"], Float[Tensor, "A"]] | None:
+    def box(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
         """The bounds of a box of actions, lower and upper ones; None without a box."""
-        return (torch.tensor(self.low), torch.tensor(self.high)) if self.low else None
+        return (self.low, self.high) if self.low else None
 
     def __str__(self) -> str:
         """For messages."""

@@ -48,9 +48,10 @@ class BoundLoss(Method):
 
     def start(self, agent: ActorCritic) -> None:
         """Know the box; one that is not known has no bounds."""
-        low, high = agent.spaces.box or (torch.tensor(-LARGEST), torch.tensor(LARGEST))
-        width = torch.where((low > -LARGEST) & (high < LARGEST), high - low, 2.0)
-        self._low, self._high, self._unit = (bound.to(agent.device) for bound in (low, high, width / 2))
+        bounds = agent.spaces.box or ((-LARGEST,), (LARGEST,))
+        self._low, self._high = (torch.tensor(bound, device=agent.device) for bound in bounds)
+        closed = (self._low > -LARGEST) & (self._high < LARGEST)
+        self._unit = torch.where(closed, (self._high - self._low) / 2, 1.0)
 
     def outside(self, mean: Float[Tensor, "N A"]) -> Float[Tensor, "N A"]:
         """How far mean actions lie outside the box, in its half widths, or as they are where it is open."""

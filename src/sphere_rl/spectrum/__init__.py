@@ -182,7 +182,7 @@ def measure(
     gradients: Mapping[str, Tensor] | None = None,
     previous: Mapping[str, Tensor] | None = None,
     kernel_rows: int | None = None,
-    box: tuple[Float[Tensor, "A"], Float[Tensor, "A"]] | None = None,
+    box: tuple[Sequence[float], Sequence[float]] | None = None,
 ) -> dict[str, float | list[float]]:
     """Return every metric of `SPECTRAL_METRICS` for ``actor`` on a batch of states, in its order.
 

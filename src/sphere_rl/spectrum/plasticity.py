@@ -72,9 +72,10 @@ def stable_rank(weight: Float[Tensor, "*b out in"]) -> Float[Tensor, "*b"]:
     return torch.where(largest > 0, matrix.square().sum((-2, -1)) / largest, 0.0)
 
 
-def outside_share(output: Float[Tensor, "N A"], low: Float[Tensor, "A"], high: Float[Tensor, "A"]) -> float:
-    """Share of mean actions outside a box, where the environment clips them."""
-    return ((output < low.to(output)) | (output > high.to(output))).double().mean().item()
+def outside_share(output: Float[Tensor, "N A"], low: Sequence[float], high: Sequence[float]) -> float:
+    """Share of mean actions outside a box of A lower and upper bounds, where the environment clips them."""
+    lower, upper = (torch.as_tensor(bounds, dtype=output.dtype, device=output.device) for bounds in (low, high))
+    return ((output < lower) | (output > upper)).double().mean().item()
 
 
 def root_mean_square(tensors: Iterable[Tensor]) -> float:
