@@ -3,6 +3,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 QUICK := architecture config direct experts methods_sphere methods_units networks optimizer penalty ppo ranks rollout runs statistics
 TORCH ?= torch==2.13.*
+# Without a GPU PyTorch's CPU build, where its index is in reach: the default one brings gigabytes of CUDA.
+TORCH_FROM ?= $(if $(shell command -v nvidia-smi),,--extra-index-url https://download.pytorch.org/whl/cpu --retries 1 --timeout 15)
 
 .PHONY: demo test quick lint bench docs clean
 
@@ -29,7 +31,7 @@ docs: $(VENV)/.installed-docs  ## this documentation as a site in site/
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet $(TORCH_FROM) '$(TORCH)'
 	$(BIN)/pip install --quiet --editable '.[all]'
 	touch $@
 

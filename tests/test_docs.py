@@ -112,7 +112,7 @@ def given() -> dict[str, Any]:
     loss = features.square().mean() + gates.sum()
     return {
         "sp": sp, "torch": torch, "np": np,
-        "features": features, "gates": gates, "loss": loss, "ppo_loss": loss, "strength": 0.1, "rho": 0.1,
+        "features": features, "gates": gates, "loss": loss, "actor_loss": loss, "rho": 0.1,
         "policy": sp.load_policy("runs/x"), "D": 3, "observations": torch.randn(16, 3),
         "raw_observations": torch.randn(16, 3), "observation": np.zeros(3),
         "phi": torch.randn(32, 64), "eigenvalues": np.arange(1.0, 5),
