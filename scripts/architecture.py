@@ -15,7 +15,7 @@ SOURCE, PAGE = ROOT / "src" / "sphere_rl", ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- map: written by scripts/architecture.py -->", "<!-- end of the map -->"
 MODULES = sorted(path.relative_to(SOURCE).with_suffix("").as_posix() for path in SOURCE.rglob("*.py"))
 LAYERS = [
-    ["errors", "extras", "kernels", "numbers", "penalty", "plugins", "seeding", "statistics"],
+    ["errors", "extras", "kernels", "measuring", "numbers", "penalty", "plugins", "seeding", "statistics"],
     ["correlations"],
     ["experts", "runs", "runtime", "suites"],
     ["learner", "spectrum"],

@@ -328,7 +328,7 @@ def test_copies_are_not_watched():
         twin(2 * x).square().sum().backward()
         assert torch.equal(t.phi(), phi)
         loss.backward()
-        replica = twin._replicate_for_data_parallel()
+        replica = model._replicate_for_data_parallel()
         with pytest.raises(ValueError, match="module: runs as a replica of DataParallel, allowed: Distributed"):
             replica(x)
     torch.testing.assert_close([p.grad for p in model.parameters()], expected, rtol=1e-10, atol=1e-12)

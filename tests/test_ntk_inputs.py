@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -10,7 +14,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sphere_rl.integrations.hooks import track
-from sphere_rl.spectrum.kernel import entk
+from sphere_rl.integrations.regularizer import regularize
+from sphere_rl.spectrum.jacobian import factorise
+from sphere_rl.spectrum.kernel import entk, entk_jax, estimate_entk_rank
 from sphere_rl.spectrum.ranks import effective_rank
 
 torch.set_num_threads(1)
@@ -112,3 +118,134 @@ def test_observations_that_are_none_are_refused_in_one_line(given, got):
 def test_a_function_is_refused_in_one_line():
     with pytest.raises(ValueError, match=r"^policy: got function, allowed: a torch\.nn\.Module$"):
         entk(lambda x: x, draw(3, 4))  # type: ignore[arg-type]
+
+
+class OldFunction(torch.autograd.Function):
+    """Of the kind that `torch.func` does not take."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return grad * (1 - ctx.saved_tensors[0].tanh() ** 2)
+
+
+class Old(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.norm(OldFunction.apply(self.first(x))))
+
+
+class New(Old):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.norm(self.first(x).tanh()))
+
+
+def test_what_torch_func_does_not_take_goes_by_plain_backward_passes():
+    torch.manual_seed(0)
+    old, new, x = Old().double(), New().double(), torch.randn(5, 4, dtype=torch.float64)
+    new.load_state_dict(old.state_dict())
+    torch.testing.assert_close(entk(old, x), entk(new, x), rtol=1e-10, atol=1e-12)
+    estimates = [estimate_entk_rank(policy, x, probes=4, deflated=4) for policy in (old, new)]
+    assert estimates[0].value == pytest.approx(estimates[1].value, rel=1e-8)
+
+
+@pytest.mark.parametrize("way", ["bfloat16", "float16", "autocast"])
+def test_half_precision_is_measured_in_float32(way: str):
+    """In bfloat16 K is not positive: eigenvalues below zero by far more than round-off."""
+    torch.manual_seed(4)
+    policy, x = (
+        nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2)),
+        torch.randn(64, 8),
+    )
+    x = x + 2
+    exact = effective_rank(torch.linalg.eigvalsh(entk(policy, x).double()))
+    if way == "autocast":
+        with torch.autocast("cpu"):
+            kernel = entk(policy, x)
+    else:
+        policy.to(dtype := getattr(torch, way))
+        before = [p.clone() for p in policy.parameters()]
+        kernel = entk(policy, x.to(dtype))
+        assert all(p.dtype == dtype and torch.equal(p, b) for p, b in zip(policy.parameters(), before, strict=True))
+    assert kernel.dtype == torch.float32
+    assert effective_rank(torch.linalg.eigvalsh(kernel.double())) == pytest.approx(exact, rel=0.02)
+
+
+def test_a_tensor_with_a_small_part_is_not_left_out():
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.small = (
+                nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2)),
+                nn.Parameter(torch.ones(2)),
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x) + 1e-3 * self.small
+
+    torch.manual_seed(0)
+    policy, x = Added(), torch.randn(6, 4)
+    assert factorise(policy, x) is None
+    assert factorise(policy.net, x) is not None
+
+
+def test_an_output_that_no_trainable_tensor_moves_has_a_kernel_of_zeros():
+    class Critic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.actor, self.critic = nn.Linear(3, 2).requires_grad_(False), nn.Linear(3, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.actor(x)
+
+    policy, x = Critic(), torch.randn(4, 3)
+    assert torch.equal(entk(policy, x), torch.zeros(8, 8))
+    assert estimate_entk_rank(policy, x).value == 0.0
+    with track(policy, features="actor") as t:
+        assert t.metrics(x)["r_e_K"] == 0.0
+
+
+def test_a_kernel_that_is_not_finite_is_said_in_one_line():
+    policy = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    with torch.no_grad():
+        policy.get_parameter("2.weight")[0, 0] = torch.nan
+    with track(policy, features="1") as t, pytest.raises(ValueError, match="kernel: got an entry that is not finite"):
+        t.metrics(torch.randn(5, 3))
+
+
+@pytest.mark.parametrize(
+    ("apply", "params", "message"),
+    [
+        (lambda p, x: (x @ p)[:, 0], jnp.ones((3, 2)), r"apply: got outputs of shape \(4,\), allowed: \[N, A\]"),
+        (lambda p, x: x @ p[0], (jnp.ones((3, 2)), jnp.arange(2)), "params: got arrays of int32, allowed: floating"),
+        (lambda p, x: regularize(x @ p), jnp.ones((3, 2)), "apply: has a gradient that is not linear in what comes"),
+    ],
+)
+def test_jax_misuse_is_one_clear_line(apply: Any, params: Any, message: str):
+    with pytest.raises(ValueError, match=message) as caught:
+        entk_jax(apply, params, jnp.ones((4, 3)))
+    assert "\n" not in str(caught.value)
+
+
+def test_jax_measures_the_function_with_a_regulariser_of_nothing():
+    params, x = jnp.linspace(-1, 1, 6).reshape(3, 2), jnp.ones((4, 3))
+    kernels = [entk_jax(apply, params, x) for apply in (lambda p, x: regularize(x @ p, rho=0.0), lambda p, x: x @ p)]
+    assert jnp.array_equal(*kernels)
+
+
+def test_jax_measures_operations_with_a_gradient_of_their_own():
+    @jax.custom_vjp
+    def tanh(x: Any) -> Any:
+        return jnp.tanh(x)
+
+    tanh.defvjp(lambda x: (jnp.tanh(x), x), lambda x, grad: (grad * (1 - jnp.tanh(x) ** 2),))
+    params, x = jnp.linspace(-1, 1, 6).reshape(3, 2), jnp.ones((4, 3))
+    kernels = [entk_jax(lambda p, x, f=f: f(x @ p), params, x) for f in (tanh, jnp.tanh)]
+    assert jnp.allclose(*kernels, rtol=1e-6)

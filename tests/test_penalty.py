@@ -289,20 +289,35 @@ def test_scale_free_hides_no_broken_feature(bad):
 
 
 @pytest.mark.parametrize("shape", [(9, 4), (4, 9)])
-def test_every_float_dtype_keeps_its_kind(shape):
+def test_every_float_dtype_gives_float32_at_least(shape):
     phi = draw(*shape)
     exact = literal(phi)
-    for dtype, tolerance in [(np.float16, 1e-3), (np.float32, 1e-5), (np.float64, 1e-12)]:
+    for dtype, wide, tolerance in [
+        (np.float16, np.float32, 1e-3), (np.float32, np.float32, 1e-5), (np.float64, np.float64, 1e-12),
+    ]:  # fmt: skip
         value = sphere_penalty(phi.astype(dtype))
-        assert value.dtype == dtype
+        assert value.dtype == wide
         assert float(value) == pytest.approx(exact, rel=tolerance)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         value = sphere_penalty(torch.from_numpy(phi).to(dtype))
-        assert value.dtype == dtype
+        assert value.dtype == torch.float32
         assert float(value) == pytest.approx(exact, rel=5e-2)
     value = sphere_penalty(jnp.asarray(phi, dtype=jnp.bfloat16))
-    assert value.dtype == jnp.bfloat16
+    assert value.dtype == jnp.float32
     assert float(value) == pytest.approx(exact, rel=5e-2)
+
+
+@pytest.mark.parametrize("size", [0.01, 4.0])
+def test_a_share_of_the_loss_in_half_precision(size):
+    """The penalty of small features is below float16's smallest number, and of large ones above its largest."""
+    phi = (size * torch.from_numpy(draw(64, 256))).half().requires_grad_()
+    penalty = sphere_penalty(phi)
+    assert penalty.item() == pytest.approx(float(literal(phi.detach().double().numpy())), rel=1e-4)
+    (0.05 / (penalty.detach() + 1e-12) * penalty).backward()
+    exact = phi.detach().double().requires_grad_()
+    (0.05 * sphere_penalty(exact).log()).backward()
+    assert phi.grad is not None
+    torch.testing.assert_close(phi.grad.double(), exact.grad, rtol=0.05, atol=1e-6)
 
 
 BAD: dict[str, Any] = {"text": "trace", "empty": "", "none": None}

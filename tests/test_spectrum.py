@@ -10,10 +10,11 @@ from torch import nn
 
 from sphere_rl.experts.layers import GroupedLinear
 from sphere_rl.experts.network import KINDS, Actor, make_actor
+from sphere_rl.integrations.hooks import track
 from sphere_rl.penalty import sphere_penalty
 from sphere_rl.spectrum import SPECTRAL_METRICS, effective_rank, entk, measure
 from sphere_rl.spectrum.kernel import KERNEL_ROWS, kernel_states
-from sphere_rl.spectrum.plasticity import churn, dead_ratio, outside_share, pca_rank
+from sphere_rl.spectrum.plasticity import churn, dead_ratio, grama_ratio, outside_share, pca_rank
 from sphere_rl.spectrum.ranks import participation_ratio
 
 torch.set_num_threads(1)
@@ -67,6 +68,18 @@ def test_measure_against_its_parts():
     weights = [layer.weight for layer in policy.modules() if isinstance(layer, GroupedLinear)]
     ranks = [torch.linalg.matrix_norm(w) ** 2 / torch.linalg.matrix_norm(w, 2) ** 2 for w in weights]
     assert found["stable_rank_W"] == pytest.approx(torch.cat(ranks).mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_dead_layer_is_dormant_in_every_precision(dtype: torch.dtype):
+    """The guard against a mean of zero is itself zero in float16."""
+    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    with torch.no_grad():
+        model.get_parameter("0.bias").fill_(-100.0)
+    with track(model.to(dtype), features="1") as t:
+        found = t.metrics(draw(12, 5).to(dtype))
+    assert found["dormant_ratio"] == found["dead_ratio"] == 1.0
+    assert grama_ratio([torch.zeros(1, 8, 5, dtype=dtype)]) == 1.0
 
 
 def test_what_is_outside_the_action_box():

@@ -1,10 +1,10 @@
 """SPHERE: a penalty on the spread of a feature Gram's spectrum (Luo et al., ICML 2026, arXiv 2605.04712).
 
 Every function takes NumPy, PyTorch or JAX arrays of one floating dtype and returns an array of the same kind:
-it differentiates under ``torch.autograd``, ``torch.func`` and ``jax.grad`` and compiles under ``jax.jit``. What is
-lower than float32, by dtype or under ``torch.autocast``, is computed in float32.
+it differentiates under ``torch.autograd``, ``torch.func`` and ``jax.grad`` and compiles under ``jax.jit``. Penalties of
+what is lower than float32, by dtype or under ``torch.autocast``, are computed and returned in float32.
 
-    loss = ppo_loss + strength * sphere_penalty(weighted_features(features, gates))
+    loss = actor_loss + strength * sphere_penalty(weighted_features(features, gates))
 """
 
 from collections.abc import Sequence
@@ -92,8 +92,7 @@ def _spread(phi: Float[Array, "*b N m"], scale: Scale) -> Float[Array, "*b"]:
     check_scale(scale)
     xp = array_namespace(phi)
     samples, width = phi.shape[-2:]
-    dtype = phi.dtype
-    if xp.finfo(dtype).bits < 32:
+    if xp.finfo(phi.dtype).bits < 32:
         phi = xp.astype(phi, xp.float32)
     phi = phi if scale == "literal" else unit_features(phi)
     gram = _smaller_gram(phi)
@@ -107,8 +106,7 @@ def _spread(phi: Float[Array, "*b N m"], scale: Scale) -> Float[Array, "*b"]:
     identity = xp.eye(size, dtype=phi.dtype, device=device(phi))
     centred = gram - mean[..., None, None] * identity
     spread = xp.sum(centred * centred, axis=(-2, -1)) + (width - size) * mean * mean
-    spread = xp.where(xp.isinf(trace), trace, spread)  # where infinity less infinity would be no number
-    return xp.astype(spread, dtype, copy=False)
+    return xp.where(xp.isinf(trace), trace, spread)  # where infinity less infinity would be no number
 
 
 def penalty_gradient(phi: Float[Array, "N m"], scale: Scale) -> Float[Array, "N m"]:

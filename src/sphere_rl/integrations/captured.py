@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sphere_rl.penalty import check_array, check_routed, weighted_features
+from sphere_rl.spectrum.ranks import at_least_float32
 
 Select = Callable[[str, Any], Any]
 """The tensor meant in a module's output, by name and output; (features, gates) of a module that gives both."""
@@ -42,6 +43,24 @@ class Captured:
         """All captured tensors that have a gradient, each once."""
         found = {id(t): t for output, *_ in self.outputs.values() for t in _tensors(output) if t.requires_grad}
         return list(found.values())
+
+    def in_float32(self, sources: Sequence[Tensor]) -> tuple[Captured, list[Tensor]]:
+        """The same pass in float32 at least, with leaves of a graph of their own in the place of ``sources``.
+
+        Raises ValueError where an output was changed in place.
+        """
+        self.check()
+        leaves = {id(one): one.detach().to(at_least_float32(one.dtype)).requires_grad_() for one in sources}
+
+        def copied(one: Any) -> Any:
+            if id(one) in leaves:
+                return leaves[id(one)]
+            return one.to(at_least_float32(one.dtype)) if isinstance(one, Tensor) else one
+
+        made = Captured(self.features, self.gates, self.select)
+        for name, (output, _, _) in self.outputs.items():
+            made.add(name, tree_map(copied, output))  # type: ignore[reportAttributeAccessIssue]
+        return made, list(leaves.values())
 
     def phi(self) -> Float[Tensor, "N m"]:
         """Φ of the pass. Raises ValueError as `sphere_rl.integrations.hooks.Tracker.phi` says."""

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from sphere_rl.integrations.captured import Captured, Select
 from sphere_rl.integrations.gradient_share import Amount, amount
 from sphere_rl.integrations.joint_regularizer import join
+from sphere_rl.measuring import measuring
 from sphere_rl.penalty import Scale
 from sphere_rl.spectrum import captured_metrics
 from sphere_rl.spectrum.jacobian import Observations
@@ -31,6 +32,8 @@ def track(module: nn.Module, features: str, gates: str | None = None, select: Se
     - one module for ``features`` without ``gates``: [..., m], Φ itself (every axis but the last one counts rows);
     - one module and ``gates`` [..., E]: [..., E, H];
     - E modules, in natural order of their names (``experts.10`` after ``experts.9``): [..., H] each, on all rows.
+
+    ``*`` passes dots, so a pattern may match a module and its parts: the outermost ones count.
 
     ``gates`` must match one module, whose output are the routing weights (after top-k; logits are none). For any other
     output ``select(name, output)`` returns the tensor that is meant, by differentiable operations; for a module that
@@ -61,13 +64,14 @@ class Tracker:
         self._features = _matches(module, "features", features)
         self._gates = None if gates is None else _only("gates", gates, _matches(module, "gates", gates))
         self._amount: Amount | None = None
-        self._running, self._paused = False, False
+        self._running = False
         self._last = self._fresh()
         parts = dict(module.named_modules())
         names = dict.fromkeys((*self._features, *(() if self._gates is None else (self._gates,))))
-        self._handles = [parts[name].register_forward_hook(_of(parts[name], self._capture(name))) for name in names]
-        self._handles.append(module.register_forward_pre_hook(_of(module, self._start), prepend=True))
-        self._handles.append(module.register_forward_hook(_of(module, self._end)))
+        self._handles = [parts[name].register_forward_hook(_Of(parts[name], self._capture(name))) for name in names]
+        self._handles.append(module.register_forward_pre_hook(_Of(module, self._start), prepend=True))
+        self._handles.append(module.register_forward_hook(_Of(module, self._end)))
+        self._handles.append(module.register_forward_hook(_Of(module, self._stop, ends=True), always_call=True))
 
     def __enter__(self) -> Tracker:
         return self
@@ -125,22 +129,21 @@ class Tracker:
         """
         if not self._handles:
             raise ValueError("metrics: the hooks are removed, allowed: before the end of `with` or close()")
-        last, options, self._amount = self._last, self._amount, None
+        last, running = self._last, self._running
         try:
             with untouched(self._module), torch.no_grad():
                 output = self._module(observations)
                 features, gates = self._last.detached()
-            self._paused = True
             return captured_metrics(self._module, observations, output, features, gates)
         finally:
-            self._last, self._amount, self._paused = last, options, False
+            self._last, self._running = last, running
 
     def _fresh(self) -> Captured:
         return Captured(self._features, self._gates, self._select)
 
     def _capture(self, name: str) -> Callable[[Any, Any], None]:
         def hook(inputs: Any, output: Any) -> None:
-            if self._paused:
+            if measuring():
                 return
             _refuse_tracing()
             if not self._running:
@@ -153,12 +156,14 @@ class Tracker:
         return hook
 
     def _start(self, inputs: Any) -> None:
-        if not self._paused:
+        if not measuring():
             self._last, self._running = self._fresh(), True
 
+    def _stop(self, inputs: Any, output: Any) -> None:
+        self._running = False  # when the pass has raised an error, too
+
     def _end(self, inputs: Any, output: Any) -> Any:
-        self._running = False
-        if self._paused or self._amount is None or self._amount.rho == 0 or not torch.is_grad_enabled():
+        if measuring() or self._amount is None or self._amount.rho == 0 or not torch.is_grad_enabled():
             return None
         leaves, form = tree_flatten(output)
         odd = next((leaf for leaf in leaves if not isinstance(leaf, Tensor | int | float | str | type(None))), None)
@@ -168,18 +173,27 @@ class Tracker:
         return tree_unflatten(join(self._amount, leaves, self._last), form)
 
 
-def _of(module: nn.Module, hook: Callable[..., Any]) -> Callable[..., Any]:
-    """``hook`` for ``module`` alone: a copy of a watched module takes its hooks along and is watched by nobody.
+class _Of:
+    """``hook`` for ``module`` alone: copies of it, pickled ones too, take along one that does nothing."""
 
-    A function, since `copy.deepcopy` would copy what a method belongs to: the tracker and the last pass.
-    """
+    def __init__(self, module: nn.Module, hook: Callable[..., Any], ends: bool = False) -> None:
+        self._own, self._hook, self._ends = module, hook, ends
 
-    def own(called: nn.Module, *given: Any) -> Any:
-        if getattr(called, "_is_replica", False):
+    def __call__(self, called: nn.Module, *given: Any) -> Any:
+        if getattr(called, "_is_replica", False) and not self._ends:
             raise ValueError("module: runs as a replica of DataParallel, allowed: DistributedDataParallel")
-        return hook(*given) if called is module else None
+        return self._hook(*given) if called is self._own else None
 
-    return own
+    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
+        return _unwatched, ()
+
+
+def _unwatched() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*given: Any) -> None:
+    """The hook of a copy."""
 
 
 def _refuse_tracing() -> None:
@@ -198,11 +212,16 @@ def _matches(module: nn.Module, field: str, pattern: str) -> Sequence[str]:
     if not isinstance(pattern, str):
         raise ValueError(f"{field}: got {pattern!r}, allowed: one pattern of names, as in 'experts.*.act'")
     names = [name for name, _ in module.named_modules()]
-    found = sorted((name for name in names if fnmatchcase(name, pattern)), key=_natural)
+    found = [name for name in names if fnmatchcase(name, pattern)]
     if not found:
         there = ", ".join(name for name in names if name) or "none but the module itself, ''"
         raise ValueError(f"{field}: got {pattern!r}, which matches no module, allowed: {there}")
-    return tuple(found)
+    whole = [name for name in found if not any(_inside(name, other) for other in found)]
+    return tuple(sorted(whole, key=_natural))
+
+
+def _inside(name: str, other: str) -> bool:
+    return name != other and (not other or name.startswith(f"{other}."))
 
 
 def _only(field: str, pattern: str, names: Sequence[str]) -> str:

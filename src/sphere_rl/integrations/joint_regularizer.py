@@ -67,11 +67,12 @@ def _added(
 ) -> list[Tensor | None]:
     """What each source gets; None for one that Φ does not depend on, which counts in no norm."""
     with torch.enable_grad(), torch.autocast(sources[0].device.type, enabled=False):
-        phi = captured.phi()
+        copied, leaves = captured.in_float32(sources)
+        phi = copied.phi()
         if not phi.requires_grad:
             return [None] * len(sources)
-        found = feature_gradient(options, phi.detach()).to(phi.dtype)
-        own = torch.autograd.grad(phi, sources, found, allow_unused=True, retain_graph=True)
+        found = feature_gradient(options, phi.detach())
+        own = torch.autograd.grad(phi, leaves, found, allow_unused=True)
     used = [source for source, gradient in zip(sources, own, strict=True) if gradient is not None]
     reached = [torch.zeros_like(source) for source in used]
     if options.rho is not None:

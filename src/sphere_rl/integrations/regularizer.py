@@ -43,12 +43,13 @@ def regularize(
     Nothing is added where ∇_x L is zero (no features, or an even spectrum), nor with ``rho`` where g is. The share is
     of the gradient at x, not of the one over all parameters: this rho is not the number of ``--sphere.mode grad``.
     With ``rho`` a loss that is scaled (mixed precision, gradient accumulation) scales what is added, with ``strength``
-    it does not. Each call sees its own batch: a replica its part, a slice of vmap its rows.
+    it does not; 0 of either adds nothing. Each call sees its own batch: a replica its part, a slice of vmap its rows.
 
     PyTorch (autograd, torch.func's grad, vjp and vmap, torch.compile, autocast, checkpoints) and JAX (jit, grad, vmap,
-    scan) do as usual, but for second derivatives and forward mode: both refuse them. The dtypes stay; what is added is
-    computed in float32 at least. Raises ValueError on wrong axes, integer or NumPy input, arrays of two libraries, a
-    negative or not finite ``rho`` or ``strength``, both of them, or another scale.
+    scan) do as usual, but for second derivatives and forward mode: both refuse them. `sphere_rl.entk` of a module with
+    this in it is that of the module without; of a JAX function take the one with ``rho=0``. The dtypes stay; what is
+    added is computed in float32 at least. Raises ValueError on wrong axes, integer or NumPy input, arrays of two
+    libraries, a negative or not finite ``rho`` or ``strength``, both of them, or another scale.
     """
     options = amount(rho, strength, scale)
     if gates is None:
@@ -71,4 +72,4 @@ def _identity(arrays: dict[str, Array], options: Amount) -> tuple[Array, ...]:
         check_routed(arrays["features"], arrays["gates"])
     else:
         check_array("features", arrays["features"], "N m")
-    return identity(options, tensors)
+    return tensors if 0 in (options.rho, options.strength) else identity(options, tensors)

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from sphere_rl.integrations.gradient_share import SECOND_DERIVATIVE, Amount, gradients_of, with_share
+from sphere_rl.measuring import measuring
 from sphere_rl.penalty import Scale
 
 
 def identity(options: Amount, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The tensors; in the backward pass `with_share`."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or measuring():
         return tensors
     return _Identity.apply(*options, *tensors)  # type: ignore[return-value]
 

@@ -35,7 +35,7 @@ from sphere_rl.learner.policy_step import StepResults
 from sphere_rl.learner.rollout import Rollout
 from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
 from sphere_rl.penalty import Scale, gate_penalty, sphere_penalty
-from sphere_rl.spectrum.ranks import effective_rank
+from sphere_rl.spectrum.ranks import kernel_rank
 
 STRENGTH: dict[Scale, float] = {"literal": 1e-3, "free": 0.1}
 """Default λ of mode fixed."""
@@ -228,7 +228,7 @@ class Schedule:
         """In an iteration's first minibatch, before its step, measure r_e(A) if the schedule needs it."""
         if self._due and self._config.schedule == "entropy":
             with torch.no_grad():
-                self._rank = effective_rank(torch.linalg.eigvalsh(trace().features[-1].gram().double()))
+                self._rank = kernel_rank(trace().features[-1].gram())
             self._initial_rank = self._initial_rank or self._rank
             config = self._config
             low = self._rank < config.entropy_share * self._initial_rank

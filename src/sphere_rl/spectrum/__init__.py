@@ -34,7 +34,13 @@ from sphere_rl.spectrum.plasticity import (
     srank,
     stable_rank,
 )
-from sphere_rl.spectrum.ranks import effective_rank, gram_effective_rank, gram_eigenvalues, participation_ratio
+from sphere_rl.spectrum.ranks import (
+    effective_rank,
+    gram_effective_rank,
+    gram_eigenvalues,
+    kernel_rank,
+    participation_ratio,
+)
 
 __all__ = [
     "SPECTRAL_METRICS",
@@ -138,7 +144,7 @@ def captured_metrics(
     if isinstance(output, Tensor) and output.ndim == 2 and len(output) == states_in(observations):
         found["output_size"] = root_mean_square([output])
         if trainable:
-            found["r_e_K"] = effective_rank(torch.linalg.eigvalsh(entk(module, observations).double()))
+            found["r_e_K"] = kernel_rank(entk(module, observations))
     return {name: found[name] for name in SPECTRAL_METRICS if name in found}
 
 
@@ -205,7 +211,7 @@ def measure(
     if box is not None:
         found["outside_share"] = outside_share(trace.output, *box)
     chosen = observations[kernel_states(len(observations), trace.output.shape[1], kernel_rows)]
-    found["r_e_K"] = effective_rank(torch.linalg.eigvalsh(entk(actor, chosen).double()))
+    found["r_e_K"] = kernel_rank(entk(actor, chosen))
     found |= weight_metrics(actor, gradients, previous)
     if previous is not None:
         with untouched(actor), torch.no_grad():

@@ -7,12 +7,13 @@ trainable tensors K comes from Jacobian products of `torch.func`, a bounded numb
 
 f is what ``policy(observations)`` returns, [N, A]; rows of K are (state, output) pairs in that order. The policy's
 mode is respected and nothing of it is changed: gradients, buffers, hooks and the global random state stay as they are.
+What is lower than float32, by its dtype or under autocast, is computed in float32: in fewer digits K is not positive.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,10 +22,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from sphere_rl.measuring import as_measured
 from sphere_rl.spectrum.jacobian import Factor, Observations, factorise
-from sphere_rl.spectrum.ranks import RankEstimate, effective_rank, estimate_effective_rank
+from sphere_rl.spectrum.ranks import RankEstimate, at_least_float32, estimate_effective_rank, kernel_rank
 
 Outputs = Literal["full", "sum"]
 KERNEL_ROWS = 256 * 19
@@ -34,14 +36,14 @@ CHUNK_BYTES = 2**28
 
 
 def entk(policy: nn.Module, observations: Observations, outputs: Outputs = "full") -> Float[Tensor, "n n"]:
-    """Return the exact eNTK of ``policy`` on ``observations``, in the policy's dtype.
+    """Return the exact eNTK of ``policy`` on ``observations``, in the policy's dtype or float32 if that is lower.
 
     ``observations``: a tensor of N states [N, …], or several in a dict, tuple or list, as the policy's one argument.
     ``outputs`` "full": [N·A, N·A], rows (state, output); "sum": [N, N], the sum over output coordinates of their
-    kernels (the trace kernel). Every trainable tensor that f depends on takes part, gate included. Raises ValueError
-    when f is not [N, A], nothing is trainable or the policy is no module. f is the policy in the mode that it is in:
-    with BatchNorm or Dropout, call ``policy.eval()`` first for the kernel of the policy as it acts. Source: Jacot et
-    al. 2018; definition as in Luo et al. 2026.
+    kernels (the trace kernel). Every trainable tensor that f depends on takes part, gate included; K is 0 where there
+    is none. Raises ValueError when f is not [N, A], nothing is trainable or the policy is no module. f is the policy in
+    the mode that it is in: with BatchNorm or Dropout, call ``policy.eval()`` first for the kernel of the policy as it
+    acts. Source: Jacot et al. 2018; definition as in Luo et al. 2026.
     """
     _check_outputs(outputs)
     with _measured(policy, observations) as observations:
@@ -122,7 +124,7 @@ def block_view(policy: nn.Module, observations: Observations, outputs: Outputs =
             kind=kind,
             name=name,
             share=float(kernel.trace()) / total if total else 0.0,
-            effective_rank=effective_rank(torch.linalg.eigvalsh(kernel.double())),
+            effective_rank=kernel_rank(kernel),
         )
         for kind in ("gate", "layer", "expert")
         for (of, name), kernel in kernels.items()
@@ -136,22 +138,33 @@ def entk_jax(
     """Return the exact eNTK of a JAX function ``apply(params, observations) -> [N, A]`` as a JAX array.
 
     ``params``: any pytree of floating arrays, all of it trainable. ``chunk`` columns of K are formed at a time, each
-    with one tangent of the size of ``params``. Rows and ``outputs`` as in `entk`.
+    with one tangent of the size of ``params``. Rows and ``outputs`` as in `entk`. Raises ValueError where ``params``
+    hold other arrays, ``apply`` does not return [N, A] or has `sphere_rl.regularize` in it.
     """
     import jax
     import jax.numpy as jnp
 
     _check_outputs(outputs)
+    kinds = {str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(params)}
+    if odd := sorted(kind for kind in kinds if not jnp.issubdtype(kind, jnp.floating)):
+        raise ValueError(f"params: got arrays of {', '.join(odd)}, allowed: floating ones, all trainable")
+    shape = jax.eval_shape(apply, params, observations).shape
+    if len(shape) != 2:
+        raise ValueError(f"apply: got outputs of shape {shape}, allowed: [N, A]")
     with jax.default_matmul_precision("highest"):  # GPUs and TPUs keep fewer digits unless they are told
-        out, push = jax.linearize(lambda p: apply(p, observations), params)
-        pull = jax.linear_transpose(push, params)
+        out, pull = jax.vjp(lambda p: apply(p, observations), params)
+        push = jax.linear_transpose(pull, out)  # no forward mode, which operations with a custom_vjp have not
         samples, actions = out.shape
 
         def column(cotangent: Any) -> Any:
-            return push(*pull(cotangent))
+            return push(pull(cotangent))[0]
 
         units = jnp.eye(samples * actions, dtype=out.dtype).reshape(-1, samples, actions)
-        kernel = jax.lax.map(column, units, batch_size=chunk).reshape(samples, actions, samples, actions)
+        try:
+            kernel = jax.lax.map(column, units, batch_size=chunk).reshape(samples, actions, samples, actions)
+        except NotImplementedError as error:
+            what = "has a gradient that is not linear in what comes back (sp.regularize)"
+            raise ValueError(f"apply: {what}, allowed: the function without it, rho=0 for sp.regularize") from error
     if outputs == "sum":
         return jnp.einsum("icjc->ij", kernel)
     return kernel.reshape(samples * actions, samples * actions)
@@ -159,11 +172,41 @@ def entk_jax(
 
 @contextmanager
 def _measured(policy: nn.Module, observations: Observations) -> Iterator[Observations]:
-    """The observations, fit for gradients, while the policy is `untouched`."""
+    """The observations, fit for gradients, while the policy is `untouched` and all is in float32 at least."""
     if not isinstance(policy, nn.Module):
         raise ValueError(f"policy: got {type(policy).__name__}, allowed: a torch.nn.Module")
-    with untouched(policy):
-        yield tree_map(lambda one: one.clone() if isinstance(one, Tensor) and one.is_inference() else one, observations)
+    devices = {
+        tensor.device.type
+        for tensor in tree_leaves((list(policy.parameters()), observations))
+        if isinstance(tensor, Tensor)
+    }
+    with ExitStack() as open_:
+        for device in devices:
+            open_.enter_context(torch.autocast(device, enabled=False))
+        open_.enter_context(untouched(policy))
+        open_.enter_context(_widened(policy))
+        open_.enter_context(as_measured())
+        yield tree_map(_fit, observations)
+
+
+def _fit(one: Any) -> Any:
+    if not isinstance(one, Tensor):
+        return one
+    return (one.clone() if one.is_inference() else one).to(at_least_float32(one.dtype))
+
+
+@contextmanager
+def _widened(policy: nn.Module) -> Iterator[None]:
+    """Parameters and buffers that are lower than float32 are in float32, and then what they were."""
+    tensors = [tensor for tensor in (*policy.parameters(), *policy.buffers()) if tensor.is_floating_point()]
+    lower = [(tensor, tensor.data) for tensor in tensors if tensor.dtype != at_least_float32(tensor.dtype)]
+    try:
+        for tensor, data in lower:
+            tensor.data = data.float()
+        yield
+    finally:
+        for tensor, data in lower:
+            tensor.data = data
 
 
 @contextmanager
@@ -212,7 +255,40 @@ def _kernel_by_products(policy: nn.Module, observations: Observations, outputs: 
 def _jacobian_product(
     policy: nn.Module, observations: Observations
 ) -> tuple[Callable[[Float[Tensor, "n k"]], Float[Tensor, "n k"]], Float[Tensor, "N A"]]:
-    """V ↦ J(Jᵀ V) by two reverse passes for every column, n = N·A, and the outputs.
+    """V ↦ J(Jᵀ V), n = N·A, and the outputs; row by row where `torch.func` does not take the policy."""
+    try:
+        product, out = _functional_product(policy, observations)
+        product(out.new_zeros(out.numel(), 1))
+        return product, out
+    except RuntimeError:  # reentrant checkpoints, autograd functions of the old kind, backward passes without vmap
+        return _plain_product(policy, observations)
+
+
+def _plain_product(
+    policy: nn.Module, observations: Observations
+) -> tuple[Callable[[Float[Tensor, "n k"]], Float[Tensor, "n k"]], Float[Tensor, "N A"]]:
+    """By rows of J from plain backward passes, each taken twice for a product: slow, and for any module."""
+    trainable = [p for p in policy.parameters() if p.requires_grad]
+
+    def rows() -> Iterator[tuple[slice, Float[Tensor, "c P"]]]:
+        flat = policy(observations).flatten()
+        chunk = _columns_per_chunk(policy, len(flat))
+        for start in range(0, len(flat), chunk):
+            part = flat[start : start + chunk]
+            found = [torch.autograd.grad(one, trainable, retain_graph=True, materialize_grads=True) for one in part]
+            yield slice(start, start + len(part)), torch.stack([torch.cat([g.flatten() for g in row]) for row in found])
+
+    def product(vectors: Tensor) -> Tensor:
+        pulled = sum(jacobian.T @ vectors[where] for where, jacobian in rows())
+        return torch.cat([jacobian @ pulled for _, jacobian in rows()])
+
+    return product, policy(observations).detach()
+
+
+def _functional_product(
+    policy: nn.Module, observations: Observations
+) -> tuple[Callable[[Float[Tensor, "n k"]], Float[Tensor, "n k"]], Float[Tensor, "N A"]]:
+    """By two reverse passes for every column.
 
     J u is the derivative of v ↦ Jᵀ v along u, so the forward pass is traced once and no forward-mode rules are needed.
     """

@@ -36,7 +36,7 @@ def feature_rank(singular_values: Float[Tensor, "k"], samples: int) -> int:
 
 def unit_scores(features: RoutedFeatures) -> Float[Tensor, "E H"]:
     """Mean |h_i| of each unit divided by the mean over its expert's layer + 1e-9. Source: Sokar et al. 2023."""
-    mean = features.dense().abs().mean(0)
+    mean = features.dense().abs().mean(0, dtype=torch.float64)
     return mean / (mean.mean(1, keepdim=True) + 1e-9)
 
 
@@ -60,7 +60,7 @@ def grama_ratio(weight_gradients: Sequence[Float[Tensor, "_ _ _"]], threshold: f
 
     One gradient [E, out, in] for each hidden layer. Source: Liu et al. 2025.
     """
-    scores = [gradient.abs().mean(2) for gradient in weight_gradients]
+    scores = [gradient.abs().mean(2, dtype=torch.float64) for gradient in weight_gradients]
     return _share(score / (score.mean(1, keepdim=True) + 1e-9) <= threshold for score in scores)
 
 

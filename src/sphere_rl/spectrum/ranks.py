@@ -74,6 +74,21 @@ def gram_eigenvalues(phi: Shaped[Any, "N m"]) -> Float[Tensor, "k"]:
     return torch.linalg.eigvalsh(gram / samples).clamp(min=0.0)
 
 
+def kernel_eigenvalues(kernel: Float[Tensor, "n n"]) -> Float[Tensor, "n"]:
+    """Return the eigenvalues of a symmetric matrix, ascending, in float64.
+
+    Raises ValueError where an entry is not finite.
+    """
+    if not kernel.isfinite().all():
+        raise ValueError("kernel: got an entry that is not finite, allowed: finite gradients of finite outputs")
+    return torch.linalg.eigvalsh(kernel.double())
+
+
+def kernel_rank(kernel: Float[Tensor, "n n"]) -> float:
+    """Return the `effective_rank` of a symmetric matrix."""
+    return effective_rank(kernel_eigenvalues(kernel))
+
+
 def gram_effective_rank(phi: Shaped[Any, "N m"]) -> float:
     """Return r_e(A), A = ΦᵀΦ/N, for features ``phi`` [N, m], one sample a row; see `effective_rank`."""
     return effective_rank(gram_eigenvalues(phi))
@@ -166,6 +181,11 @@ def _quadratic_forms(
     weights = vectors[:, 0, :].square() * norms.double().square()[:, None]
     nodes = nodes.clamp(min=0.0)
     return torch.stack(((weights * nodes).sum(1), -(weights * torch.special.entr(nodes)).sum(1)), dim=1)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype, or float32 for a floating one with fewer digits."""
+    return torch.float32 if dtype.is_floating_point and torch.finfo(dtype).bits < 32 else dtype
 
 
 def _float64(array: Any) -> Tensor:

@@ -16,7 +16,7 @@ from sphere_rl.runs import RunFolder, checkpoint
 from sphere_rl.seeding import global_streams
 from sphere_rl.spectrum import block_view, entk, measure
 from sphere_rl.spectrum.kernel import KERNEL_ROWS, kernel_states, untouched
-from sphere_rl.spectrum.ranks import gram_eigenvalues
+from sphere_rl.spectrum.ranks import gram_eigenvalues, kernel_eigenvalues
 from sphere_rl.suites import make_suite
 from sphere_rl.training.agent import Policy
 from sphere_rl.training.policies import Chosen, placed, read_policies, spaces_of
@@ -117,7 +117,7 @@ def spectra(policy: Policy, observations: Float[Tensor, "N D"]) -> Spectra:
             trace = policy.actor.trace(observations)
         features = trace.features[-1].weighted()
         part = observations[kernel_states(len(observations), trace.output.shape[1], MAX_ROWS)]
-        kernel = torch.linalg.eigvalsh(entk(policy.actor, part).double())
+        kernel = kernel_eigenvalues(entk(policy.actor, part))
     return Spectra(
         kernel_observations=part,
         kernel_eigenvalues=kernel.flip(0).clamp(min=0).cpu().numpy(),

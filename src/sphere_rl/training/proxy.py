@@ -16,8 +16,9 @@ from numpy import ndarray
 from sphere_rl.config import TrainConfig
 from sphere_rl.runs import RunFolder
 from sphere_rl.seeding import derive_seed
-from sphere_rl.spectrum import effective_rank, entk, gram_effective_rank
+from sphere_rl.spectrum import entk, gram_effective_rank
 from sphere_rl.spectrum.kernel import KERNEL_ROWS, kernel_states
+from sphere_rl.spectrum.ranks import kernel_rank
 from sphere_rl.suites import make_suite
 from sphere_rl.suites.spaces import action_sender
 from sphere_rl.training.agent import Policy
@@ -60,8 +61,7 @@ def ranks(policy: Policy, states: Float[ndarray, "N D"]) -> dict[str, float]:
         outputs = policy.actor(observation[:1]).shape[1]
         observation = observation[kernel_states(len(states), outputs, KERNEL_ROWS)]
         features = policy.actor.trace(observation).features[-1].weighted()
-    kernel = entk(policy.actor, observation).double()
-    return {"r_e_A": gram_effective_rank(features), "r_e_K": effective_rank(torch.linalg.eigvalsh(kernel))}
+    return {"r_e_A": gram_effective_rank(features), "r_e_K": kernel_rank(entk(policy.actor, observation))}
 
 
 def batches_of(
