@@ -15,6 +15,7 @@ import sphere_rl as sp
 from sphere_rl.cli import main
 from sphere_rl.config import TrainConfig, overridden, to_dict
 from sphere_rl.numbers import number
+from sphere_rl.report.table_files import escaped
 from sphere_rl.runs import Logs, RunFolder
 
 TASKS = ("Pendulum-v1", "MountainCarContinuous-v0")
@@ -180,6 +181,12 @@ def test_tables_are_csv_files_whose_lists_are_text(folders: tuple[Path, Path], t
     assert written["runs"]["tasks"][0] == "; ".join(TASKS)
     assert written["spectra"]["expert_load"][0] == "0.5; 1.5"
     assert written["evals"]["mean_return"].to_list() == [10, 20, 14, 28, 90, 90]
+
+
+def test_a_label_is_text_in_latex() -> None:
+    """Every one of its ten signs, and what our tables have."""
+    expected = r"\# \$ \% \& \_ \{ \} \textasciitilde{} \textasciicircum{} \textbackslash{} $\rho$ $r_e(K)$ $-$1"
+    assert escaped(r"# $ % & _ { } ~ ^ \ ρ rₑ(K) −1") == expected
 
 
 def test_report_writes_tables_alone(

@@ -130,4 +130,5 @@ def test_interval_of_a_correlation_draws_runs() -> None:
     table = pl.DataFrame({"run": run, "r_e_A": x, "r_e_K": y})
     twice = pl.concat([table, table])
     assert correlation(twice)["low"] == pytest.approx(correlation(table)["low"])
+    assert correlation(table.filter(pl.col("run") == table["run"][0]))["low"] is None  # one run says nothing of others
     assert correlation(table.drop("run"))["low"] == pytest.approx(pearsonr(x, y).confidence_interval().low)  # type: ignore[attr-defined]

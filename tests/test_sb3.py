@@ -278,6 +278,18 @@ def test_the_callback_measures_dense_policies_of_any_agent(algorithm: Any, env: 
     assert callback.last["churn"] == 0
 
 
+def test_a_policy_that_diverges_is_not_stopped_by_the_callback():
+    """It learns on alone, so it learns on while it is watched; said once."""
+    callback = PlasticityCallback(every=8, states=16)
+    model = DQN("MlpPolicy", "CartPole-v1", learning_starts=20, batch_size=8, learning_rate=1e20, max_grad_norm=1e30,
+                seed=0, device="cpu")  # fmt: skip
+    with pytest.warns(UserWarning, match="plasticity is not logged while the policy is not finite: ") as said:
+        model.learn(96, callback=callback)
+    assert model.num_timesteps == 96
+    assert len(said) == 1
+    assert not callback.last
+
+
 def test_every_n_rollouts_through_the_logger(tmp_path: Any):
     from stable_baselines3.common.logger import configure
 

@@ -295,5 +295,6 @@ def test_two_runs_of_a_seed_are_not_one() -> None:
     scores = statistics.final_scores(lines, ("A", "B"))
     with pytest.raises(ValueError, match="two runs of one seed"):
         statistics.matrix(scores)
-    with pytest.raises(pl.exceptions.ComputeError):
-        statistics.paired_scores(scores, scores)
+    for joined in (statistics.paired_scores, statistics.forgetting_scores):
+        with pytest.raises(ValueError, match="two runs of one seed"):
+            joined(scores, scores)

@@ -51,9 +51,9 @@ def _midranks(values: Float[ndarray, "n"], times: Float[ndarray, "B n"]) -> Floa
 def correlation(table: pl.DataFrame) -> dict[str, Any]:
     """Batches, mean ranks and Pearson's r of r_e(A) and r_e(K) with its 95 % interval.
 
-    The interval is that of `correlation_interval` where the table names several runs, else Fisher's z, for independent
-    batches. r is None where one of them is constant or there are fewer than three batches, the interval where fewer
-    than four.
+    The interval is that of `correlation_interval` where the table names runs, so one run has none; else Fisher's z, for
+    independent batches. r is None where one of them is constant or there are fewer than three batches, the interval
+    where fewer than four.
     """
     from scipy.stats import pearsonr
 
@@ -62,7 +62,7 @@ def correlation(table: pl.DataFrame) -> dict[str, Any]:
     if table.height > 2 and a.n_unique() > 1 and k.n_unique() > 1:
         found: Any = pearsonr(a, k)
         row["pearson_r"] = float(found.statistic)
-        if table.height > 3 and "run" in table.columns and table["run"].n_unique() > 1:
+        if table.height > 3 and "run" in table.columns:
             row["low"], row["high"] = correlation_interval(a.to_numpy(), k.to_numpy(), table["run"].to_list())
         elif table.height > 3:
             row["low"], row["high"] = map(float, found.confidence_interval())

@@ -107,7 +107,13 @@ def ends(draws: Float[ndarray, "*k B"]) -> Float[ndarray, "2 *k"]:
 
 
 def paired_scores(ours: pl.DataFrame, theirs: pl.DataFrame) -> pl.DataFrame:
-    """Return ours − theirs for every (seed, task) that both have: columns seed, place, score."""
+    """Return ours − theirs for every (seed, task) that both have: columns seed, place, score.
+
+    Raises:
+        ValueError: one of them has two scores of a seed at a place, of two runs.
+    """
+    for scores in (ours, theirs):
+        check_one_run(scores)
     both = ours.join(theirs, on=["seed", "place"], suffix="_theirs", validate="1:1")
     return both.select("seed", "place", score=pl.col("score") - pl.col("score_theirs"))
 
@@ -177,14 +183,19 @@ def complete(scores: Float[ndarray, "S T"]) -> Float[ndarray, "R T"]:
     return scores[~np.isnan(scores).any(axis=1)] if scores.size else scores
 
 
+def check_one_run(scores: pl.DataFrame) -> None:
+    """Raise ValueError where a seed has two scores at a place, of two runs."""
+    if scores.select("seed", "place").is_duplicated().any():
+        raise ValueError("two runs of one seed on one task; expected evaluations of one run of each")
+
+
 def matrix(scores: pl.DataFrame, places: Sequence[int] | None = None) -> Float[ndarray, "S T"]:
     """Scores [S, T] of a table with columns seed, place and score, NaN where there is none.
 
     Raises:
         ValueError: a seed has two scores at a place, of two runs.
     """
-    if scores.select("seed", "place").is_duplicated().any():
-        raise ValueError("two runs of one seed on one task; expected evaluations of one run of each")
+    check_one_run(scores)
     places = list(places) if places is not None else sorted(scores["place"].unique())
     seeds = sorted(scores["seed"].unique())
     filled = np.full((len(seeds), len(places)), np.nan)
@@ -208,7 +219,13 @@ def retention_scores(evals: pl.DataFrame, tasks: Sequence[str], column: str = "s
 
 
 def forgetting_scores(final: pl.DataFrame, retention: pl.DataFrame) -> pl.DataFrame:
-    """Score at the end of task i − retention of task i; positive: forgotten. The last task counts, with about 0."""
+    """Score at the end of task i − retention of task i; positive: forgotten. The last task counts, with about 0.
+
+    Raises:
+        ValueError: one of them has two scores of a seed at a place, of two runs.
+    """
+    for scores in (final, retention):
+        check_one_run(scores)
     both = final.join(retention, on=["seed", "place"], suffix="_later", validate="1:1")
     return both.select("seed", "place", "task", score=pl.col("score") - pl.col("score_later"))
 

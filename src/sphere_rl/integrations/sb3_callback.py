@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from numbers import Integral
 from typing import Any
 
@@ -25,7 +26,8 @@ class PlasticityCallback(BaseCallback):
 
     r_e_K is that of the network behind SB3's features extractor, with the action's mean, logits or Q-values as outputs;
     Φ are its last hidden features. Measured once the rollout has been learned from, on states of that rollout or of the
-    replay buffer, spread evenly; weight_change and churn are those of that update. Nothing of the agent changes.
+    replay buffer, spread evenly; weight_change and churn are those of that update. Nothing of the agent changes. Where
+    its numbers are no longer finite nothing is logged, which is said once.
 
     Args:
         every: rollouts from one measurement to the next. Off-policy, a rollout is ``train_freq`` steps.
@@ -42,6 +44,7 @@ class PlasticityCallback(BaseCallback):
         self.last: dict[str, float] = {}
         self._seen: Any = None
         self._before: dict[str, Tensor] | None = None
+        self._diverged = False
 
     def _on_training_start(self) -> None:
         actor_of(self.model.policy)
@@ -69,11 +72,19 @@ class PlasticityCallback(BaseCallback):
         network, owner, extractor = actor_of(policy)
         was_training = policy.training
         policy.set_training_mode(False)
-        with torch.no_grad():
-            features = owner.extract_features(policy.obs_to_tensor(self._seen)[0], extractor)
-        found = plasticity(network, features, self._before)
-        policy.set_training_mode(was_training)
-        self._seen = self._before = None
+        try:
+            with torch.no_grad():
+                features = owner.extract_features(policy.obs_to_tensor(self._seen)[0], extractor)
+            found = plasticity(network, features, self._before)
+        except ValueError as error:
+            if "not finite" not in str(error):
+                raise
+            if not self._diverged:
+                warnings.warn(f"plasticity is not logged while the policy is not finite: {error}", stacklevel=2)
+            self._diverged, found = True, {}
+        finally:
+            policy.set_training_mode(was_training)
+            self._seen = self._before = None
         self.last = {}
         for name, value in found.items():
             many = isinstance(value, list)

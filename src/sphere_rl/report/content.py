@@ -137,8 +137,9 @@ class SuiteContent(SuiteRuns):
         found = correlation(known)
         if (r := found["pearson_r"]) is not None:
             bounds = "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
-            caption += f" Pearson r = {r:.3f}{bounds} over {known.height} batches of all runs together"
-            caption += f" (95 % interval: runs drawn anew). {self._within_runs(known)}"
+            drawn = " (95 % interval: runs drawn anew)" if bounds else " (one run: no interval)"
+            caption += f" Pearson r = {r:.3f}{bounds} over {known.height} batches of all runs together{drawn}."
+            caption += f" {self._within_runs(known)}"
         choices = {"": panels.scatter(known, self.order)} if known.height else {}
         return self._panel("proxy", "The proxy and the kernel", f"{caption} {self.facts()}", choices,
                            "no spectrum lines", {}, "", "rₑ(A)", "rₑ(K)")  # fmt: skip

@@ -267,8 +267,8 @@ def proxy_scatter(table: pl.DataFrame, caption: str, by: str = "method", order: 
     make_room(axes.legend(loc="upper left", bbox_to_anchor=(1, 1)))
     r, low, high = (correlation(table)[name] for name in ("pearson_r", "low", "high"))
     if r is not None:
-        interval = "nan, nan" if low is None else f"{low:.3f}, {high:.3f}"
-        axes.set_title(f"Pearson r = {r:.3f} [{interval}], {table.height} batches")
+        interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+        axes.set_title(f"Pearson r = {r:.3f}{interval}, {table.height} batches")
     return _captioned(figure, caption)
 
 

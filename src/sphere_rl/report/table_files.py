@@ -29,7 +29,9 @@ DIFFERENCES = {name: NUMBERS[name] for name in ("rl", "crl", "crl_iqm", "r_e_K",
 DIFFERENCES["improvement"] = "P(improves), CRL"
 """Columns of the table of differences to plain PPO."""
 ENDS = {"": "value", "_low": "low", "_high": "high"}
-LATEX = {"rₑ(K)": "$r_e(K)$", "_": r"\_", "&": r"\&", "%": r"\%", "#": r"\#", "−": "$-$", "ρ": r"$\rho$"}
+LATEX = {"rₑ(K)": "$r_e(K)$", "−": "$-$", "ρ": r"$\rho$"}
+LATEX |= {sign: "\\" + sign for sign in "_&%#${}"}
+LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
 
 def write_tables(
