@@ -148,7 +148,7 @@ def entk_jax(
     kinds = {str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(params)}
     if odd := sorted(kind for kind in kinds if not jnp.issubdtype(kind, jnp.floating)):
         raise ValueError(f"params: got arrays of {', '.join(odd)}, allowed: floating ones, all trainable")
-    shape = jax.eval_shape(apply, params, observations).shape
+    shape = jax.eval_shape(lambda p: apply(p, observations), params).shape
     if len(shape) != 2:
         raise ValueError(f"apply: got outputs of shape {shape}, allowed: [N, A]")
     with jax.default_matmul_precision("highest"):  # GPUs and TPUs keep fewer digits unless they are told
@@ -260,7 +260,7 @@ def _jacobian_product(
         product, out = _functional_product(policy, observations)
         product(out.new_zeros(out.numel(), 1))
         return product, out
-    except RuntimeError:  # reentrant checkpoints, autograd functions of the old kind, backward passes without vmap
+    except RuntimeError:  # checkpoints, autograd functions of the old kind, backward passes without vmap
         return _plain_product(policy, observations)
 
 
@@ -268,11 +268,10 @@ def _plain_product(
     policy: nn.Module, observations: Observations
 ) -> tuple[Callable[[Float[Tensor, "n k"]], Float[Tensor, "n k"]], Float[Tensor, "N A"]]:
     """By rows of J from plain backward passes, each taken twice for a product: slow, and for any module."""
-    trainable = [p for p in policy.parameters() if p.requires_grad]
+    trainable, out = [p for p in policy.parameters() if p.requires_grad], policy(observations)
+    flat, chunk = out.flatten(), _columns_per_chunk(policy, out.numel())
 
     def rows() -> Iterator[tuple[slice, Float[Tensor, "c P"]]]:
-        flat = policy(observations).flatten()
-        chunk = _columns_per_chunk(policy, len(flat))
         for start in range(0, len(flat), chunk):
             part = flat[start : start + chunk]
             found = [torch.autograd.grad(one, trainable, retain_graph=True, materialize_grads=True) for one in part]
@@ -282,7 +281,7 @@ def _plain_product(
         pulled = sum(jacobian.T @ vectors[where] for where, jacobian in rows())
         return torch.cat([jacobian @ pulled for _, jacobian in rows()])
 
-    return product, policy(observations).detach()
+    return product, out.detach()
 
 
 def _functional_product(
