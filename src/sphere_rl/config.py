@@ -104,7 +104,7 @@ class TrainConfig:
     learning_rate_end: float = 1e-4
     """Step size at the end of a task with the linear schedule."""
     kl_target: float = 0.03
-    """kl schedule: rate times 1.5 where KL is below half of this, over 1.5 above twice this. target_kl ends updates."""
+    """kl schedule: the rate is multiplied by 1.5 where KL < half of this, divided by 1.5 where KL > twice this."""
     learning_rate_bounds: tuple[float, float] = (1e-5, 1e-2)
     """kl schedule: smallest and largest rate."""
     adam_eps: float = 1e-5
@@ -137,7 +137,7 @@ class TrainConfig:
     eval_episodes: int = 10
     """Deterministic episodes of an evaluation during a task."""
     final_eval_episodes: int = 50
-    """Episodes of the evaluation at the end of a task, and of every task again, the last one too, after the last."""
+    """Episodes of each final evaluation: of a task at its end, and of every task again after the last task."""
     eval_max_steps: int = field(default=10_000, metadata=WATCHES)
     """Steps after which an evaluation ends an episode that has no end of its own."""
     spectrum_every: int = field(default=0, metadata=WATCHES)
@@ -147,11 +147,11 @@ class TrainConfig:
     env_threads: int | Literal["auto"] = field(default="auto", metadata=SPARES)
     """Threads that step environments, where the suite uses threads; auto: a thread a core."""
     torch_threads: int | Literal["auto"] = field(default="auto", metadata=SPARES)
-    """Threads that compute: two train actor and critic and halves of the experts side by side. auto: two if faster."""
+    """CPU threads for training: 2 run two lanes side by side (same results). auto: 1 or 2, whichever is faster."""
     log: Literal["tensorboard", "wandb"] = field(default="tensorboard", metadata=SPARES)
-    """Who is told every number of the logs: TensorBoard files; wandb: Weights & Biases as well (extra `wandb`)."""
+    """Where logged numbers go: TensorBoard files, or with wandb also to Weights & Biases (extra `wandb`)."""
     films: bool = field(default=False, metadata=SPARES)
-    """A film of each task's policy at its end, for whoever is told the numbers, too, and in films/ (extra `play`)."""
+    """Film the policy at the end of each task: into films/ and to the `log` destinations (extra `play`)."""
     on_nan: Literal["stop", "rollback"] = field(default="stop", metadata=WATCHES)
     """A number that is not finite stops the run; rollback: it goes back to its last checkpoint, with new seeds."""
     env_timeout: float = field(default=0.0, metadata=WATCHES)
