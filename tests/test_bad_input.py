@@ -306,6 +306,28 @@ def test_sizes_that_no_machine_has_are_refused(words: list[str], message: str, o
     assert message in err
 
 
+@pytest.mark.parametrize("digits", [401, 5001])
+@pytest.mark.parametrize("line", ["gamma = {}", "[sphere]\nrho = {}", "[redo]\nevery = {}", "seed = {}"])
+def test_numbers_of_hundreds_of_digits_are_refused(line: str, digits: int, occupied: Path) -> None:
+    """The second is more than Python reads."""
+    table = occupied.parent / "huge.toml"
+    table.write_text(line.format("1" + "0" * digits))
+    for command in ("train", "sweep"):
+        code, _, err = run(command, "--config", str(table), "--tasks", "toy_envs:Drawing-v0", "--out", str(occupied))
+        refused(code, err)
+
+
+def test_a_configuration_with_a_huge_number_is_said_of_its_file(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, path := tmp_path / "run")
+    text = json.loads((path / "config.json").read_text())
+    text["config"]["sphere"]["rho"] = 10**400
+    (path / "config.json").write_text(json.dumps(text))
+    for command in ("resume", "evaluate"):
+        code, _, err = run(command, str(path))
+        refused(code, err)
+        assert "config.json" in err
+
+
 def test_a_pipe_in_place_of_a_log_is_refused(trained: Path, tmp_path: Path) -> None:
     """It would be waited for without an end, and a device be read without one."""
     path = Path(shutil.copytree(trained, tmp_path / "run"))

@@ -52,6 +52,15 @@ def test_a_task_that_has_told_success_once_has_none_where_nothing_is_told() -> N
     assert told.complete({"task": "c"} | unknown)["success_final"] is None
 
 
+def test_evaluation_normalises_before_it_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As training does: seconds since 1970, ten apart, are one number in float32."""
+    seen: list[torch.Tensor] = []
+    policy_ = Policy(make_actor("dense", 3, 2, width=8, depth=1), ObservationNormalizer(3, 10.0))
+    monkeypatch.setattr(policy_, "normalize", lambda observation: seen.append(observation) or observation.float())
+    evaluate(policy_, make_suite("gym"), "Broken-v0", 1, seed=0, arguments={"what": "reward", "at": 99, "value": 0.0})
+    assert {one.dtype for one in seen} == {torch.float64}
+
+
 def test_evaluation_is_deterministic_and_leaves_the_policy_as_it_was() -> None:
     p = policy(kind="ds_moe").train()
     state = {key: value.clone() for key, value in p.state_dict().items()}

@@ -11,6 +11,7 @@ from sphere_rl.experts.network import MoENetwork
 from sphere_rl.experts.routing import single_routing, top_k_routing
 from sphere_rl.methods._layers import mean_by_expert, recycle, unit_features, unit_layers
 from sphere_rl.methods.cbp import CbpConfig, UnitStatistics, accumulate, choose, correction, fold
+from sphere_rl.methods.nap import matrix_norms, weights
 from sphere_rl.methods.redo import dormant_units
 from sphere_rl.training.agent import Agent
 
@@ -145,6 +146,8 @@ def test_dormant_units_by_hand():
     activity = torch.tensor([[1.0, 0.1, 0.0, 2.9], [0.0, 0.0, 0.0, 0.0]])  # means 1 and 0
     assert dormant_units(activity, 0.1).tolist() == [[False, True, True, False], [False] * 4]
     assert dormant_units(activity, 0.09).tolist() == [[False, False, True, False], [False] * 4]
+    tiny = dormant_units(activity.double() * 1e-30, 0.09)  # gradients of an expert whose gate weight is next to nothing
+    assert tiny.tolist() == [[False, False, True, False], [False] * 4]
 
 
 def test_regrama_recycles_units_without_gradient():
@@ -219,6 +222,40 @@ def test_cbp_counts_only_experts_that_see_samples():
     accumulate(statistics, layer, features, CbpConfig(maturity=0, rate=0.25))
     assert statistics.age.tolist() == [[1, 1], [0, 0], [0, 0]]
     assert statistics.credit.tolist() == [0.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("methods", [("cbp",), ("cbp", "spectral_norm"), ("cbp", "injection")])
+def test_cbp_goes_by_the_weights_in_use(methods):
+    """Those that spectral normalisation divides, and the frozen ones of an injection beside the trained."""
+    agent = make_agent(make_config(*methods, actor="dense", cbp={"maturity": 0}))
+    with torch.no_grad():
+        agent.actor.experts.head.weight[:, :, 0] = 50.0
+    begin(agent, 1)
+    layer, samples = unit_layers(agent.actor)[1], rollout(1).observation.flatten(0, 1)
+    with torch.no_grad():
+        layer.incoming.bias[0, 0] = 1.0
+        features = unit_features(agent.actor.trace(samples))[1]
+    statistics, config = UnitStatistics.of(layer), CbpConfig(maturity=0, rate=0.0, decay=0.0)
+    accumulate(statistics, layer, features, config)
+    assert int(statistics.utility[0].argmax()) == 0
+    units = torch.zeros_like(statistics.age, dtype=torch.bool)
+    units[0, 0] = True
+    weight, bias = layer.outgoing.effective()[0].detach().clone(), layer.outgoing.bias.detach().clone()
+    fold(statistics, layer, units, config.decay)
+    added = weight[0, :, 0] * features.values[:, 0].mean()
+    torch.testing.assert_close((layer.outgoing.bias - bias)[0], added, rtol=1e-5, atol=1e-6)
+
+
+def test_nap_holds_the_norms_of_a_critic_whose_actor_went_too_far():
+    config = make_config("nap", target_kl=1e-6, learning_rate=1e-2, num_epochs=2)
+    agent = make_agent(config)
+    begin(agent, 0)
+    before = [matrix_norms(weight) for weight in weights(agent)]
+    train(agent, 1)
+    fresh = make_agent(config)
+    assert not all(map(torch.equal, agent.critic_parameters, fresh.critic_parameters))
+    for weight, norm in zip(weights(agent), before, strict=True):
+        torch.testing.assert_close(matrix_norms(weight), norm, rtol=1e-5, atol=0)
 
 
 def test_cbp_replaces_a_constant_unit_without_changing_the_output():

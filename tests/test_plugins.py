@@ -48,6 +48,8 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         (None, "--plugin nowhere", "plugin: 'nowhere' is not allowed; expected a module that can be imported"),
         ("import nothing_like_it", "--plugin broken", "plugin: 'broken' is not allowed; expected a module that can"),
         ("1 / 0", "--plugin broken", "(ZeroDivisionError: division by zero)"),
+        ("import sys; sys.exit()", "--plugin broken", "a module that can be imported, from "),
+        ("import sys; sys.exit(0)", "--tasks broken:Mine-v0", "a module that can be imported before the colon (Sys"),
         (METHOD.format(name="sphere"), "--plugin broken", "method: 'sphere' is not allowed; expected another name"),
         ("ACTORS = {'mine': 1}", "--plugin broken", "actor: 'mine' is not allowed; expected a sphere_rl.experts.Kind"),
         ("SUITES = (1,)", "--plugin broken", "suite: 'broken' is not allowed; expected a sphere_rl.suites.Suite"),

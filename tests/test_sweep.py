@@ -207,6 +207,40 @@ def test_flags_win_in_every_stage(tmp_path: Path, capsys: pytest.CaptureFixture[
         command(["--config", str(path), "--seeds", "-1", "--methods", "strong", "--out", str(out), "--dry-run"])
 
 
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('[train]\nmethod = "layernorm"', "train.method"),
+        ("[train]\nseed = 7", "train.seed"),
+        ("[grid]\nseed = [1, 2]", "grid.seed"),
+        ("[arms.mine]\nseed = 9", "arms.mine.seed"),
+        ('[arms.mine]\nprotocol = "rl"', "arms.mine.protocol"),
+    ],
+)
+def test_an_axis_is_set_nowhere_else(text: str, named: str, tmp_path: Path) -> None:
+    """It would win over the axis, and folders' names would lie."""
+    path = tmp_path / "grid.toml"
+    path.write_text(f'suites = ["gym"]\ntasks = ["CartPole-v1"]\n{text}\n')
+    with pytest.raises(ConfigError, match=f"{named}: 'set' is not allowed; expected the list"):
+        plan(Grid(**load_grid(path)), tmp_path)
+    with pytest.raises(ConfigError, match=r"grid\.seed"):
+        command(
+            [
+                "--suite",
+                "gym",
+                "--tasks",
+                "CartPole-v1",
+                "--grid",
+                "seed",
+                "1",
+                "2",
+                "--out",
+                str(tmp_path),
+                "--dry-run",
+            ]
+        )
+
+
 def test_whole_numbers_with_an_exponent(tmp_path: Path) -> None:
     path = tmp_path / "grid.toml"
     path.write_text('seeds = [1e1]\n[grid]\n"eval_every" = [1e3]\n[train]\nsteps_per_task = 1e6\n')

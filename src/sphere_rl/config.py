@@ -274,7 +274,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # a number of thousands of digits is no TOML error
         raise ConfigError("config", str(path), f"a readable TOML file ({error})") from None
 
 
@@ -389,10 +389,10 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         if rest != [...] and len(items) != 1 + len(rest):
             raise ConfigError(name, value, f"a list of {1 + len(rest)}")
         return tuple(convert(name, item, kind) for item in items)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return int(value)
+    if hint in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ConfigError(name, value, "a whole number below 2**63")
+        value = hint(value) if hint is float or float(value).is_integer() else value
     if hint is EnvArgs and not isinstance(value, EnvArgs):
         raise ConfigError(name, value, "a table of arguments")
     if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):

@@ -40,7 +40,7 @@ def load(names: Iterable[str]) -> None:
         try:
             sys.path.insert(0, here)
             _modules[name] = import_module(name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             allowed = f"a module that can be imported, from {here}, too ({described(error)})"
             raise ConfigError("plugin", name, allowed) from error
         finally:
@@ -63,7 +63,7 @@ def offered(group: str) -> tuple[tuple[str, Any], ...]:
     for entry in sorted(entry_points(group=f"sphere_rl.{group}"), key=lambda entry: entry.name):
         try:
             found.append((entry.name, entry.load()))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             value = f"{entry.name} = {entry.value}"
             raise ConfigError(group, value, f"an entry point that loads ({described(error)})") from error
     return tuple(found)

@@ -117,7 +117,8 @@ def actor_step(agent: Agent, samples: Minibatch) -> ActorStep:
     """A forward pass with a stand-in for the PPO loss that depends on all parameters."""
     trace = agent.actor.trace(samples.observation)
     log_prob = agent.actor.head.log_prob(trace.output, samples.action)
-    return ActorStep(agent, samples, trace, -(log_prob * samples.advantage).mean(), agent.actor_parameters)
+    loss = -(log_prob * samples.advantage).mean()
+    return ActorStep(agent, samples, trace, loss, agent.actor_parameters, loss.detach())
 
 
 def only_method(agent: Agent) -> Any:

@@ -78,7 +78,7 @@ def play(
         @torch.no_grad()
         def act(observation: np.ndarray) -> Any:
             check_numbers("the observation", observation[None])
-            output = policy(torch.as_tensor(observation, dtype=torch.float32, device=device)[None])
+            output = policy(torch.as_tensor(observation, device=device)[None])
             return send(policy.actor.head.mode(output))[0]
 
         return replace(record(env, act, out, steps, fps, progress), task=task, checkpoint=chosen.path.stem)

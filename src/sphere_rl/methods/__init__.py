@@ -71,7 +71,9 @@ def named(method: type[Method], name: str) -> type[Method]:
 
 
 def check_methods(names: Sequence[str]) -> None:
-    """Raise `ConfigError` for a name that no method has or that is given twice, and for two optimisers."""
+    """Raise `ConfigError` for no name, one that no method has or that is given twice, and for two optimisers."""
+    if not names:
+        raise ConfigError("method", "()", f"one or more of {', '.join(methods())}")
     for name in names:
         if name not in methods():
             apart = " (composed ones with a space between)" if "+" in name else ""

@@ -45,6 +45,7 @@ class ActorStep:
     """One minibatch's actor forward pass, as penalties and gradient rules see it.
 
     ``trace`` and ``loss`` (the PPO loss, a scalar) belong to the same graph; ``parameters`` are all of the actor's.
+    ``policy_loss``: the loss without the entropy's part, a number.
     """
 
     agent: ActorCritic
@@ -52,6 +53,7 @@ class ActorStep:
     trace: Trace
     loss: Tensor
     parameters: Sequence[Tensor]
+    policy_loss: Tensor
 
 
 class Method:
@@ -128,7 +130,7 @@ class Method:
         return gradients
 
     def after_minibatch(self, agent: ActorCritic, batch: Minibatch) -> None:
-        """Both optimisers have taken their step."""
+        """Both optimisers have taken their step; where ``target_kl`` ends the update the critic's alone."""
 
     def after_iteration(self, agent: ActorCritic, rollout: Rollout) -> None:
         """All epochs on this rollout are done."""

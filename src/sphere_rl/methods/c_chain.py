@@ -72,7 +72,7 @@ class CChain(Method):
         if self._reference is not None:
             observation, previous = self._reference
             churn = policy_change(step.agent, observation, previous)
-            self._sums.append(torch.stack((step.loss.detach().abs(), churn.detach())))
+            self._sums.append(torch.stack((step.policy_loss.abs(), churn.detach())))
             penalty = self._coefficient * churn
         if self._last is not None:
             with torch.no_grad():

@@ -137,7 +137,7 @@ def accumulate(statistics: UnitStatistics, layer: UnitLayer, features: RoutedFea
     seen = seen_by_expert(features) > 0
     share = (1 - config.decay) * seen.to(features.values)[:, None]
     size, mean = mean_by_expert(features, features.values.abs()), mean_by_expert(features, features.values)
-    utility = layer.per_unit(layer.outgoing.weight.abs().mean(1) * size)
+    utility = layer.per_unit(layer.outgoing.effective()[0].abs().mean(1) * size)
     statistics.utility.lerp_(utility, share)
     statistics.activation.lerp_(mean, share)
     statistics.age.add_(seen[:, None])
@@ -160,8 +160,7 @@ def fold(statistics: UnitStatistics, layer: UnitLayer, units: Bool[Tensor, "E U"
     columns = layer.features_of(units)
     ages = statistics.age.repeat(1, columns.shape[1] // units.shape[1])
     mean = statistics.activation / correction(ages, decay) * columns
-    for weight in layer.outgoing_weights():
-        layer.outgoing.bias.add_(torch.einsum("eof,ef->eo", weight, mean))
+    layer.outgoing.bias.add_(torch.einsum("eof,ef->eo", layer.outgoing.effective()[0], mean))
     statistics.utility[units], statistics.age[units], statistics.activation[columns] = 0.0, 0, 0.0
 
 

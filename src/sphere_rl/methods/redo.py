@@ -1,7 +1,7 @@
 """ReDo: dormant units begin anew.
 
-A unit's score is its mean |h_i| over the mean of its layer (+ 1e-9). Every few iterations units with score ≤ τ get new
-incoming weights, bias 0 and outgoing weights 0, and their Adam moments are zeroed.
+A unit's score is its mean |h_i| over the mean of its layer, however small that is. Every few iterations units with
+score ≤ τ get new incoming weights, bias 0 and outgoing weights 0, and their Adam moments are zeroed.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Redo(Method):
 def dormant_units(activity: Float[Tensor, "E U"], threshold: float) -> Bool[Tensor, "E U"]:
     """Units whose share of their expert's mean is at most the threshold, in experts that are active at all."""
     mean = activity.mean(1, keepdim=True)
-    return (activity / (mean + 1e-9) <= threshold) & (mean > 0)
+    return (activity <= threshold * mean) & (mean > 0)
 
 
 def unit_activity(network: MoENetwork, trace: Trace) -> list[Float[Tensor, "_ _"]]:

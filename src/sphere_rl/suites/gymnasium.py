@@ -184,7 +184,7 @@ def _registered(task: str) -> str:
             sys.path.append(os.getcwd())
         try:
             import_module(module)
-        except Exception as error:  # whatever the module does
+        except (Exception, SystemExit) as error:  # whatever the module does
             allowed = f"a module that can be imported before the colon ({type(error).__name__}: {error})"
             raise ConfigError("tasks", task, allowed) from error
     try:

@@ -93,6 +93,7 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
     Raises:
         ConfigError: a combination that is not allowed, or a folder that holds a run with another configuration.
     """
+    check_axes(grid)
     runs: dict[str, PlannedRun] = {}
     for stage in grid.stages or ({},):
         for run in _plan_stage(replace(grid, **stage), out):
@@ -133,6 +134,20 @@ def tell_idle_in(grid: Grid, runs: Sequence[PlannedRun]) -> None:
 def methods_named_by(words: Sequence[str]) -> Sequence[str]:
     """The methods that words beginning with ``--method`` name."""
     return words[1 : next((i for i, word in enumerate(words) if i and word.startswith("--")), None)]
+
+
+def check_axes(grid: Grid) -> None:
+    """Raise `ConfigError` where what is an axis of its own is set for all runs, as another axis or in an arm.
+
+    It would win, and runs would not be what their folders' names say. An arm may have another actor.
+    """
+    tables = {"train": named_options(grid.train), "grid": [name for name, _ in grid.options]}
+    tables |= {f"arms.{name}": named_options(words) for name, words in grid.arms}
+    for table, names in tables.items():
+        own = ("actor", "method") if table.startswith("arms.") else ()
+        for name in names:
+            if name in OF_ONE and name not in own:
+                raise ConfigError(f"{table}.{name}", "set", f"the list {OF_ONE[name]} in its place")
 
 
 def check_folder(run: PlannedRun) -> None:
@@ -195,6 +210,8 @@ def load_grid(path: Path) -> dict[str, Any]:
 PATIENCE = 60.0
 """Seconds that a sweep waits for another one that writes into ``sweep.json``."""
 PRESETS = Path(__file__).parents[1] / "presets"
+OF_ONE = {"suite": "suites", "protocol": "protocols", "actor": "actors", "method": "methods", "seed": "seeds"}
+"""What `sphere train` has one of, and the axis that has several."""
 AXES = ("suites", "protocols", "actors", "methods", "seeds", "tasks")
 TABLES: dict[str, type] = dict.fromkeys(AXES, list) | {"grid": dict, "train": dict, "arms": dict, "stages": list}
 

@@ -106,7 +106,7 @@ def _run(policy: Policy, envs: VectorEnv, quota: np.ndarray, max_steps: int) -> 
     observation = envs.reset()[0]
     check_numbers("step 0: the observation of the reset", observation)
     for step in count(1):
-        output = policy(torch.as_tensor(observation, dtype=torch.float32, device=device))
+        output = policy(torch.as_tensor(observation, device=device))
         if not torch.isfinite(output).all():
             raise TrainingError(f"step {step}: the policy's output is not finite")
         observation, reward, terminated, truncated, info = envs.step(send(policy.actor.head.mode(output)))

@@ -60,12 +60,12 @@ def train_epochs(agent: Agent, batch: Minibatch, config: TrainConfig) -> tuple[l
         parts = [[index] for index in order] if apart else [order]
         for position, part in enumerate(parts, start=1):
             statistics += minibatch_steps(agent, batch, part, config, keep=last and position == len(parts))
+            if apart:  # where the actor has gone too far the critic has taken its step
+                for method in agent.methods:
+                    method.after_minibatch(agent, batch[part[0]])
             if went_too_far(statistics[-1], config):
                 carry_gradients(agent, batch[order[(len(statistics) - 1) % len(order)]], config)
                 return statistics, config.num_epochs - epoch
-            if apart:
-                for method in agent.methods:
-                    method.after_minibatch(agent, batch[part[0]])
     return statistics, 0
 
 

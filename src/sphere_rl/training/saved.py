@@ -22,6 +22,6 @@ def config_of(folder: RunFolder) -> TrainConfig:
     try:
         made = from_dict(config)
         _ = made.task_sequence
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         raise RunFolderError(f"{folder.config_path}: {' '.join(str(error).split())}") from None
     return made

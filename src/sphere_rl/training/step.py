@@ -123,7 +123,7 @@ def actor_step(agent: Agent, batch: Minibatch, config: TrainConfig) -> list[Tens
     for method in agent.methods:
         method.observe("actor", trace)
     loss, statistics = actor_loss(agent.actor.head, trace.output, batch, config)
-    step = ActorStep(agent, batch, trace, loss, agent.actor_parameters)
+    step = ActorStep(agent, batch, trace, loss, agent.actor_parameters, statistics[0])
     penalties = [method.actor_penalty(step) for method in agent.methods]
     total = sum((p for p in penalties if p is not None), start=loss)
     rules = [method for method in agent.methods if method.overrides("actor_gradients")]
