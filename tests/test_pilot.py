@@ -77,10 +77,10 @@ def test_so_have_their_correlations() -> None:
             assert table.height == 14
             (found[name, batch],) = table.select(pl.corr("mean_return", name, method="spearman")).row(0)
     rank, fixed_rank, length, fixed_length, size, _ = claim.several(found.values()).split(", ")
-    text = section("index.md", "## Hammer, then push-wall")
+    text = " ".join(section("index.md", "## Hammer, then push-wall").split())
     assert f"of {rank} on own states and {fixed_rank} on the fixed" in text
-    assert f"{length} and {fixed_length} (feature_norm" in text
-    assert f"{size} on own states. The authors'" in text
+    assert f"with that return of {length} on own states and {fixed_length} on the fixed ones." in text
+    assert f"the size of mean actions: {size} on own states." in text
 
 
 def test_so_have_the_ten_tasks() -> None:
