@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from threading import local
 
-_OPEN: ContextVar[bool] = ContextVar("measuring", default=False)
+_here = local()  # no ContextVar: torch.compile does not trace one in PyTorch 2.13
 
 
 def measuring() -> bool:
-    """Whether it is, in this thread or task."""
-    return _OPEN.get()
+    """Whether it is, in this thread."""
+    return getattr(_here, "open", False)
 
 
 @contextmanager
 def as_measured() -> Iterator[None]:
     """In here it is."""
-    before = _OPEN.set(True)
+    before, _here.open = measuring(), True
     try:
         yield
     finally:
-        _OPEN.reset(before)
+        _here.open = before
