@@ -160,11 +160,8 @@ def test_what_torch_func_does_not_take_goes_by_plain_backward_passes():
 def test_half_precision_is_measured_in_float32(way: str):
     """In bfloat16 K is not positive: eigenvalues below zero by far more than round-off."""
     torch.manual_seed(4)
-    policy, x = (
-        nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2)),
-        torch.randn(64, 8),
-    )
-    x = x + 2
+    policy = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
+    x = torch.randn(64, 8) + 2
     exact = effective_rank(torch.linalg.eigvalsh(entk(policy, x).double()))
     if way == "autocast":
         with torch.autocast("cpu"):
@@ -182,10 +179,8 @@ def test_a_tensor_with_a_small_part_is_not_left_out():
     class Added(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net, self.small = (
-                nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2)),
-                nn.Parameter(torch.ones(2)),
-            )
+            self.net = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2))
+            self.small = nn.Parameter(torch.ones(2))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.net(x) + 1e-3 * self.small

@@ -223,22 +223,12 @@ def test_an_axis_is_set_nowhere_else(text: str, named: str, tmp_path: Path) -> N
     path.write_text(f'suites = ["gym"]\ntasks = ["CartPole-v1"]\n{text}\n')
     with pytest.raises(ConfigError, match=f"{named}: 'set' is not allowed; expected the list"):
         plan(Grid(**load_grid(path)), tmp_path)
+
+
+def test_an_axis_is_no_axis_of_options(tmp_path: Path) -> None:
+    words = "--suite gym --tasks CartPole-v1 --grid seed 1 2 --dry-run --out"
     with pytest.raises(ConfigError, match=r"grid\.seed"):
-        command(
-            [
-                "--suite",
-                "gym",
-                "--tasks",
-                "CartPole-v1",
-                "--grid",
-                "seed",
-                "1",
-                "2",
-                "--out",
-                str(tmp_path),
-                "--dry-run",
-            ]
-        )
+        command([*words.split(), str(tmp_path)])
 
 
 def test_whole_numbers_with_an_exponent(tmp_path: Path) -> None:

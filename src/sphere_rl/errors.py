@@ -17,10 +17,8 @@ class ConfigError(ValueError):
     """One line that names the field, its value and what is allowed; the command line exits with 2."""
 
     def __init__(self, field: str, value: object, allowed: str) -> None:
-        bits = value.bit_length() if isinstance(value, int) else 0
-        shown = (
-            f"a number of {bits} bits" if bits > 1000 else repr(value)
-        )  # Python writes no number of thousands of digits
+        bits = value.bit_length() if isinstance(value, int) else 0  # Python writes none of thousands of digits
+        shown = f"a number of {bits} bits" if bits > 1000 else repr(value)
         super().__init__(f"{field}: {shown} is not allowed; expected {allowed}")
 
 

@@ -112,9 +112,7 @@ def paired_scores(ours: pl.DataFrame, theirs: pl.DataFrame) -> pl.DataFrame:
     Raises:
         ValueError: one of them has two scores of a seed at a place, of two runs.
     """
-    for scores in (ours, theirs):
-        check_one_run(scores)
-    both = ours.join(theirs, on=["seed", "place"], suffix="_theirs", validate="1:1")
+    both = _joined(ours, theirs, "_theirs")
     return both.select("seed", "place", score=pl.col("score") - pl.col("score_theirs"))
 
 
@@ -189,6 +187,13 @@ def check_one_run(scores: pl.DataFrame) -> None:
         raise ValueError("two runs of one seed on one task; expected evaluations of one run of each")
 
 
+def _joined(scores: pl.DataFrame, others: pl.DataFrame, suffix: str) -> pl.DataFrame:
+    """Rows for every (seed, place) that both have; columns of the others with the suffix."""
+    for table in (scores, others):
+        check_one_run(table)
+    return scores.join(others, on=["seed", "place"], suffix=suffix, validate="1:1")
+
+
 def matrix(scores: pl.DataFrame, places: Sequence[int] | None = None) -> Float[ndarray, "S T"]:
     """Scores [S, T] of a table with columns seed, place and score, NaN where there is none.
 
@@ -224,9 +229,7 @@ def forgetting_scores(final: pl.DataFrame, retention: pl.DataFrame) -> pl.DataFr
     Raises:
         ValueError: one of them has two scores of a seed at a place, of two runs.
     """
-    for scores in (final, retention):
-        check_one_run(scores)
-    both = final.join(retention, on=["seed", "place"], suffix="_later", validate="1:1")
+    both = _joined(final, retention, "_later")
     return both.select("seed", "place", "task", score=pl.col("score") - pl.col("score_later"))
 
 

@@ -50,12 +50,12 @@ class Captured:
         Raises ValueError where an output was changed in place.
         """
         self.check()
-        leaves = {id(one): one.detach().to(at_least_float32(one.dtype)).requires_grad_() for one in sources}
+        leaves = {id(one): at_least_float32(one.detach()).requires_grad_() for one in sources}
 
         def copied(one: Any) -> Any:
             if id(one) in leaves:
                 return leaves[id(one)]
-            return one.to(at_least_float32(one.dtype)) if isinstance(one, Tensor) else one
+            return at_least_float32(one) if isinstance(one, Tensor) else one
 
         made = Captured(self.features, self.gates, self.select)
         for name, (output, _, _) in self.outputs.items():

@@ -174,26 +174,21 @@ class Tracker:
 
 
 class _Of:
-    """``hook`` for ``module`` alone: copies of it, pickled ones too, take along one that does nothing."""
+    """``hook`` for ``module`` alone: copies of it, pickled ones too, take along one of no module, which does nothing.
 
-    def __init__(self, module: nn.Module, hook: Callable[..., Any], ends: bool = False) -> None:
+    ``ends``: it runs where others have raised an error, and raises none itself.
+    """
+
+    def __init__(self, module: nn.Module | None, hook: Callable[..., Any] | None, ends: bool = False) -> None:
         self._own, self._hook, self._ends = module, hook, ends
 
     def __call__(self, called: nn.Module, *given: Any) -> Any:
         if getattr(called, "_is_replica", False) and not self._ends:
             raise ValueError("module: runs as a replica of DataParallel, allowed: DistributedDataParallel")
-        return self._hook(*given) if called is self._own else None
+        return self._hook(*given) if self._hook is not None and called is self._own else None
 
-    def __reduce__(self) -> tuple[Callable[[], Any], tuple[()]]:
-        return _unwatched, ()
-
-
-def _unwatched() -> Callable[..., None]:
-    return _nothing
-
-
-def _nothing(*given: Any) -> None:
-    """The hook of a copy."""
+    def __reduce__(self) -> tuple[type[_Of], tuple[None, None, bool]]:
+        return _Of, (None, None, True)
 
 
 def _refuse_tracing() -> None:

@@ -184,7 +184,7 @@ def factorise(policy: nn.Module, observations: Observations) -> Factors | None:
         )
     if out.ndim != 2 or len(out) != samples:
         raise ValueError(f"policy: got outputs of shape {tuple(out.shape)}, allowed: [{samples}, A]")
-    dtype = at_least_float32(out.dtype)
+    dtype = at_least_float32(out).dtype
     if not out.requires_grad:
         return Factors((), out.shape[0], out.shape[1], dtype, out.device)
     flat = [call for group in calls.values() for call in group if call.output.requires_grad]
@@ -260,17 +260,13 @@ def _layer_factors(name: str, layer: Layer, pairs: Sequence[tuple[_Call, Tensor]
         yield Factor(
             layer=name,
             expert=expert,
-            inputs=_in_float32(torch.cat([p[0] for p in parts])),
-            signals=_in_float32(torch.cat([p[1] for p in parts])),
+            inputs=at_least_float32(torch.cat([p[0] for p in parts])),
+            signals=at_least_float32(torch.cat([p[1] for p in parts])),
             sample=torch.cat([p[2] for p in parts]),
             weight_scale=float(weight.requires_grad),
             bias_scale=float(bias is not None and bias.requires_grad),
             norm=_joined([p[3] for p in parts]),
         )
-
-
-def _in_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(at_least_float32(tensor.dtype))
 
 
 def _spectral(layer: GroupedLinear, expert: int, call: _Call, signals: Tensor, rows: slice) -> SpectralNorm | None:

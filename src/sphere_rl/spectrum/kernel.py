@@ -192,17 +192,17 @@ def _measured(policy: nn.Module, observations: Observations) -> Iterator[Observa
 def _fit(one: Any) -> Any:
     if not isinstance(one, Tensor):
         return one
-    return (one.clone() if one.is_inference() else one).to(at_least_float32(one.dtype))
+    return at_least_float32(one.clone() if one.is_inference() else one)
 
 
 @contextmanager
 def _widened(policy: nn.Module) -> Iterator[None]:
     """Parameters and buffers that are lower than float32 are in float32, and then what they were."""
-    tensors = [tensor for tensor in (*policy.parameters(), *policy.buffers()) if tensor.is_floating_point()]
-    lower = [(tensor, tensor.data) for tensor in tensors if tensor.dtype != at_least_float32(tensor.dtype)]
+    before = [(tensor, tensor.data) for tensor in (*policy.parameters(), *policy.buffers())]
+    lower = [(tensor, data) for tensor, data in before if at_least_float32(data) is not data]
     try:
         for tensor, data in lower:
-            tensor.data = data.float()
+            tensor.data = at_least_float32(data)
         yield
     finally:
         for tensor, data in lower:

@@ -183,9 +183,9 @@ def _quadratic_forms(
     return torch.stack(((weights * nodes).sum(1), -(weights * torch.special.entr(nodes)).sum(1)), dim=1)
 
 
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The dtype, or float32 for a floating one with fewer digits."""
-    return torch.float32 if dtype.is_floating_point and torch.finfo(dtype).bits < 32 else dtype
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor itself, or in float32 where it is a floating one with fewer digits."""
+    return tensor.float() if tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32 else tensor
 
 
 def _float64(array: Any) -> Tensor:
