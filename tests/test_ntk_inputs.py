@@ -13,6 +13,7 @@ from test_ntk import ACTIONS, SAMPLES, Scaled, actor, draw, jacobian_kernel, rel
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sphere_rl.errors import NotFiniteError
 from sphere_rl.integrations.hooks import track
 from sphere_rl.integrations.regularizer import regularize
 from sphere_rl.spectrum.jacobian import factorise
@@ -211,7 +212,7 @@ def test_a_kernel_that_is_not_finite_is_said_in_one_line():
     policy = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     with torch.no_grad():
         policy.get_parameter("2.weight")[0, 0] = torch.nan
-    with track(policy, features="1") as t, pytest.raises(ValueError, match="kernel: got an entry that is not finite"):
+    with track(policy, features="1") as t, pytest.raises(NotFiniteError, match="kernel: got an entry that is not finite"):
         t.metrics(torch.randn(5, 3))
 
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sphere_rl.errors import NotFiniteError
 from sphere_rl.spectrum.ranks import (
     effective_rank,
     estimate_effective_rank,
@@ -43,7 +44,7 @@ def test_hand_arithmetic():
     assert participation_ratio(np.array([2.0, 2.0, 2.0, 0.0])) == pytest.approx(3.0, rel=1e-12)
     assert participation_ratio(torch.tensor([2.0, 1.0, 1.0])) == pytest.approx(16 / 6, rel=1e-12)
     assert participation_ratio(np.zeros(3)) == 0.0
-    with pytest.raises(ValueError, match="every value finite"):
+    with pytest.raises(NotFiniteError, match="every value finite"):
         participation_ratio(np.array([1.0, np.inf]))
 
 
@@ -59,7 +60,7 @@ def test_round_off_below_zero_counts_as_zero_and_more_is_an_error():
     assert effective_rank(np.array([1.0, 1.0, -1e-7])) == pytest.approx(2.0, rel=1e-12)
     with pytest.raises(ValueError, match=r"eigenvalues: got -0\.5 beside 1"):
         effective_rank(np.array([1.0, -0.5]))
-    with pytest.raises(ValueError, match="every value finite"):
+    with pytest.raises(NotFiniteError, match="every value finite"):
         effective_rank(np.array([1.0, np.nan]))
 
 

@@ -34,6 +34,13 @@ class RunFolderError(ValueError):
     """A run folder that cannot be used as asked (missing, occupied, broken); the command line exits with 2."""
 
 
+class NotFiniteError(ValueError):
+    """What is to be measured holds a nan or an infinity, as everything does in a policy that has diverged."""
+
+    def __init__(self, name: str, got: str, allowed: str) -> None:
+        super().__init__(f"{name}: got {got} that is not finite, allowed: {allowed}")
+
+
 class TrainingError(RuntimeError):
     """Training cannot go on (a NaN, a dead environment); the command line exits with 3 and status.json says why."""
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sphere_rl.errors import ConfigError
+from sphere_rl.errors import ConfigError, NotFiniteError
 from sphere_rl.experts.network import MoENetwork
 from sphere_rl.extras import require
 from sphere_rl.integrations.mixture import DensePolicy, plasticity
@@ -76,9 +76,7 @@ class PlasticityCallback(BaseCallback):
             with torch.no_grad():
                 features = owner.extract_features(policy.obs_to_tensor(self._seen)[0], extractor)
             found = plasticity(network, features, self._before)
-        except ValueError as error:
-            if "not finite" not in str(error):
-                raise
+        except NotFiniteError as error:
             if not self._diverged:
                 warnings.warn(f"plasticity is not logged while the policy is not finite: {error}", stacklevel=2)
             self._diverged, found = True, {}

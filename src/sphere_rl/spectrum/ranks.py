@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from sphere_rl.errors import NotFiniteError
+
 ROUND_OFF = 1e-4
 """Largest size of a negative eigenvalue, relative to the largest one, that is taken for round-off."""
 
@@ -20,7 +22,9 @@ def effective_rank(eigenvalues: Shaped[Any, "n"]) -> float:
     """Return r_e = exp(−Σ p_i log p_i), p_i = λ_i / Σ_j λ_j: the exponential of the spectral entropy.
 
     ``eigenvalues`` [n]: NumPy, PyTorch or JAX. 1 ≤ r_e ≤ the number of positive ones; 0 for the zero matrix. Negative
-    eigenvalues of round-off size count as 0; larger or non-finite ones raise ValueError. Source: Roy & Vetterli 2007.
+    eigenvalues of round-off size count as 0; larger ones raise ValueError, non-finite ones NotFiniteError.
+
+    Source: Roy & Vetterli 2007.
     """
     p = _shares(eigenvalues)
     return _within(float(torch.special.entr(p).sum().exp()), p) if len(p) else 0.0
@@ -46,7 +50,7 @@ def _shares(eigenvalues: Shaped[Any, "n"]) -> Float[Tensor, "k"]:
     if values.ndim != 1:
         raise ValueError(f"eigenvalues: got shape {tuple(values.shape)}, allowed: [n]")
     if not values.isfinite().all():
-        raise ValueError("eigenvalues: got a value that is not finite, allowed: every value finite")
+        raise NotFiniteError("eigenvalues", "a value", "every value finite")
     largest = values.max().item() if len(values) else 0.0
     if len(values) and values.min().item() < -ROUND_OFF * max(largest, 0.0):
         raise ValueError(f"eigenvalues: got {values.min().item():g} beside {largest:g}, allowed: none below zero")
@@ -62,13 +66,13 @@ def gram_eigenvalues(phi: Shaped[Any, "N m"]) -> Float[Tensor, "k"]:
     Computed from the smaller of ΦᵀΦ and ΦΦᵀ: relative to the largest they are exact to about 1e-15, so singular values
     of Φ below 1e-8 of the largest one are lost, far under what float32 features resolve.
 
-    Raises ValueError where phi is not [N, m] or a feature is not finite.
+    Raises ValueError where phi is not [N, m], NotFiniteError where a feature is not finite.
     """
     matrix = _float64(phi)
     if matrix.ndim != 2:
         raise ValueError(f"phi: got shape {tuple(matrix.shape)}, allowed: [N, m]")
     if not matrix.isfinite().all():
-        raise ValueError("phi: got a value that is not finite, allowed: every value finite")
+        raise NotFiniteError("phi", "a value", "every value finite")
     samples, width = matrix.shape
     gram = matrix @ matrix.T if samples < width else matrix.T @ matrix
     return torch.linalg.eigvalsh(gram / samples).clamp(min=0.0)
@@ -77,10 +81,10 @@ def gram_eigenvalues(phi: Shaped[Any, "N m"]) -> Float[Tensor, "k"]:
 def kernel_eigenvalues(kernel: Float[Tensor, "n n"]) -> Float[Tensor, "n"]:
     """Return the eigenvalues of a symmetric matrix, ascending, in float64.
 
-    Raises ValueError where an entry is not finite.
+    Raises NotFiniteError where an entry is not finite.
     """
     if not kernel.isfinite().all():
-        raise ValueError("kernel: got an entry that is not finite, allowed: finite gradients of finite outputs")
+        raise NotFiniteError("kernel", "an entry", "finite gradients of finite outputs")
     return torch.linalg.eigvalsh(kernel.double())
 
 
@@ -122,7 +126,7 @@ def estimate_effective_rank(
     ``steps``. Draws only from ``generator``, and on its device, so that an estimate does not depend on that of K,
     ``device``, which is the generator's unless given.
 
-    Raises ValueError where K gives what is not finite.
+    Raises NotFiniteError where K gives what is not finite.
 
     Sources: Ubaru, Chen, Saad 2017 (quadrature); Meyer, Musco, Musco, Woodruff 2021 (deflation).
     """
@@ -144,7 +148,7 @@ def estimate_effective_rank(
         return RankEstimate(0.0, 0.0)
     value = trace * exp(-entropy / trace)
     if not isfinite(value):
-        raise ValueError("product: K V or its scale is not finite, allowed: a matrix K of finite numbers")
+        raise NotFiniteError("product", "K V or a scale", "a matrix K of finite numbers")
     slopes = sampled[:, 0] * (1 / trace + entropy / trace / trace) - sampled[:, 1] / trace
     return RankEstimate(value, value * float(slopes.std()) / probes**0.5)
 
@@ -176,7 +180,7 @@ def _quadratic_forms(
         side = torch.stack(off_diagonal[:-1], dim=1).double()
         tridiagonal = tridiagonal + torch.diag_embed(side, 1) + torch.diag_embed(side, -1)
     if not tridiagonal.isfinite().all():
-        raise ValueError("product: K V is not finite, allowed: a matrix K of finite numbers")
+        raise NotFiniteError("product", "K V", "a matrix K of finite numbers")
     nodes, vectors = torch.linalg.eigh(tridiagonal)
     weights = vectors[:, 0, :].square() * norms.double().square()[:, None]
     nodes = nodes.clamp(min=0.0)
