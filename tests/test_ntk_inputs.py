@@ -212,7 +212,7 @@ def test_a_kernel_that_is_not_finite_is_said_in_one_line():
     policy = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     with torch.no_grad():
         policy.get_parameter("2.weight")[0, 0] = torch.nan
-    with track(policy, features="1") as t, pytest.raises(NotFiniteError, match="kernel: got an entry that is not finite"):
+    with track(policy, features="1") as t, pytest.raises(NotFiniteError, match="kernel: got an entry that is not"):
         t.metrics(torch.randn(5, 3))
 
 
