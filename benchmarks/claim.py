@@ -73,9 +73,10 @@ def arms(results: Results, learned: tuple[str, ...] = LEARNED) -> tuple[list[str
     above (Agarwal et al. 2021), success after the last task, and r_e(K). Seeds that have finished all tasks. Without
     intervals, which say nothing of two seeds.
     """
-    evals = results.evals.filter(pl.col("protocol") == "crl")
+    finished = (pl.col("protocol") == "crl") & (pl.col("state") == "finished")
+    done = results.runs.filter(finished).sort("seed")
+    evals = results.evals.filter(pl.col("run").is_in(done["run"].implode()))
     own = {method: evals.filter(pl.col("method") == method) for method in NAMES}
-    done = results.runs.filter(pl.col("protocol") == "crl", pl.col("state") == "finished").sort("seed")
     table = []
     for part, tasks in (("all ten", results.tasks["cw10"]), ("learned alone", learned)):
         scored = {row["method"]: row for row in statistics.headline(evals, {"cw10": tasks})}

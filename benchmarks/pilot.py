@@ -42,7 +42,7 @@ class Arm:
 
 def arms(results: Results) -> list[Arm]:
     """All arms whose runs are finished, as they were planned."""
-    done = results.runs.filter(pl.col("state") == "finished")
+    done = results.runs.filter((pl.col("state") == "finished").all().over("method"))
     found = []
     for name in dict.fromkeys(done["method"]):
         of = done.filter(pl.col("method") == name)["run"].to_list()

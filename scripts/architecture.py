@@ -20,7 +20,7 @@ LAYERS = [
     ["experts", "runs", "runtime", "suites"],
     ["learner", "spectrum"],
     ["integrations", "methods"],
-    ["config", "settings"],
+    ["config", "labels", "settings"],
     ["training"],
     ["protocol", "results"],
     ["terminal"],

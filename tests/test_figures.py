@@ -76,7 +76,7 @@ def test_curves_are_means_and_ranges_over_seeds() -> None:
     table = pl.DataFrame({"m": ["a"] * 4 + ["b"], "seed": [0, 1, 0, 1, 0], "x": [2, 2, 1, 1, 1],
                           "y": [0.2, 0.6, 0.0, 0.1, None]})  # fmt: skip
     (curve,) = curves(table, "x", "y", ["m"])
-    assert curve == Curve("a", [1, 2], [0.05, 0.4], [0.0, 0.2], [0.1, 0.6], 2)
+    assert curve == Curve("a", [1, 2], [0.05, 0.4], [0.0, 0.2], [0.1, 0.6], 2, [2, 2])
     (curve,) = curves(table.with_columns(task=pl.col("x") - 1), "x", "y", ["m"], part="task")
     assert curve.x == [1, None, 2]  # two tasks: nothing joins them
     assert curve.mean == [0.05, None, 0.4]

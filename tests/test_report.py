@@ -23,9 +23,10 @@ from gymnasium.envs.classic_control.pendulum import PendulumEnv
 from sphere_rl import cli, report
 from sphere_rl.config import from_dict
 from sphere_rl.errors import CommandLineError, RunFolderError
+from sphere_rl.labels import method_labels
 from sphere_rl.report import content, page
 from sphere_rl.report.geometry import snapshots
-from sphere_rl.results import load_results, method_labels
+from sphere_rl.results import load_results
 from sphere_rl.runs import RunFolder
 from sphere_rl.spectrum import SPECTRAL_METRICS, entk, measure
 from sphere_rl.suites import make_suite

@@ -214,9 +214,66 @@ def test_area_under_curve_by_hand() -> None:
 
 
 def test_forward_transfer_by_hand() -> None:
-    assert statistics.forward_transfer(0.7, 0.4) == pytest.approx(0.5)
-    assert statistics.forward_transfer(0.2, 0.4) == pytest.approx(-1 / 3)
-    assert statistics.forward_transfer(1.0, 1.0) is None
+    """Against the mean of the RL runs, task by task: (0.7 − 0.4)/0.6 and (0.2 − 0.4)/0.6."""
+    found = statistics.forward_transfer(np.array([[0.7, 0.2]]), np.array([[0.3, 0.6], [0.5, 0.2]]))
+    assert found is not None
+    assert astuple(found) == approximately((0.5 - 1 / 3) / 2, None, None, 1)
+    assert statistics.forward_transfer(np.ones((1, 1)), np.ones((1, 1))) is None
+
+
+def test_forward_transfer_is_as_uncertain_as_the_runs_that_it_is_measured_by() -> None:
+    """Equal agents in sequence, of RL 0.0 and 0.9: its mean is drawn as 0.0, 0.45 or 0.9."""
+    found = statistics.forward_transfer(np.array([[0.5], [0.5]]), np.array([[0.0], [0.9]]))
+    assert found is not None
+    assert astuple(found) == approximately(0.05 / 0.55, (0.5 - 0.9) / 0.1, 0.5, 2)
+
+
+def test_a_first_task_that_is_trained_once_for_both_protocols_is_drawn_once() -> None:
+    """A sweep takes it from the sequence. Each seed's own gap is 0 here, so there is nothing to be uncertain of."""
+    same = np.array([[1.0, 1.0], [0.18, 1.0]])
+    assert statistics.gap(same, same) == statistics.Estimate(0.0, 0.0, 0.0, 2)
+    apart = statistics.gap(same, same[::-1])
+    assert apart is not None
+    assert (apart.low, apart.high) == (pytest.approx(-0.41), pytest.approx(0.41))
+    transfer = statistics.forward_transfer(same / 2, same / 2)
+    assert transfer is not None
+    assert astuple(transfer) == approximately(0.0, 0.0, 0.0, 2)
+
+
+def test_runs_that_stand_at_two_places_are_drawn_once() -> None:
+    """Ten agents on A alone: a sequence A, A, A, A tells nothing new of them; on four tasks they would be forty."""
+    scores = np.linspace(0, 1, 10)[:, None]
+    once, again = (statistics.estimate(np.tile(scores, n), "rl", tasks="A" * n) for n in (1, 4))
+    assert again is not None
+    assert again == once
+    four = statistics.estimate(np.tile(scores, 4), "rl", tasks="ABCD")
+    assert four is not None
+    assert four.low is not None
+    assert again.low is not None
+    assert four.low > again.low
+
+
+def test_an_unfinished_run_alone_is_no_baseline() -> None:
+    """RL and CRL learn the same, so nothing is transferred; that one RL run was stopped half-way changes nothing."""
+    lines = []
+    for protocol in ("rl", "crl"):
+        for seed in (0, 1):
+            curve = [(25, 0.0), (50, 0.0), (75, 0.9), (100, 0.9)][: 2 if (protocol, seed) == ("rl", 1) else 4]
+            for step, score in curve:
+                phase = "final" if step == 100 else "train"
+                lines += [
+                    row | {"seed": seed} for row in lines_of(protocol, f"{protocol}{seed}", "A", [score], phase, step)
+                ]
+    (row,) = statistics.headline(pl.DataFrame(lines), {"s": ("A",)})
+    assert (row["rl"].seeds, row["forward_transfer"].value) == (1, pytest.approx(0.0))
+
+
+def test_places_are_counted_before_scores_are_missed() -> None:
+    """A, B, A, and nothing known of the first: the third task's score is not at the first's place."""
+    lines = pl.DataFrame(lines_of("crl", "c", "ABA", [0.0, 0.25, 0.5])).with_columns(
+        success_final=pl.when(pl.col("task_index") > 0).then("success_final")
+    )
+    assert statistics.final_scores(lines, tuple("ABA"))["place"].to_list() == [1, 2]
 
 
 def test_headline_by_hand() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import polars as pl
 from sphere_rl.config import TrainConfig, preset, task_steps, to_dict, updated
 from sphere_rl.errors import RunFolderError
 from sphere_rl.extras import require
+from sphere_rl.labels import differing, method_labels, shown_label
 from sphere_rl.methods import methods
 from sphere_rl.runs import LOGS, RunFolder, make_folder, write_atomic
 from sphere_rl.runs.published import PublishedRun, published_runs
@@ -29,8 +31,6 @@ from sphere_rl.training.saved import config_of
 
 KEY = ("suite", "protocol", "actor", "method", "seed")
 """Columns that name an experiment: one seed of one method. Protocol rl may spread its tasks over several folders."""
-NAMED_IN_FULL = 2
-"""A label shows up to so many settings whatever their values; of more, those that are not the suite's own."""
 EVAL = {
     "global_step": pl.Int64, "task_index": pl.Int64, "task": pl.String, "task_step": pl.Int64, "phase": pl.String,
     "episodes": pl.Int64, "success_final": pl.Float64, "success_once": pl.Float64, "mean_return": pl.Float64,
@@ -64,7 +64,7 @@ class Results:
         root: the folder that was read.
         runs: one row a run, with its state, progress and speed, the ``methods`` that it was trained with and the
             ``settings`` of its label.
-        evals: one row a line of ``eval.jsonl``.
+        evals: one row a line of ``eval.jsonl``. Where a run told success of a task, those that told nothing had none.
         spectra: one row a line of ``spectrum.jsonl``.
         broken: the runs that cannot be read, or are there twice, and are in none of the others: ``run``, ``reason``.
     """
@@ -77,7 +77,7 @@ class Results:
 
     def folder(self, run: str) -> RunFolder:
         """A run's folder by its name in the tables."""
-        return run_at(self.root / run)
+        return run_at(self.root if run == _name(self.root, self.root) else self.root / run)
 
     @cached_property
     def train(self) -> pl.DataFrame:
@@ -123,20 +123,13 @@ class Results:
 
     @cached_property
     def labels(self) -> dict[tuple[str, str, str], str]:
-        """What figures and pages call each (suite, actor, method): the method, where it names few settings.
-
-        Of more than `NAMED_IN_FULL`, those with the value that the suite's preset has are left out.
-        """
+        """What figures and pages call each (suite, actor, method); see `shown_label`."""
         found = {}
         for row in self.runs.iter_rows(named=True):
-            told, method = row["settings"], row["method"]
-            if len(told) > NAMED_IN_FULL:
-                usual = preset(suites()[row["suite"]]) if row["suite"] in suites() else TrainConfig()
-                known = to_dict(usual) | {"method": row["methods"]}
-                own = {f"{name.rpartition('.')[2]}={plain(value)}" for name, value in settings(known, TRAINS)}
-                name = method.removesuffix(" ".join(["", *told]))
-                method = " ".join([name, *(text for text in told if text not in own)])
-            found[row["suite"], row["actor"], row["method"]] = method
+            usual = preset(suites()[row["suite"]]) if row["suite"] in suites() else TrainConfig()
+            known = dict(settings(to_dict(usual) | {"method": row["methods"]}, TRAINS))
+            shown = shown_label(row["method"], row["settings"], self.trained(row["run"]), known)
+            found[row["suite"], row["actor"], row["method"]] = shown
         return found
 
     @property
@@ -151,9 +144,9 @@ class Results:
         """Results of each suite apart, and of each task sequence where CRL runs of a suite differ in theirs.
 
         RL runs belong to every sequence that has their tasks; those of no sequence are a part of their own. The first
-        part of a suite has the suite's name, the others ``NAME-2`` and so on.
+        part of a suite has the suite's name, the others ``NAME-2`` and so on, as far as no suite is called so.
         """
-        parts = {}
+        parts = dict[str, Results]()
         for suite in self.tasks:
             runs = self.runs.filter(pl.col("suite") == suite).select("run", "protocol", "tasks").rows()
             crl = dict.fromkeys(tuple(tasks) for _, protocol, tasks in runs if protocol == "crl")
@@ -168,9 +161,11 @@ class Results:
             known = {run for names in members for run in names}
             if rest := [run for run, _, _ in runs if run not in known]:
                 members.append(rest)
-            for i, names in enumerate(members):
+            numbered = (f"{suite}-{i}" for i in count(2))
+            free = chain([suite], (name for name in numbered if name not in self.tasks))
+            for names, part in zip(members, free, strict=False):
                 tables = (table.filter(pl.col("run").is_in(names)) for table in (self.runs, self.evals, self.spectra))
-                parts[f"{suite}-{i + 1}" if i else suite] = Results(self.root, *tables)
+                parts[part] = Results(self.root, *tables)
         return parts
 
 
@@ -187,8 +182,13 @@ def run_folders(root: Path | str) -> list[Path]:
 
 def run_at(path: Path) -> RunFolder:
     """The run of a folder, or of published files with this stem."""
-    published = PublishedRun(path)
+    published = PublishedRun(path.resolve())
     return published if published.config_path.exists() else RunFolder.existing(path)
+
+
+def _name(path: Path, root: Path) -> str:
+    """A run's name below the root that was read; that of the folder itself, where it is one run's."""
+    return str(path.relative_to(root)) if path != root else root.resolve().name
 
 
 def load_results(root: Path | str) -> Results:
@@ -209,9 +209,9 @@ def load_results(root: Path | str) -> Results:
     found, broken = list[_Read](), list[dict[str, str]]()
     for path in folders:
         try:
-            found.append(_read(run_at(path), str(path.relative_to(root))))
+            found.append(_read(run_at(path), _name(path, root)))
         except RunFolderError as error:
-            broken.append({"run": str(path.relative_to(root)), "reason": str(error)})
+            broken.append({"run": _name(path, root), "reason": str(error)})
     if not found:
         raise RunFolderError(broken[0]["reason"] + (f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""))
     return _tables(root, found, broken)
@@ -238,7 +238,7 @@ def _tables(root: Path, found: Sequence[_Read], broken: list[dict[str, str]]) ->
     return Results(
         root,
         pl.DataFrame(runs, infer_schema_length=None, schema_overrides=RUNS),
-        _table(evals, KEYS | EVAL),
+        _with_failures(_table(evals, KEYS | EVAL)),
         _table(spectra, KEYS | SPECTRUM),
         pl.DataFrame(broken, schema=BROKEN),
     )
@@ -297,48 +297,6 @@ def _read(folder: RunFolder, run: str) -> _Read:
     return _Read(run, updated(config), record.get("commit"), folder.status(), logs)
 
 
-def method_labels(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Label of each run: its methods, and ``name=value`` for every setting in which its peers differ.
-
-    Peers are the runs of the same suite, actor and methods, whatever their protocol. A label that was given stands
-    in the place of the methods, and peers are those that were given the same; where it was given to several methods,
-    these follow it in brackets.
-    """
-    return [" ".join((name, *settings)) for name, settings in zip(_names(configs), differing(configs), strict=True)]
-
-
-def differing(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """For each run ``name=value`` of every setting in which its peers differ; see `method_labels`."""
-    flat = [dict(settings(updated(config), TRAINS)) for config in configs]
-    groups: dict[tuple[str, ...], list[int]] = {}
-    for i, (config, name) in enumerate(zip(configs, _names(configs), strict=True)):
-        groups.setdefault((config["suite"], config["actor"], name), []).append(i)
-    found: list[list[str]] = [[] for _ in configs]
-    for members in groups.values():
-        for name in dict.fromkeys(name for i in members for name in flat[i]):
-            if len({repr(flat[i].get(name)) for i in members}) > 1:
-                for i in members:
-                    found[i].append(f"{name.rpartition('.')[2]}={plain(flat[i].get(name))}")
-    return found
-
-
-def _names(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What each run's methods are called: by the label that was given, or by their own names."""
-    methods = ["+".join(config["method"]) for config in configs]
-    given: dict[str, set[str]] = {}
-    for config, method in zip(configs, methods, strict=True):
-        given.setdefault(config.get("label") or method, set()).add(method)
-    return [
-        name if len(given[name := config.get("label") or method]) == 1 or name == method else f"{name} ({method})"
-        for config, method in zip(configs, methods, strict=True)
-    ]
-
-
-def plain(value: Any) -> str:
-    """A setting's value in few characters."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _sequences(found: Sequence[_Read]) -> dict[str, tuple[str, ...]]:
     """Task sequence of each suite, for runs that name no tasks: its own, or, where it is not known here, as recorded.
 
@@ -373,9 +331,26 @@ def _run_row(one: _Read, tasks: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _with_failures(evals: pl.DataFrame) -> pl.DataFrame:
+    """Success is 0 where it was not told, on tasks on which any run was told of some: of a failure some say nothing."""
+    told = {
+        name: pl.when(pl.col(name).is_not_null().any().over("suite", "task")).then(pl.col(name).fill_null(0.0))
+        for name in ("success_final", "success_once")
+    }
+    return evals.with_columns(**told)
+
+
 def _table(rows: list[dict[str, Any]], schema: Mapping[str, Any]) -> pl.DataFrame:
-    """Rows as a table that has at least the columns of ``schema``, null where a row has no such entry."""
-    complete = [dict.fromkeys(schema) | row for row in rows]
+    """Rows as a table that has at least the columns of ``schema``, null where a row has no such entry.
+
+    Where a column has lists in some rows, a number in another is a list of one.
+    """
+    lists = {name for row in rows for name, value in row.items() if isinstance(value, list) and name not in schema}
+    complete = [
+        dict.fromkeys(schema) | row
+        | {name: [row[name]] for name in lists if isinstance(row.get(name), int | float)}
+        for row in rows
+    ]  # fmt: skip
     if not complete:
         return pl.DataFrame(schema=dict(schema))
     return pl.DataFrame(complete, infer_schema_length=None, schema_overrides=dict(schema), strict=False)

@@ -18,7 +18,7 @@ from sphere_rl.report.suite import SuiteRuns
 from sphere_rl.spectrum import SPECTRAL_METRICS
 
 DIRECTIONS = ("1st", "2nd", "3rd", "4th", "5th or later")
-BARS = {"barmode": "group", "scattermode": "group", "xaxis": {"showgrid": False}}
+BARS = {"barmode": "group", "scattermode": "group", "xaxis": {"showgrid": False, "type": "category"}}
 INSTALL = str(missing("sklearn", "sklearn", "t-SNE")) + ", then make the report again"
 
 
@@ -30,7 +30,8 @@ class SuiteContent(SuiteRuns):
         """Seeds and steps, for captions."""
         seeds = ", ".join(map(str, sorted(self.runs["seed"].unique())))
         tasks = f"{len(self.tasks)} task{'s' if len(self.tasks) != 1 else ''}"
-        return f"{self.suite}: {tasks} × {self.steps:,} steps, seed{'s' if ',' in seeds else ''} {seeds}."
+        steps = " to ".join(f"{steps:,}" for steps in dict.fromkeys((self.lengths[0], self.steps)))
+        return f"{self.suite}: {tasks} × {steps} steps, seed{'s' if ',' in seeds else ''} {seeds}."
 
     @cached_property
     def panels(self) -> list[Panel]:
@@ -48,7 +49,8 @@ class SuiteContent(SuiteRuns):
             "in the eigenspace of K's three largest eigenvalues. Semi-axes are λ₁, λ₂, λ₃ of the full eNTK on one "
             "fixed probe batch, scaled to the sum 3 that the sphere's have; all views have one scale. A needle means "
             "that gradients move the policy along one direction only. The shape is of these three alone (rₑ 1 to 3); "
-            f"rₑ(K), of all of them, can be higher where it is flatter. Lowest seed of each method. {self.facts()}"
+            f"rₑ(K), of all of them, can be higher where it is flatter. "
+            f"The lowest seed of each method that has policies. {self.facts()}"
         )
 
     def _success(self) -> Panel:
@@ -74,8 +76,8 @@ class SuiteContent(SuiteRuns):
         known = any(row[name] for row in rows for name in ("rl", "crl"))
         choices = {"": panels.bars(rows, [row["actor"] for row in rows], self.order)} if known else {}
         caption = f"Plain PPO by architecture, as above. {self.facts()}"
-        return self._panel("architectures", "RL and CRL by architecture", caption, choices,
-                           "runs of plain PPO with more than one architecture", BARS,
+        reason = "no seed has finished all tasks yet" if rows else "runs of plain PPO with more than one architecture"
+        return self._panel("architectures", "RL and CRL by architecture", caption, choices, reason, BARS,
                            y=self.score_name)  # fmt: skip
 
     def _learning(self) -> Panel:
@@ -132,12 +134,13 @@ class SuiteContent(SuiteRuns):
         return self._panel("features", "Weighted features", caption, choices, reason, layout, "snapshot")
 
     def _proxy(self) -> Panel:
-        known = self.spectra.filter(pl.col("r_e_A").is_not_null() & pl.col("r_e_K").is_not_null())
+        known = self.measured
         caption = "Every measured batch (probe and rollout): the proxy rₑ(A) of the last expert layer against rₑ(K)."
         found = correlation(known)
         if (r := found["pearson_r"]) is not None:
             bounds = "" if found["low"] is None else f" [{found['low']:.3f}, {found['high']:.3f}]"
-            drawn = " (95 % interval: runs drawn anew)" if bounds else " (one run: no interval)"
+            one = " (one run: no interval)" if known["run"].n_unique() == 1 else ""
+            drawn = " (95 % interval: runs drawn anew)" if bounds else one
             caption += f" Pearson r = {r:.3f}{bounds} over {known.height} batches of all runs together{drawn}."
             caption += f" {self._within_runs(known)}"
         choices = {"": panels.scatter(known, self.order)} if known.height else {}
@@ -191,7 +194,7 @@ class SuiteContent(SuiteRuns):
         names = ", ".join(points[rho]["label"] for rho in sorted(points))
         caption = f"SPHERE by its strength ρ: {names}, which are alike in all else; 95 % bootstrap intervals "
         caption += f"(none with one seed). {self.facts()}"
-        return self._panel("rho", "Success against ρ", caption, choices,
+        return self._panel("rho", f"{self.score_name} against ρ", caption, choices,
                            "finished runs of SPHERE that differ in ρ alone (sphere sweep --grid sphere.rho 0.01 0.1)",
                            layout, "", "ρ", self.score_name)  # fmt: skip
 

@@ -28,7 +28,7 @@ def drawings(suite: SuiteContent) -> dict[str, Figure]:
         "rank": figures.line_plot(measured, suite.starts, captions["rank"], "$r_e(K)$", order=order),
         "success": figures.success_bars(suite.rows, "label", captions["success"], **bars),
         "features": figures.tsne(suite.embeddings, captions["features"], DIRECTIONS, order),
-        "proxy": figures.proxy_scatter(suite.spectra, captions["proxy"], "label", order),
+        "proxy": figures.proxy_scatter(suite.measured, captions["proxy"], "label", order),
         "learning": figures.line_plot(learned, suite.starts, captions["learning"], score, order=order),
         "spectrum": figures.spectrum_decay(suite.snapshots, captions["spectrum"], order=order),
         "routing": figures.routing(suite.loads, captions["routing"], suite.starts),

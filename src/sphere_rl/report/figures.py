@@ -86,7 +86,7 @@ def geometry(snapshots: Mapping[str, Sequence[Snapshot]], caption: str, order: S
 
     from sphere_rl.report.geometry import ellipsoid
 
-    width = max((len(row) for row in snapshots.values()), default=0)
+    width = 1 + max((snapshot.task_index for row in snapshots.values() for snapshot in row), default=-1)
     if not width:
         return missing("No policies at the ends of tasks yet", caption)
     figure = _figure((2.2 * width, 2.5 * len(snapshots)))
@@ -150,13 +150,15 @@ def line_plot(
     if not lines:
         return missing("Nothing measured yet", caption)
     figure = _figure((7.0, 3.2))
-    axes = figure.add_subplot()
+    axes, handles = figure.add_subplot(), []
     for i, curve in enumerate(lines):
         own, place = color(curve.label, i, order), index(curve.label, i, order)
         points, mean, low, high = (np.array(values, float) for values in (curve.x, curve.mean, curve.low, curve.high))
-        axes.plot(
+        known = [i for i, x in enumerate(curve.x) if x is not None]
+        marked = sorted({*known[:: max(1, len(known) // 15)], *curve.alone})
+        handles += axes.plot(
             points, mean, color=own, linestyle=LINES[place % len(LINES)], marker=symbol(place, MARKERS),
-            markersize=3, linewidth=1.4, markevery=max(1, len(points) // 15), label=f"{curve.label} ({curve.seeds})",
+            markersize=3, linewidth=1.4, markevery=marked, label=f"{curve.label} ({curve.seeds})",
         )  # fmt: skip
         axes.fill_between(points, low, high, color=own, alpha=veil(len(lines)), linewidth=0)
     if boundaries:
@@ -164,7 +166,7 @@ def line_plot(
         steps(axes)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     scale(axes, ylabel)
-    make_room(axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title="method (seeds)"))
+    make_room(axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1, 1), title="method (seeds)"))
     return _captioned(figure, caption)
 
 
@@ -211,7 +213,7 @@ def spectrum_decay(
         axes = figure.add_subplot(1, len(snapshots), i + 1)
         for snapshot, style in zip(row, cycle(LINES), strict=False):
             values = snapshot.kernel_eigenvalues / max(snapshot.kernel_eigenvalues.sum(), 1e-300)
-            shade = 0.25 + 0.75 * (snapshot.task_index + 1) / len(row)
+            shade = 0.25 + 0.75 * (snapshot.task_index + 1) / (row[-1].task_index + 1)
             axes.semilogy(
                 np.arange(1, min(shown, len(values)) + 1), values[:shown], linestyle=style,
                 color=color(method, i, order), alpha=shade, label=snapshot.task,
@@ -262,9 +264,9 @@ def proxy_scatter(table: pl.DataFrame, caption: str, by: str = "method", order: 
         return missing("Fewer than three batches measured", caption)
     figure = _figure((4.2, 3.6))
     axes = figure.add_subplot()
-    _points(axes, table, ("r_e_A", "r_e_K"), by, order, 9.0)
+    drawn = _points(axes, table, ("r_e_A", "r_e_K"), by, order, 9.0)
     axes.set(xlabel="$r_e(A)$, last expert layer", ylabel="$r_e(K)$")
-    make_room(axes.legend(loc="upper left", bbox_to_anchor=(1, 1)))
+    make_room(axes.legend(handles=drawn, loc="upper left", bbox_to_anchor=(1, 1)))
     r, low, high = (correlation(table)[name] for name in ("pearson_r", "low", "high"))
     if r is not None:
         interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
@@ -279,13 +281,14 @@ def entry_scatter(table: pl.DataFrame, caption: str, ylabel: str = "Success", or
         return missing("Fewer than three tasks entered and finished", caption)
     figure = _figure((7.0, 3.2))
     every: Any = figure.subplots(1, 2, sharey=True)
+    points = list[Any]()
     for axes, metric, name in zip(every, ("r_e_K", "r_e_A"), ("$r_e(K)$", "$r_e(A)$"), strict=True):
-        _points(axes, table, (metric, "score"), "label", order, 16.0)
+        points = _points(axes, table, (metric, "score"), "label", order, 16.0)
         axes.set(xlabel=f"{name} at the end of the task before")
         axes.set_title(wrapped(str(foresight(table, metric)), 40), fontsize=8)
         scale(axes, ylabel)
     every[0].set_ylabel(ylabel)
-    make_room(every[1].legend(loc="upper left", bbox_to_anchor=(1, 1)))
+    make_room(every[1].legend(handles=points, loc="upper left", bbox_to_anchor=(1, 1)))
     return _captioned(figure, caption)
 
 
@@ -362,11 +365,13 @@ def _captioned(figure: Figure, caption: str) -> Figure:
 
 def _points(
     axes: Axes, table: pl.DataFrame, columns: tuple[str, str], by: str, order: Sequence[str], size: float
-) -> None:
-    """Points of a table, a colour and a marker a value of ``by``."""
-    for label, i, group in grouped(table, by, order):
+) -> list[Any]:
+    """Points of a table, a colour and a marker a value of ``by``; returns what a legend takes."""
+    return [
         axes.scatter(*(group[name] for name in columns), s=size, color=color(label, i, order), alpha=0.7, label=label,
-                     marker=symbol(i, MARKERS), rasterized=True)  # fmt: skip
+                     marker=symbol(i, MARKERS), rasterized=True)
+        for label, i, group in grouped(table, by, order)
+    ]  # fmt: skip
 
 
 def _bar(axes: Axes, x: float, found: Estimate | None, width: float, fill: Mapping[str, Any]) -> None:

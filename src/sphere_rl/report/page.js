@@ -153,7 +153,7 @@
       this.timer = null;
       const { order, pair } = data.methods[root.dataset.suite];
       this.order = order;
-      this.reach = Math.max(1, ...Object.values(this.methods).flat().map((one) => one.semi_axes[0]));
+      this.reach = Math.max(1, ...Object.values(this.methods).flat().filter(Boolean).map((one) => one.semi_axes[0]));
       this.sides[0].select.value = this.names.includes(pair[0]) ? pair[0] : this.names[0];
       this.sides[1].select.value = this.names.includes(pair[1]) ? pair[1] : this.names[this.names.length - 1];
       this.range.max = Math.max(...Object.values(this.methods).map((row) => row.length)) - 1;
@@ -203,14 +203,14 @@
 
     read() {
       const index = Number(this.range.value);
-      const row = Object.values(this.methods).find((list) => list[index]);
-      this.output.textContent = `after ${index + 1}. ${row[index].task}`;
+      const known = Object.values(this.methods).map((row) => row[index]).find(Boolean);
+      this.output.textContent = `after ${index + 1}. ${known ? known.task : "task"}`;
       this.range.setAttribute("aria-valuetext", this.output.textContent);
       for (const side of this.sides) {
         const found = this.snapshot(side);
         side.reading.innerHTML = found
           ? `r<sub>e</sub>(K) = <b>${found.rank.toFixed(1)}</b> · r<sub>e</sub> of the three drawn = <b>${found.drawn_rank.toFixed(2)}</b><br>semi-axes ${found.semi_axes.map((axis) => axis.toFixed(2)).join(" · ")} · λ₁ = ${found.largest.toLocaleString("en", { maximumSignificantDigits: 3 })} · the three hold ${(100 * found.share).toFixed(0)} % of tr K`
-          : "missing: this run has not finished the task";
+          : "missing: no policy of this run at the end of the task";
       }
     }
 
@@ -275,7 +275,7 @@
   const work = () => {
     const job = jobs.shift();
     if (job) {
-      job();
+      try { job(); } catch (error) { console.error(error); }  // the others are drawn all the same
       setTimeout(work);
     } else {
       document.documentElement.dataset.ready = "true";

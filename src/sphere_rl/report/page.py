@@ -174,7 +174,7 @@ def _view(suite: SuiteContent) -> dict[str, Any]:
         ],
         "panels": [asdict(panel) for panel in suite.panels],
         "ablation": suite.ablation(),
-        "geometry": {label: [_ellipsoid(s) for s in row] for label, row in suite.snapshots.items()},
+        "geometry": {label: _ellipsoids(row) for label, row in suite.snapshots.items()},
         "geometry_caption": suite.geometry_caption(),
         "warnings": {
             run["run"]: texts for run in suite.runs.iter_rows(named=True) if (texts := _warnings(run, suite.results))
@@ -234,6 +234,12 @@ def _cell(found: Estimate | None, signed: bool = False, large: bool = False) -> 
         for number in (found.value, found.low, found.high)
     )
     return {"value": value, "interval": " to ".join(bounds) if bounds[0] else "one seed", "seeds": str(found.seeds)}
+
+
+def _ellipsoids(snapshots: Sequence[Snapshot]) -> list[dict[str, Any] | None]:
+    """The policy at each task's end, by place in the sequence; ``None`` where there is none."""
+    known = {snapshot.task_index: _ellipsoid(snapshot) for snapshot in snapshots}
+    return [known.get(place) for place in range(max(known) + 1)]
 
 
 def _ellipsoid(snapshot: Snapshot) -> dict[str, Any]:

@@ -100,8 +100,9 @@ def lines(curves: Sequence[Curve], order: Sequence[str]) -> list[dict[str, Any]]
         traces.append(shared | _band(curve) | band)
         style = {"line": {"dash": DASHES[place % len(DASHES)], "width": 2.2}}
         style["marker"] = {"size": 6, "symbol": symbol(place, SYMBOLS)}
-        text = {"hovertemplate": f"{curve.label} · %{{y:.3f}} · {curve.seeds} seed(s)<extra></extra>"}
-        mode = "lines+markers" if len(curve.x) <= 40 else "lines"
+        text: dict[str, Any] = {"customdata": list(curve.seeds_at) or [curve.seeds] * len(curve.x)}
+        text["hovertemplate"] = f"{curve.label} · %{{y:.3f}} · %{{customdata}} seed(s)<extra></extra>"
+        mode = "lines+markers" if len(curve.x) <= 40 or curve.alone else "lines"
         traces.append(shared | style | text | {"x": list(curve.x), "y": list(curve.mean), "mode": mode})
     return traces
 
@@ -181,8 +182,8 @@ def embeddings(
     """For each method and task the embedded states in the method's colour, lighter by dominant singular direction."""
     choices: dict[str, list[dict[str, Any]]] = {}
     for place, (method, row) in enumerate(panels.items()):
-        for i, (task, points, direction) in enumerate(row):
-            choices[f"{method}, after {i + 1}. {task}"] = [
+        for task, points, direction in row:
+            choices[f"{method}, after {task}"] = [
                 {
                     "type": "scatter", "mode": "markers", "name": names[one], "palette": index(method, place, order),
                     "shade": shade(int(one), len(names)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -31,6 +32,7 @@ def arms(results: Results) -> tuple[tuple[str, str], ...]:
     found = {
         (row["actor"], row["method"]): (
             tuple(row["methods"]) != PLAIN,
+            row["method"] not in PLAIN,
             results.labels[row["suite"], row["actor"], row["method"]],
         )
         for row in results.runs.iter_rows(named=True)
@@ -81,8 +83,13 @@ class SuiteRuns:
 
     @property
     def steps(self) -> int:
-        """Environment steps on a task; the largest where runs differ (their labels say so)."""
-        return int(self.runs["steps_per_task"].max())  # type: ignore[arg-type]
+        """Environment steps on a task; the largest where runs differ."""
+        return max(self.lengths)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Every number of environment steps that runs make on a task."""
+        return sorted(self.runs["steps_per_task"].unique())
 
     @cached_property
     def score(self) -> str:
@@ -99,6 +106,7 @@ class SuiteRuns:
         """Headline numbers, a row a (actor, method), those of plain PPO first.
 
         Added: ``label``; ``methods``, the names that the runs recorded; ``settings`` that tell it from its peers;
+        ``trained``, all that say what was trained;
         ``r_e_K``, the mean over tasks as last measured on each in CRL; ``paper``, success in RL and CRL that the paper
         prints, where it has such runs.
         """
@@ -113,6 +121,7 @@ class SuiteRuns:
                 "label": label,
                 "methods": tuple(one["methods"]),
                 "settings": tuple(one["settings"]),
+                "trained": trained,
                 "r_e_K": tables.final_rank(*self._of(label), self.tasks),
                 "paper": published(self.suite, self.tasks, actor, one["methods"], trained),
             }
@@ -162,20 +171,24 @@ class SuiteRuns:
 
     @cached_property
     def pair(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """Plain PPO and SPHERE, as far as they are there: under the same actor if they can be."""
-        plain = next(iter(self.plain), None)
+        """Plain PPO and SPHERE, as far as they are there: under the same actor and settings if they can be."""
         ours = self.variants or [row for row in self.rows if set(SPHERE) <= {*row["methods"]}]
-        same = [row for row in ours if plain and row["actor"] == plain["actor"]]
-        return plain, next(iter(same or ours), None)
+        alike = ((self.reference(row), row) for row in ours)
+        return next((both for both in alike if both[0]), (next(iter(self.plain), None), next(iter(ours), None)))
+
+    def reference(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Plain PPO under the same actor and settings, but for those of the row's own methods."""
+        own = tuple(f"{name}." for name in row["methods"])
+        known = {name: value for name, value in row["trained"].items() if not name.startswith(own)}
+        alike = (one for one in self.plain if one["actor"] == row["actor"] and one["trained"] == known)
+        return next(alike, None)
 
     @cached_property
     def differences(self) -> list[dict[str, Any]]:
         """What each method gains over plain PPO under the same actor and settings, paired by seed and task."""
         found = []
         for row in self.rows:
-            same = (other for other in self.plain if other["actor"] == row["actor"])
-            plain = next((other for other in same if {*other["settings"]} <= {*row["settings"]}), None)
-            if plain and row["methods"] != PLAIN:
+            if row["methods"] != PLAIN and (plain := self.reference(row)):
                 ours, theirs = self._of(row["label"]), self._of(plain["label"])
                 names = {"label": row["label"], "actor": row["actor"], "method": row["method"]}
                 numbers = statistics.differences(ours[0], theirs[0], self.tasks, self.score)
@@ -262,6 +275,13 @@ class SuiteRuns:
         return self.spectra.filter((pl.col("protocol") == "crl") & (pl.col("batch") == "probe"))
 
     @cached_property
+    def measured(self) -> pl.DataFrame:
+        """Spectrum lines with r_e(K) and r_e(A); one of those that an RL run of a sweep has from its CRL run."""
+        known = self.spectra.filter(pl.col("r_e_A").is_not_null() & pl.col("r_e_K").is_not_null())
+        line = ["label", "seed", "task", "task_step", "batch", "r_e_K", "r_e_A"]
+        return known.sort("protocol", maintain_order=True).unique(line, keep="first", maintain_order=True)
+
+    @cached_property
     def starts(self) -> dict[float, str]:
         """Where in the sequence's steps each task begins."""
         return {float(i * self.steps): task for i, task in enumerate(self.tasks)}
@@ -271,7 +291,10 @@ class SuiteRuns:
         """t-SNE of every snapshot's features, with each state's dominant direction; empty without scikit-learn."""
         if not find_spec("sklearn"):
             return {}
-        return {label: [(s.task, *geometry.embedding(s)) for s in row] for label, row in self.snapshots.items()}
+        return {
+            label: [(f"{s.task_index + 1}. {s.task}", *geometry.embedding(s)) for s in row]
+            for label, row in self.snapshots.items()
+        }
 
     def curves(self, table: pl.DataFrame, column: str) -> list[Curve]:
         """A curve for each label that has one, in the headline's order; it breaks where a task ends."""
@@ -293,7 +316,7 @@ class SuiteRuns:
         for label in self.labels:
             own = self._of(label)[0].filter(pl.col("protocol") == protocol)
             matrix = statistics.matrix(statistics.final_scores(own, self.tasks, self.score), range(len(self.tasks)))
-            if (shares := statistics.profile(matrix, thresholds, protocol)) is not None:
+            if (shares := statistics.profile(matrix, thresholds, protocol, self.tasks)) is not None:
                 columns = (column.tolist() for column in (thresholds, *shares))
                 found.append(Curve(label, *columns, seeds=len(statistics.complete(matrix))))
         return found
@@ -324,8 +347,7 @@ class SuiteRuns:
         """Headline numbers and label by ρ: the most runs of SPHERE whose recorded settings differ in ρ alone."""
         alike: dict[str, dict[float, dict[str, Any]]] = {}
         for row in self.variants:
-            own = self.runs.filter((pl.col("actor") == row["actor"]) & (pl.col("method") == row["method"]))
-            settings = self.results.trained(own["run"][0])
+            settings = dict(row["trained"])
             rho = settings.pop("sphere.rho")
             alike.setdefault(repr((row["actor"], settings)), {})[rho] = {k: row[k] for k in ("rl", "crl", "label")}
         found = max(alike.values(), key=len, default={})

@@ -29,6 +29,7 @@ DIFFERENCES = {name: NUMBERS[name] for name in ("rl", "crl", "crl_iqm", "r_e_K",
 DIFFERENCES["improvement"] = "P(improves), CRL"
 """Columns of the table of differences to plain PPO."""
 ENDS = {"": "value", "_low": "low", "_high": "high"}
+SEEDS = {"_seeds": "seeds"}
 LATEX = {"rₑ(K)": "$r_e(K)$", "−": "$-$", "ρ": r"$\rho$"}
 LATEX |= {sign: "\\" + sign for sign in "_&%#${}"}
 LATEX |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -50,9 +51,8 @@ def write_tables(
             FORMATS[form](table, out / name)
     if "csv" in formats:
         write_csv(foresight_table(suites), out / "foresight")
-        write_csv(results.evals, out / "evaluations")
-        flat = [name for name, kind in results.spectra.schema.items() if not kind.is_nested()]
-        write_csv(results.spectra.select(flat), out / "spectrum")
+        for name, lines in (("evaluations", results.evals), ("spectrum", results.spectra)):
+            write_csv(lines.select(column for column, kind in lines.schema.items() if not kind.is_nested()), out / name)
 
 
 def number_table(suites: Sequence[SuiteContent], differences: bool) -> pl.DataFrame:
@@ -72,13 +72,13 @@ def number_table(suites: Sequence[SuiteContent], differences: bool) -> pl.DataFr
 def task_table(suites: Sequence[SuiteContent]) -> pl.DataFrame:
     """One row a task of a method and protocol, with its numbers and their intervals."""
     names = dict.fromkeys(("part", "task", "actor", "method", "protocol"), pl.String)
-    numbers = {f"{name}{end}": pl.Float64 for name in tables.COLUMNS for end in ENDS}
+    cells = [(f"{name}{end}", name, key) for name in tables.COLUMNS for end, key in (ENDS | SEEDS).items()]
     rows = [
-        row | {"part": suite.name}
-        | {f"{name}{end}": getattr(row[name], key, None) for name in tables.COLUMNS for end, key in ENDS.items()}
+        row | {"part": suite.name} | {column: getattr(row[name], key, None) for column, name, key in cells}
         for suite in suites
         for row in suite.by_task
-    ]  # fmt: skip
+    ]
+    numbers = {column: pl.Int64 if key == "seeds" else pl.Float64 for column, _, key in cells}
     schema = names | {"place": pl.Int64, "seeds": pl.Int64} | numbers
     return pl.DataFrame([{name: row[name] for name in schema} for row in rows], schema=schema)
 

@@ -19,11 +19,10 @@ def rank_scores(evals: pl.DataFrame, spectra: pl.DataFrame, tasks: Sequence[str]
 
     ``evals``, ``spectra``: of one protocol and method.
     """
-    finished = evals.filter(pl.col("phase") == "final").select("run", "task_index").unique()
-    measured = spectra.filter((pl.col("batch") == "probe") & pl.col("r_e_K").is_not_null())
-    measured = measured.join(finished, on=["run", "task_index"], how="semi").sort("task_step")
-    last = measured.group_by("run", "task_index", maintain_order=True).last().with_columns(phase=pl.lit("final"))
-    return statistics.final_scores(last, tasks, "r_e_K")
+    finished = evals.filter(pl.col("phase") == "final")
+    measured = spectra.filter((pl.col("batch") == "probe") & pl.col("r_e_K").is_not_null()).sort("task_step")
+    last = measured.group_by("run", "task_index", maintain_order=True).agg(pl.col("r_e_K").last())
+    return statistics.final_scores(finished.join(last, on=["run", "task_index"], how="left"), tasks, "r_e_K")
 
 
 def final_rank(evals: pl.DataFrame, spectra: pl.DataFrame, tasks: Sequence[str]) -> Estimate | None:
