@@ -95,7 +95,7 @@ def test_different_lengths_are_said(tmp_path: Path) -> None:
 
 def test_settings_of_two_methods_with_one_name_are_told_apart(tmp_path: Path) -> None:
     for name, threshold, gamma in (("a", 0.01, 0.9), ("b", 0.025, 0.9), ("c", 0.1, 0.5)):
-        options = {method: {"threshold": threshold} for method in ("redo", "regrama")}
+        options: dict[str, Any] = {method: {"threshold": threshold} for method in ("redo", "regrama")}
         write_run(tmp_path / name, TASK, protocol="crl", method=[*options], gamma=gamma, **options)
     found = suite(tmp_path)
     assert len({*found.labels}) == 3
