@@ -132,7 +132,7 @@ class Results:
             told, method = row["settings"], row["method"]
             if len(told) > NAMED_IN_FULL:
                 usual = preset(suites()[row["suite"]]) if row["suite"] in suites() else TrainConfig()
-                known = to_dict(usual) | {"method": row["methods"]}
+                known = to_dict(usual, row["methods"]) | {"method": row["methods"]}
                 own = {f"{name.rpartition('.')[2]}={plain(value)}" for name, value in settings(known, TRAINS)}
                 name = method.removesuffix(" ".join(["", *told]))
                 method = " ".join([name, *(text for text in told if text not in own)])
