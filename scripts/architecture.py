@@ -16,7 +16,7 @@ BEGIN, END = "<!-- map: written by scripts/architecture.py -->", "<!-- end of th
 MODULES = sorted(path.relative_to(SOURCE).with_suffix("").as_posix() for path in SOURCE.rglob("*.py"))
 LAYERS = [
     ["errors", "extras", "kernels", "measuring", "numbers", "penalty", "plugins", "seeding", "statistics"],
-    ["correlations"],
+    ["conversion", "correlations"],
     ["experts", "runs", "runtime", "suites"],
     ["learner", "spectrum"],
     ["integrations", "methods"],

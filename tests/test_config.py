@@ -173,7 +173,7 @@ def test_nonsense_is_refused_in_one_line(words: str, message: str) -> None:
         ("minibatch_size = 1", "minibatch_size: 1 is not allowed; expected 2 or more"),
         ("protocol = 'both'", "protocol: 'both' is not allowed; expected one of rl, crl"),
         ("[sphere]\nroh = 1", "sphere.roh: 1 is not allowed; expected a field: "),
-        ("[spher]\nrho = 1", "expected network, env_args or a method: "),
+        ("[spher]\nrho = 1", r"expected network, env_args or a method \(did you mean sphere\?\): "),
         ("gamma = ", "expected a readable TOML file"),
     ],
 )

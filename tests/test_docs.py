@@ -226,6 +226,10 @@ def test_commands_in_text_have_flags_that_exist(flags: dict[str, set[str]]) -> N
     assert wrong == []
 
 
+def test_the_documented_method_says_its_year_as_the_conformance_tests_want() -> None:
+    assert re.search(r'citation = ".*\b(19|20)\d\d\b', FILES["feature_norm.py"])
+
+
 def test_the_patterns_find_what_there_is() -> None:
     """So that a page which is written otherwise does not pass unseen."""
     for page in PAGES:

@@ -23,6 +23,33 @@ class Mine(Method):
     summary = "does nothing"
     citation = "Nobody 2026"
 """
+PLAIN = METHOD.format(name="a")
+OPTION = """
+    from dataclasses import dataclass as _dataclass
+    from sphere_rl.methods import MethodConfig as _MethodConfig
+
+    @_dataclass(frozen=True)
+    class Config(_MethodConfig):
+        rate: float = 0.5
+"""
+TWO = """
+from sphere_rl.methods import Method
+
+class One(Method): summary, citation = "one", "Nobody 2026"
+class Two(Method): summary, citation = "two", "Nobody 2026"
+"""
+ACTOR = """
+from sphere_rl.experts import Kind, TopK
+ACTORS = {'dense': Kind("another", lambda options, training: TopK(2))}
+"""
+SUITE = """
+class Own:
+    name, summary, tasks, all_tasks, same_spaces, preset = "{name}", "another", (), (), True, {{}}
+    def make(self, task, num_envs, seed, num_threads): ...
+    def render_env(self, task, seed): ...
+
+SUITES = ({made},)
+"""
 
 
 @pytest.fixture
@@ -30,6 +57,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Writes a module into the working directory; what is loaded in a test is forgotten after it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(plugins, "_modules", {})
+    monkeypatch.setattr(sys, "path", [*sys.path])
     names: list[str] = []
 
     def one(name: str, text: str) -> str:
@@ -51,8 +79,26 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         ("import sys; sys.exit()", "--plugin broken", "a module that can be imported, from "),
         ("import sys; sys.exit(0)", "--tasks broken:Mine-v0", "a module that can be imported before the colon (Sys"),
         (METHOD.format(name="sphere"), "--plugin broken", "method: 'sphere' is not allowed; expected another name"),
+        (METHOD.format(name="clip"), "--plugin broken", "method: 'clip' is not allowed; expected another name: a conf"),
+        (METHOD.format(name="replaced"), "--plugin broken", "'replaced' is not allowed; expected another name: a conf"),
+        (METHOD.format(name="my-own"), "--plugin broken", "method: 'my-own' is not allowed; expected a name of letter"),
+        (METHOD.format(name="my.own"), "--plugin broken", "method: 'my.own' is not allowed; expected a name of letter"),
+        (PLAIN.replace("summary", "says"), "--plugin broken", "expected a `summary` of its class Mine, a line"),
+        (PLAIN.replace("citation", "by"), "--plugin broken", "expected a `citation` of its class Mine, a line"),
+        (PLAIN + "    Config = 3", "--plugin broken", "a `Config` that is a subclass of MethodConfig, not 3"),
+        (TWO, "--plugin broken", "'broken' is not allowed; expected one class without a `name`, not One and Two"),
         ("ACTORS = {'mine': 1}", "--plugin broken", "actor: 'mine' is not allowed; expected a sphere_rl.experts.Kind"),
+        ("ACTORS = ('mine',)", "--plugin broken", "plugin: 'broken' is not allowed; expected ACTORS with kinds by nam"),
+        (ACTOR, "--plugin broken", "actor: 'dense' is not allowed; expected another name: there is one of that name"),
+        ("SUITES = 3", "--plugin broken", "suite: 'broken' is not allowed; expected SUITES that are a tuple, not int"),
         ("SUITES = (1,)", "--plugin broken", "suite: 'broken' is not allowed; expected a sphere_rl.suites.Suite"),
+        (SUITE.format(name="mine", made="Own"), "--plugin broken", "not the class Own: make one of it"),
+        (SUITE.format(name="cw10", made="Own()"), "--plugin broken", "suite: 'cw10' is not allowed; expected another "),
+        (SUITE.format(name="mine", made="Own()") + "del Own.preset", "--plugin broken", "not Own, which has no preset"),
+        ("", "--plugin ./broken.py", "plugin: './broken.py' is not allowed; expected the name of a module, not of a"),
+        ("", "--plugin ./broken.py", "(did you mean broken?)"),
+        ("", "--plugin own/broken.py", "(did you mean own.broken?)"),
+        ("", "--plugin /own/broken", "(did you mean broken?)"),
         ("", "--plugin broken --method mine", "method: 'mine' is not allowed; expected one or more of"),
     ],
 )  # fmt: skip
@@ -75,6 +121,41 @@ def test_a_method_is_called_by_its_name_and_forgotten_with_its_module(write) -> 
     assert methods()["mine"].__module__ == "several"
     assert from_dict(json.loads(json.dumps(to_dict(config)))) == config
     assert hash(from_dict(to_dict(config))) == hash(config)
+
+
+def test_a_run_is_read_without_the_plugins_that_it_does_not_use(write, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sphere_rl.config import TrainConfig, from_dict, override, to_dict
+
+    plugins.load([write("unused", METHOD.format(name="unused") + OPTION), write("used", METHOD.format(name="used"))])
+    config = override(TrainConfig(), {"plugin": ["used"], "method": ["used"]})
+    assert {"used", "sphere"} <= to_dict(config).keys()
+    assert "unused" not in to_dict(config)
+    assert to_dict(TrainConfig(), ["unused"])["unused"] == {"rate": 0.5}
+    earlier = to_dict(config, ["unused"])  # as versions before wrote it
+    monkeypatch.setattr(plugins, "_modules", {})
+    assert from_dict(to_dict(config)) == config
+    monkeypatch.setattr(plugins, "_modules", {})
+    assert from_dict(earlier) == config
+    assert "unused" not in plugins.loaded()
+    with pytest.raises(ConfigError, match=r"gone: \{'rate': 1\} is not allowed; expected network, env_args or"):
+        from_dict(earlier | {"method": ["used", "gone"], "gone": {"rate": 1}})
+    with pytest.raises(ConfigError, match=r"or a method \(did you mean sphere\?\): "):
+        override(TrainConfig(), {"sphree": {"rho": 1}})
+
+
+def test_a_class_that_others_are_made_of_is_no_method(write) -> None:
+    from sphere_rl.methods import methods
+
+    base = METHOD.format(name="ignored").replace("Mine", "_Base").replace("    summary", "    words")
+    own = 'class Own(_Base):\n    name, summary = "own", "does nothing"\n'
+    plugins.load([write("based", base + own)])
+    assert {name for name, method in methods().items() if method.__module__ == "based"} == {"own"}
+
+
+def test_functions_of_a_plugin_may_import_from_its_folder(write) -> None:
+    write("beside", "VALUE = 3")
+    plugins.load([write("late", "def value():\n    import beside\n    return beside.VALUE\n")])
+    assert vars(plugins.loaded()["late"])["value"]() == 3
 
 
 def test_an_installed_package_offers_by_entry_points(write, tmp_path: Path) -> None:

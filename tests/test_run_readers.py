@@ -14,6 +14,7 @@ import polars as pl
 import pytest
 import torch
 from gymnasium import spaces
+from toy_runs import store
 
 from sphere_rl import runtime
 from sphere_rl.cli import main
@@ -333,7 +334,7 @@ def change_policy(path: Path, change: str) -> None:
         actor |= {name: torch.zeros(1, *value.shape) for name, value in actor.items()}
     elif change == "normalizer":
         state["agent"]["normalizer"] = {"mean": torch.zeros(3), "var": torch.ones(3), "count": 1.0}
-    checkpoint.save(path, {"foreign": 1} if change == "foreign" else {"evil": Evil()} if change == "evil" else state)
+    store(path, {"foreign": 1} if change == "foreign" else {"evil": Evil()} if change == "evil" else state)
 
 
 @pytest.mark.parametrize(

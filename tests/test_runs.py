@@ -3,17 +3,23 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict, deque
+from dataclasses import dataclass
 from multiprocessing.synchronize import Event
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from comparing import difference
+from toy_runs import store
 
 import sphere_rl
-from sphere_rl.errors import RunFolderError
+from sphere_rl.errors import RunFolderError, TrainingError
 from sphere_rl.runs import Logs, RunFolder, checkpoint, write_atomic
 
 
@@ -176,6 +182,54 @@ def test_checkpoints_are_found_by_name(folder: RunFolder) -> None:
 
 def test_checkpoints_cannot_carry_code(folder: RunFolder) -> None:
     path = folder.checkpoints / "evil.pt"
-    checkpoint.save(path, {"call": print})
-    with pytest.raises(Exception, match="Weights only load failed"):
+    store(path, {"call": print})
+    with pytest.raises(RunFolderError, match="Weights only load failed") as error:
         checkpoint.load(path)
+    assert str(error.value).isprintable()
+
+
+@dataclass
+class Counted:
+    """What a method may hold, and a checkpoint may not."""
+
+    count: int = 1
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (np.float64(1), "numpy.float64"),
+        (np.zeros(2), "numpy.ndarray"),
+        (deque([1]), "collections.deque"),
+        (Counted(), f"{__name__}.Counted"),
+        (defaultdict(int), "collections.defaultdict"),
+        (Path("x"), f"{type(Path()).__module__}.{type(Path()).__qualname__}"),
+        (print, "builtins.builtin_function_or_method"),
+    ],
+)
+def test_what_no_checkpoint_can_be_read_with_is_named_before_it_is_written(
+    value: object, kind: str, folder: RunFolder
+) -> None:
+    path = folder.checkpoints / "mine.pt"
+    for state, place in [
+        ({"methods": {"mine": {"state": [1, {"v": value}]}}}, "methods.mine.state[1].v"),
+        ({"method": ({3: value},)}, "method[0].3"),
+    ]:
+        with pytest.raises(TrainingError, match=rf"^{re.escape(place)} is a {kind}; allowed in a checkpoint: tensors"):
+            checkpoint.save(path, state)
+    with pytest.raises(TrainingError, match=r"^a key of mine is a numpy.int64; allowed"):
+        checkpoint.save(path, {"mine": {np.int64(1): 2}})
+    assert not path.exists()
+
+
+def test_all_that_a_state_may_hold_is_read_back(folder: RunFolder) -> None:
+    state = {
+        "numbers": [1, 2.5, True, None, 1j], "words": ("a", b"b"), "set": {1, "a"}, 3: {(1, "a"): 2},
+        "layers": torch.nn.Linear(2, 3).state_dict(), "parameter": torch.nn.Parameter(torch.ones(2)),
+        "kinds": [torch.float64, torch.device("cpu"), torch.zeros(2, 3).shape],
+    }  # fmt: skip
+    checkpoint.save(folder.checkpoints / "all.pt", state)
+    found = checkpoint.load(folder.checkpoints / "all.pt")
+    assert difference(found.pop("layers"), state.pop("layers")) is None
+    assert torch.equal(found.pop("parameter"), state.pop("parameter"))
+    assert found == state

@@ -12,14 +12,14 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from sphere_rl import plugins
+from sphere_rl.conversion import convert
 from sphere_rl.errors import ConfigError, meant
 from sphere_rl.experts.network import kinds
 from sphere_rl.experts.options import NetworkOptions
-from sphere_rl.methods import MethodConfig, check_methods, methods
+from sphere_rl.methods import MethodConfig, check_methods, methods, own_methods
 from sphere_rl.suites import Suite, check_arguments, check_task, make_suite
 from sphere_rl.suites.env_args import EnvArgs, Value
 
@@ -162,6 +162,9 @@ class TrainConfig:
     """Options of the methods."""
 
     def __post_init__(self) -> None:
+        taken = {f.name for f in fields(self)} | vars(MethodOptions).keys()
+        for name in methods().keys() & taken:
+            raise ConfigError("method", name, "another name: a configuration has something of that name")
         suite = make_suite(self.suite)
         for task in self.tasks:
             check_task(suite, task)
@@ -332,7 +335,8 @@ def overridden(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
             options: MethodOptions = own.get("options", config.options)
             own["options"] = options.replaced(table, _replace(getattr(options, table), values, f"{table}."))
         else:
-            raise ConfigError(table, dict(values), f"network, env_args or a method: {', '.join(methods())}")
+            guess = meant(table, [*TABLES, *methods()])
+            raise ConfigError(table, dict(values), f"network, env_args or a method{guess}: {', '.join(methods())}")
     return _replace(config, own, "")
 
 
@@ -341,11 +345,20 @@ def use_plugins(changes: Mapping[str, Any]) -> None:
     plugins.load(convert("plugin", changes.get("plugin", ()), tuple[str, ...]))
 
 
-def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Nested plain data, for config.json: ``override(TrainConfig(), to_dict(c)) == c``."""
+TABLES = ("network", "env_args")
+"""What `to_dict` gives tables of beside the options of methods."""
+
+
+def to_dict(config: TrainConfig, used: Iterable[str] = ()) -> dict[str, Any]:
+    """Nested plain data, for config.json: ``override(TrainConfig(), to_dict(c)) == c``.
+
+    Of methods it has the package's own and those in use, by ``config`` or as ``used`` says: whoever reads it needs no
+    other plugins.
+    """
     own = {f.name: getattr(config, f.name) for f in fields(config) if f.name != "options"}
     own |= {"network": dataclasses.asdict(config.network), "env_args": dict(config.env_args)}
-    return own | {name: dataclasses.asdict(getattr(config.options, name)) for name in methods()}
+    told = {*own_methods(), *config.method, *used}
+    return own | {name: dataclasses.asdict(getattr(config.options, name)) for name in methods() if name in told}
 
 
 def from_dict(data: Mapping[str, Any]) -> TrainConfig:
@@ -355,9 +368,15 @@ def from_dict(data: Mapping[str, Any]) -> TrainConfig:
 
 
 def updated(data: Mapping[str, Any]) -> dict[str, Any]:
-    """What `to_dict` gave of an earlier version as today's would: fields that it did not know have their defaults."""
+    """What `to_dict` gave of an earlier version as today's would: fields that it did not know have their defaults.
+
+    Tables of plugins' methods that are not in use, which earlier versions wrote, are left out.
+    """
+    used = data["method"] if isinstance(data.get("method"), list | tuple) else ()
+    told = (*TABLES, *own_methods(), *used)
+    data = {name: value for name, value in data.items() if name in told or not isinstance(value, Mapping)}
     options = {name: method.Config.updated(data[name]) for name, method in methods().items() if name in data}
-    return to_dict(TrainConfig()) | {**data} | options
+    return to_dict(TrainConfig()) | data | options
 
 
 def _replace(instance: Any, values: Mapping[str, Any], prefix: str) -> Any:
@@ -369,32 +388,3 @@ def _replace(instance: Any, values: Mapping[str, Any], prefix: str) -> Any:
             raise ConfigError(prefix + name, value, f"a field{meant(name, known)}: {', '.join(sorted(known))}")
         converted[name] = convert(prefix + name, value, hints[name])
     return dataclasses.replace(instance, **converted)
-
-
-def convert(name: str, value: Any, hint: Any) -> Any:
-    """Check a plain value against a field's type; lists become tuples, whole numbers floats, and 1e6 an int."""
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise ConfigError(name, value, f"one of {', '.join(map(str, get_args(hint)))}")
-        return value
-    if get_origin(hint) in (UnionType, Union):  # X | None, X | Literal["word"]
-        kind, *others = get_args(hint)
-        words = [word for other in others for word in get_args(other)]
-        return value if value in words or (value is None and NoneType in others) else convert(name, value, kind)
-    if get_origin(hint) is tuple:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list | tuple):
-            raise ConfigError(name, value, "a list")
-        kind, *rest = get_args(hint)
-        if rest != [...] and len(items) != 1 + len(rest):
-            raise ConfigError(name, value, f"a list of {1 + len(rest)}")
-        return tuple(convert(name, item, kind) for item in items)
-    if hint in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise ConfigError(name, value, "a whole number below 2**63")
-        value = hint(value) if hint is float or float(value).is_integer() else value
-    if hint is EnvArgs and not isinstance(value, EnvArgs):
-        raise ConfigError(name, value, "a table of arguments")
-    if isinstance(hint, type) and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
-        raise ConfigError(name, value, f"a value of type {hint.__name__}")
-    return value

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -30,21 +31,26 @@ _modules: dict[str, ModuleType] = {}
 def load(names: Iterable[str]) -> None:
     """Import plugin modules, from the working directory, too; those that are loaded stay as they are.
 
+    The working directory stays where Python looks for modules: functions of a plugin may import, too.
+
     Raises:
         ConfigError: one of them cannot be imported.
     """
     for name in names:
         if name in _modules:
             continue
-        here, path = os.getcwd(), list(sys.path)
-        try:
+        if name.endswith(".py") or os.sep in name:
+            file = Path(name.removesuffix(".py"))
+            guess = ".".join(file.parts) if all(map(str.isidentifier, file.parts)) else file.name
+            raise ConfigError("plugin", name, f"the name of a module, not of a file (did you mean {guess}?)")
+        here = os.getcwd()
+        if sys.path[:1] != [here]:
             sys.path.insert(0, here)
+        try:
             _modules[name] = import_module(name)
         except (Exception, SystemExit) as error:
             allowed = f"a module that can be imported, from {here}, too ({described(error)})"
             raise ConfigError("plugin", name, allowed) from error
-        finally:
-            sys.path[:] = path
 
 
 def loaded() -> dict[str, ModuleType]:

@@ -29,7 +29,7 @@ from sphere_rl.runtime import LaneChoice, check_device, release_memory, threads,
 from sphere_rl.seeding import derive_seed, global_streams, seed_globals
 from sphere_rl.suites import make_suite
 from sphere_rl.suites.guard import call_limit, make_envs
-from sphere_rl.suites.spaces import check_spaces
+from sphere_rl.suites.spaces import check_envs
 from sphere_rl.training.agent import Agent, Policy
 from sphere_rl.training.evaluation import ToldSuccess, evaluate, summarize
 from sphere_rl.training.finite import bad_agent, bad_number, check_agent
@@ -56,8 +56,8 @@ def check(config: TrainConfig) -> None:
     for task in tasks[:1] if suite.same_spaces else tasks:
         with call_limit(config.env_timeout):
             envs = make_envs(suite, task, 1, 0, 1, config.environment)
+        check_envs(task, envs)
         spaces = Spaces.of(envs)
-        check_spaces(task, envs.single_observation_space, envs.single_action_space)
         envs.close()
         if config.protocol == "crl" and known and spaces not in known:
             same = f"{next(iter(known))} as {tasks[0]} has in protocol crl"
@@ -334,13 +334,12 @@ class Run:
     def _log_iteration(self, agent: Agent, rollout: Rollout, statistics: dict[str, float], seconds: float) -> None:
         row = self._position() | {"iteration": self.progress.iteration, "learning_rate": agent.learning_rate}
         row |= statistics
-        for method in agent.methods:
-            row |= {name: float(value) for name, value in method.metrics().items()}
         if rollout.episodes:
             row |= summarize(rollout.episodes).row()
         if self.rollbacks:
             row["rollbacks"] = len(self.rollbacks)
         row["steps_per_second"] = self.config.steps_per_iteration / seconds
+        agent.add_metrics(row)
         self._log("train", row)
 
     def _due_evaluation(self) -> Due | None:

@@ -127,7 +127,7 @@ class Results:
         found = {}
         for row in self.runs.iter_rows(named=True):
             usual = preset(suites()[row["suite"]]) if row["suite"] in suites() else TrainConfig()
-            known = dict(settings(to_dict(usual) | {"method": row["methods"]}, TRAINS))
+            known = dict(settings(to_dict(usual, row["methods"]) | {"method": row["methods"]}, TRAINS))
             shown = shown_label(row["method"], row["settings"], self.trained(row["run"]), known)
             found[row["suite"], row["actor"], row["method"]] = shown
         return found

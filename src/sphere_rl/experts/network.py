@@ -7,7 +7,7 @@ diagnostics and the mitigation methods need no cases.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from numbers import Integral
@@ -227,14 +227,20 @@ def kinds() -> dict[str, Kind]:
     """Every architecture by name, those of plugins included.
 
     Raises:
-        ConfigError: a plugin's is no `Kind`.
+        ConfigError: a plugin's is no `Kind`, or has the name of another.
     """
-    others = [*plugins.offered("actors")]
-    others += [item for module in plugins.loaded().values() for item in getattr(module, "ACTORS", {}).items()]
+    found, others = dict(KINDS), [*plugins.offered("actors")]
+    for name, module in plugins.loaded().items():
+        actors = getattr(module, "ACTORS", {})
+        if not isinstance(actors, Mapping):
+            raise ConfigError("plugin", name, f"ACTORS with kinds by name, not a {type(actors).__name__}")
+        others += actors.items()
     for name, kind in others:
         if not isinstance(kind, Kind):
             raise ConfigError("actor", name, f"a sphere_rl.experts.Kind, not {type(kind).__name__}")
-    return KINDS | dict(others)
+        if found.setdefault(name, kind) is not kind:
+            raise ConfigError("actor", name, "another name: there is one of that name")
+    return found
 
 
 def encoder_of(

@@ -167,10 +167,13 @@ class ActorCritic:
         return [state[key] for key in ("exp_avg", "exp_avg_sq") if key in state]
 
     def forget(self, parameter: Tensor) -> None:
-        """Let Adam start anew on a parameter that was replaced: moments and step count are zero again."""
+        """Let its optimiser start anew on a parameter that was replaced: moments and step count are zero again."""
         state = self._optimizer_state(parameter)
-        for value in (*self.moments(parameter), *([state["step"]] if "step" in state else [])):
-            value.zero_()
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                value.zero_()
+            elif type(value) in (int, float):
+                state[key] = type(value)()
 
     def _optimizer_state(self, parameter: Tensor) -> dict[str, Any]:
         for optimizer in (self.actor_optimizer, self.critic_optimizer):

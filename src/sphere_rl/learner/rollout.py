@@ -11,7 +11,7 @@ from gymnasium.vector import VectorEnv
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from sphere_rl.errors import TrainingError
+from sphere_rl.errors import EnvironmentFault, TrainingError
 from sphere_rl.experts.network import Actor, MoENetwork
 from sphere_rl.learner.normalizer import ObservationNormalizer, RewardNormalizer
 from sphere_rl.suites.spaces import action_sender, check_numbers
@@ -217,7 +217,7 @@ class Collector:
         try:
             check_step(observation, reward, terminated | truncated, info)
         except TrainingError as error:
-            raise TrainingError(f"rollout step {number}: {error}") from None
+            raise type(error)(f"rollout step {number}: {error}") from None
         return np.array(observation), np.array(reward), np.array(terminated), np.array(truncated), info
 
     def _tensor(self, observation: np.ndarray) -> Float[Tensor, "B D"]:
@@ -256,9 +256,11 @@ def check_spread(actor: Actor) -> None:
 
 
 def check_step(observation: np.ndarray, reward: np.ndarray, done: np.ndarray, info: dict[str, Any]) -> None:
-    """Raise `TrainingError` where a step of B environments gave something that is not a number."""
+    """Raise `TrainingError` where a step of B environments gave something that is not a number, or no last state."""
     check_numbers("the reward", reward)
     if done.any():
+        if "final_obs" not in info:
+            raise EnvironmentFault("an episode ended without info['final_obs']: same-step autoreset has it")
         ended = np.flatnonzero(done)
         check_numbers("the last observation of an episode", np.stack(info["final_obs"][ended]), ended)
     check_numbers("the observation", observation)

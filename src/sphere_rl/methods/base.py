@@ -136,11 +136,14 @@ class Method:
         """All epochs on this rollout are done."""
 
     def metrics(self) -> dict[str, float | Tensor]:
-        """Numbers for ``train.jsonl`` about the last iteration; their names carry the method's."""
+        """Numbers for ``train.jsonl`` about the last iteration; their names carry the method's and are no others'."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next minibatch depends on: nested dicts and lists of tensors, numbers and strings."""
+        """Everything that the next minibatch depends on: nested dicts and lists of tensors, numbers and strings.
+
+        NumPy's numbers and arrays are none of these: a checkpoint refuses them.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -33,7 +33,10 @@ class RegramaConfig(MethodConfig):
 
 
 class Regrama(Redo):
-    """The gradients are those of the iteration's last minibatch, penalties of other methods included."""
+    """The gradients are those of the iteration's last minibatch, penalties of other methods included.
+
+    Where ``target_kl`` has ended the update they are those of the plain losses, as the step was not taken.
+    """
 
     summary = "re-initialise units that receive next to no gradient"
     citation = "Liu et al. 2025, Measure Gradients, Not Activations! (NeurIPS)"

@@ -40,7 +40,8 @@ def train(config: Mapping[str, Any]) -> str:
     defaults of `TrainConfig`.
     """
     suite, config = suites().get(config["suite"]), updated(config)
-    usual = dict(settings(to_dict(preset(suite) if suite else TrainConfig()) | {"method": config["method"]}))
+    used = config["method"]
+    usual = dict(settings(to_dict(preset(suite) if suite else TrainConfig(), used) | {"method": used}))
     words = [word for name in NAMED if config[name] not in ("", [], ()) for word in option_words(name, config[name])]
     for name, value in settings(config):
         if name not in NAMED and (name not in usual or _plain(value) != _plain(usual[name])):

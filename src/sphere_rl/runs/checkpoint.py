@@ -11,26 +11,58 @@ import io
 import os
 import re
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from sphere_rl.errors import RunFolderError, described
+from sphere_rl.errors import OutsideError, RunFolderError, described
 from sphere_rl.runs import PACKAGE, RunFolder, versions, write_atomic, written
 from sphere_rl.runs.records import content as read_content
 
 KEPT = 2
+CONTROL = re.compile(r"\x1b\[[\d;]*m|[\x00-\x1f\x7f-\x9f]")
+"""What makes a terminal do anything but write; PyTorch's messages have some."""
+
+
+PLAIN = (int, float, complex, str, bytes, bool, NoneType, torch.dtype, torch.device, torch.Size, Tensor, nn.Parameter)
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint so that it is either whole or not there."""
+    """Write a checkpoint so that it is either whole or not there.
+
+    Raises:
+        OutsideError: the state holds what `load` could not read.
+    """
+    if found := unreadable(state):
+        allowed = "tensors, numbers, strings, None, and dicts, lists, tuples and sets of them"
+        raise OutsideError(f"{found}; allowed in a checkpoint: {allowed}")
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
     write_atomic(path, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+
+
+def unreadable(state: Any, where: str = "") -> str | None:
+    """The first thing in a state that is of no kind that `load` reads, as "methods.mine.v is a numpy.float64".
+
+    Kinds are compared for themselves: NumPy's float64 is a float of Python's, and is read by other means.
+    """
+    if type(state) in (dict, OrderedDict):
+        parts = [(f"a key of {where or 'the state'}", key) for key in state]
+        parts += [(f"{where}.{key}" if where else str(key), value) for key, value in state.items()]
+    elif type(state) in (list, tuple, set):
+        parts = [(f"{where}[{i}]", value) for i, value in enumerate(state)]
+    elif type(state) in PLAIN:
+        return None
+    else:
+        return f"{where or 'the state'} is a {type(state).__module__}.{type(state).__qualname__}"
+    return next((found for name, value in parts if (found := unreadable(value, name))), None)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -47,7 +79,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception as error:  # whatever foreign bytes make the unpickler do
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = CONTROL.sub("", (str(error).strip() or type(error).__name__).splitlines()[0]).strip()
         raise RunFolderError(f"{path}: broken checkpoint ({reason})") from None
     if not isinstance(state, dict):
         raise RunFolderError(f"{path}: broken checkpoint (it holds a {type(state).__name__}, not a run's state)")

@@ -54,6 +54,10 @@ class Suite(Protocol):
         ...
 
 
+PARTS = (*Suite.__annotations__, "make", "render_env")
+"""What every suite has."""
+
+
 @cache
 def own_suites() -> dict[str, Suite]:
     """Those of this package."""
@@ -65,17 +69,28 @@ def suites() -> dict[str, Suite]:
     """All suites by name, those of plugins included.
 
     Raises:
-        ConfigError: a plugin's is no `Suite`.
+        ConfigError: a plugin's is no `Suite`, or has the name of another.
     """
     found = dict(own_suites())
     others = [(name, made if isinstance(made, tuple) else (made,)) for name, made in plugins.offered("suites")]
     others += [(name, getattr(module, "SUITES", ())) for name, module in plugins.loaded().items()]
     for name, several in others:
+        if not isinstance(several, list | tuple):
+            raise ConfigError("suite", name, f"SUITES that are a tuple, not {type(several).__name__}")
         for suite in several:
-            if not isinstance(suite, Suite):
-                raise ConfigError("suite", name, f"a sphere_rl.suites.Suite, not {type(suite).__name__}")
-            found[suite.name] = suite
+            check_whole(name, suite)
+            if found.setdefault(suite.name, suite) is not suite:
+                raise ConfigError("suite", suite.name, "another name: there is one of that name")
     return found
+
+
+def check_whole(place: str, suite: object) -> None:
+    """Raise `ConfigError` where what a plugin offers as a suite is none."""
+    if isinstance(suite, type):
+        raise ConfigError("suite", place, f"a sphere_rl.suites.Suite, not the class {suite.__name__}: make one of it")
+    if missing := [name for name in PARTS if not hasattr(suite, name)]:
+        kind, lacks = type(suite).__name__, ", ".join(missing)
+        raise ConfigError("suite", place, f"a sphere_rl.suites.Suite, not {kind}, which has no {lacks}")
 
 
 def make_suite(name: str) -> Suite:

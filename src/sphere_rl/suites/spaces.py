@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
+from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.wrappers import FlattenObservation
 
 from sphere_rl.errors import ConfigError, TrainingError
@@ -58,6 +59,15 @@ def check_spaces(task: str, observation: gymnasium.Space, action: gymnasium.Spac
         raise ConfigError("tasks", task, f"a task with a flat Box of actions or discrete ones, not {action}")
     if not np.issubdtype(action.dtype, np.floating):
         raise ConfigError("tasks", task, f"a task whose Box of actions has real numbers, not {action}")
+
+
+def check_envs(task: str, envs: VectorEnv) -> None:
+    """Raise `ConfigError` where a suite's environments have spaces or an autoreset mode that cannot be trained."""
+    check_spaces(task, envs.single_observation_space, envs.single_action_space)
+    mode = envs.metadata.get("autoreset_mode", AutoresetMode.SAME_STEP)
+    if mode != AutoresetMode.SAME_STEP:
+        wanted = "a task whose environments are made with autoreset_mode=AutoresetMode.SAME_STEP"
+        raise ConfigError("tasks", task, f"{wanted}, not {mode}")
 
 
 def branches_of(action: gymnasium.Space) -> tuple[int, ...]:

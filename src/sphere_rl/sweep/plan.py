@@ -17,7 +17,8 @@ from itertools import product, repeat
 from pathlib import Path
 from typing import Any, Literal
 
-from sphere_rl.config import TrainConfig, convert, idle_options, read_toml, tell_idle, to_dict
+from sphere_rl.config import TrainConfig, idle_options, read_toml, tell_idle, to_dict
+from sphere_rl.conversion import convert
 from sphere_rl.errors import ConfigError
 from sphere_rl.methods import methods
 from sphere_rl.runs import RunFolder, file_name, read_sweep, write_atomic

@@ -14,6 +14,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from sphere_rl.config import TrainConfig
+from sphere_rl.conversion import parts_of
 from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.methods import MethodConfig, methods
 from sphere_rl.suites.env_args import EnvArgs, word_of
@@ -124,9 +125,10 @@ def words_of(kind: Any) -> Mapping[str, Any]:
         inner, *rest = get_args(kind)
         return {**words_of(inner), "nargs": "*" if rest == [...] else 1 + len(rest)}
     if get_origin(kind) in (UnionType, Union):  # X | None, X | Literal["auto"]
-        inner, other = get_args(kind)
-        words = get_args(other) or (None,)
+        inner, words = parts_of(kind)
         read = words_of(inner)
+        if "choices" in read:
+            return {"type": lambda word: None if word == "None" else word, "choices": (*read["choices"], *words)}
         return {
             "type": lambda word: next((one for one in words if str(one) == word), None) if word in map(str, words)
             else read["type"](word),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sphere_rl.config import TrainConfig
+from sphere_rl.errors import OutsideError
 from sphere_rl.experts.network import Actor
 from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.learner.actor_critic import ActorCritic, Spaces
@@ -59,6 +60,19 @@ class Agent(ActorCritic):
             if optimizer is not None:
                 return optimizer
         return super().make_optimizer(parameters)
+
+    def add_metrics(self, row: dict[str, Any]) -> None:
+        """Add what the methods measured to a row of ``train.jsonl``.
+
+        Raises:
+            OutsideError: a method's number has the name of one that is there.
+        """
+        for method in self.methods:
+            found = {name: float(value) for name, value in method.metrics().items()}
+            if taken := [name for name in found if name in row]:
+                allowed = f"names that no other column of train.jsonl has, such as {method.name}_{taken[0]}"
+                raise OutsideError(f"metrics of method {method.name}: {taken[0]!r} is not allowed; expected {allowed}")
+            row |= found
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next iteration depends on."""

@@ -114,7 +114,7 @@ def _run(policy: Policy, envs: VectorEnv, quota: np.ndarray, max_steps: int) -> 
         try:
             check_step(observation, reward, done, info)
         except TrainingError as error:
-            raise TrainingError(f"step {step}: {error}") from None
+            raise type(error)(f"step {step}: {error}") from None
         cut = ~done & (recorder.length + 1 >= max_steps)
         for i, episode in recorder.step(reward, done, info, cut):
             if going[i]:
