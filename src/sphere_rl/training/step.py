@@ -192,9 +192,15 @@ def apply_gradients(
 def begin_critic_step(
     agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool = False
 ) -> Callable[[], Sequence[Tensor]]:
-    """Begin one gradient step of the critic, without autograd where that is enough."""
+    """Begin one gradient step of the critic, without autograd where that is enough.
+
+    It waits for the actor's where both may draw at random: of one stream, in an order that is always the same.
+    """
     step = critic_regression(agent, batch, config, keep)
-    return beside(partial(critic_step, agent, batch, config)) if step is None else begin_regression(step)
+    if step is not None:
+        return begin_regression(step)
+    by_autograd = partial(critic_step, agent, batch, config)
+    return by_autograd if agent.actor.may_draw and agent.critic.may_draw else beside(by_autograd)
 
 
 def critic_regression(agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool) -> Regression | None:
