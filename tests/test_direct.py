@@ -13,6 +13,7 @@ from conformance.agents import batch, make_agent, make_config, only_method
 from torch import Tensor, nn
 
 from sphere_rl.config import TrainConfig, override
+from sphere_rl.experts import GroupedLinear, Routing
 from sphere_rl.experts.heads import GaussianHead
 from sphere_rl.experts.network import KINDS, MoENetwork, Trace, make_actor
 from sphere_rl.experts.options import NetworkOptions
@@ -26,12 +27,14 @@ from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.learner.optimizer import ExpertAdam
 from sphere_rl.learner.policy_step import has_fused_step
 from sphere_rl.learner.value_step import begin_regression, regression
-from sphere_rl.methods.sphere import Sphere
+from sphere_rl.methods import ActorStep
+from sphere_rl.methods.sphere import Sphere, SphereConfig
 from sphere_rl.penalty import sphere_penalty
 from sphere_rl.training.agent import Agent
 from sphere_rl.training.step import (
     actor_loss,
     actor_step,
+    apply_gradients,
     begin_critic_step,
     critic_step,
     description,
@@ -96,6 +99,45 @@ def test_a_step_goes_without_autograd_where_one_method_at_most_has_a_hand_in_it(
 def test_what_no_description_says_goes_through_autograd(change: dict) -> None:
     changes = {"method": ("sphere",), "network.width": 8} | {f"sphere.{name}": value for name, value in change.items()}
     assert description(double_agent(override(TrainConfig(), changes)), minibatch(0), torch.arange(N)) is None
+
+
+def of_sphere(*names: str) -> type[Sphere]:
+    """A subclass with these of its own."""
+    own = {name: lambda *given, name=name: getattr(Sphere, name)(*given) for name in names}
+    return type("Mine", (Sphere,), own)
+
+
+class Doubled(Sphere):
+    """Twice the penalty: of all that calls it."""
+
+    def penalty(self, trace: Trace) -> Tensor:
+        return 2 * super().penalty(trace)
+
+
+class Halved:
+    """What is mixed in goes first, too."""
+
+    def actor_penalty(self, step: ActorStep) -> Tensor | None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("method", "direct"),
+    [
+        (of_sphere("actor_penalty"), False), (of_sphere("actor_gradients"), False), (Doubled, False),
+        (of_sphere("observe"), False), (of_sphere("parameter_gradients"), False), (of_sphere("_differentiate"), False),
+        (type("Mixed", (Halved, Sphere), {}), False), (type("Below", (of_sphere("metrics"), Doubled), {}), False),
+        (of_sphere(), True), (of_sphere("__init__", "summary", "metrics", "after_iteration", "state_dict"), True),
+        (of_sphere("penalty", "feature_penalty"), True),
+        (type("Speaks", (of_sphere("feature_penalty"), Doubled), {}), True),
+    ],
+)  # fmt: skip
+def test_a_description_is_believed_where_nothing_that_it_stands_for_is_overridden(
+    method: type[Sphere], direct: bool
+) -> None:
+    agent = double_agent(override(TrainConfig(), {"network.num_experts": 4, "network.width": 8}))
+    agent.methods = [method(SphereConfig())]
+    assert (description(agent, minibatch(0), torch.arange(N)) is not None) == direct
 
 
 def assert_same_training(config: TrainConfig, threads: int = 1, discrete: bool = False, steps: int = 4) -> None:
@@ -269,6 +311,38 @@ def test_networks_with_something_between_their_layers_are_not_plain(option: dict
         (actor.experts.hidden[0], actor.experts)[option["hook"]].register_forward_hook(lambda *_: None)
     assert not has_fused_step(actor)
     assert has_fused_step(make_actor("topk_moe", D, A, width=8, depth=2, num_experts=3))
+
+
+@pytest.mark.parametrize("part", ["layer", "head"])
+def test_parts_of_ones_own_are_called(part: str) -> None:
+    """A method may put them in their places."""
+    own = make_actor("topk_moe", D, A, width=8, depth=2, num_experts=3)
+    states = torch.randn(7, D, generator=generator(0))
+    before = own.trace(states).output
+    if part == "head":
+        own.head = type("Mine", (GaussianHead,), {})(A)
+    else:
+        own.experts.head.__class__ = type("Mine", (GroupedLinear,), {"forward": negative})
+        torch.testing.assert_close(own.trace(states).output, -before)
+        with torch.no_grad():
+            torch.testing.assert_close(own(states), -before)
+    assert not has_fused_step(own)
+
+
+def negative(layer: GroupedLinear, x: Tensor, routing: Routing) -> Tensor:
+    return -GroupedLinear.forward(layer, x, routing)
+
+
+def test_an_optimizer_of_ones_own_sees_gradients_that_are_clipped() -> None:
+    seen: list[float] = []
+
+    class Mine(ExpertAdam):
+        def step(self, closure: None = None) -> None:  # type: ignore[override]
+            seen.append(float(parameter.grad.norm()))
+
+    parameter = nn.Parameter(torch.zeros(4))
+    apply_gradients(Mine([parameter], lr=1.0, eps=1e-8), [parameter], [torch.full((4,), 5.0)], max_norm=0.5)
+    assert seen == pytest.approx([0.5])
 
 
 @pytest.mark.parametrize("max_norm", [1e-2, 1e3])

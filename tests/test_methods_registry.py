@@ -63,6 +63,13 @@ class Toy(Method):
 '''
 
 
+def test_options_of_networks_that_there_are_not_are_one_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(methods()["crelu"], "network_options", lambda self: {"widht": 4})
+    message = "method: 'crelu' is not allowed; expected network_options of fields of NetworkOptions, not widht (did you"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)} mean width"):
+        make_agent(make_config("crelu"))
+
+
 def test_every_method_is_there():
     assert set(EXPECTED) <= methods().keys()
     assert all(issubclass(method, Method) for method in methods().values())

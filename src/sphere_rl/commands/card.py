@@ -73,7 +73,7 @@ def _shape(policy: Policy) -> str:
     layers = f"{len(hidden)} hidden layers of {hidden[0].weight.shape[1]} units"
     if actor.gate is None:
         return layers
-    chosen = f", top {actor.routes.k} selected" if isinstance(actor.routes, TopK) else ""
+    chosen = f", top {actor.routes.k} selected" if type(actor.routes) is TopK else ""
     return f"{options.num_experts} experts with {layers}{chosen}"
 
 

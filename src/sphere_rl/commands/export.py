@@ -9,8 +9,9 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def _write(policy: Policy, format: str, work: Path) -> Written:
     except (MissingExtraError, RunFolderError):
         raise
     except Exception as error:  # whatever the exporters make of somebody's gate
-        reason = described(error, longest=200)
+        reason = described(error.__cause__ or error, longest=200)  # PyTorch's own words are of its steps
         raise RunFolderError(f"format: {format} cannot hold this policy ({reason})") from error
     return Written(format, name, check(policy, act, format))
 
@@ -168,7 +169,7 @@ def margins(policy: Policy, states: Float[Tensor, "N D"]) -> Float[Tensor, "N"]:
     """How far the last selected expert's gate logit is above the first other one's, as a share of the largest."""
     actor = policy.actor
     trace, gate = actor.trace(policy.normalize(states)), actor.routes
-    if trace.logits is None or not isinstance(gate, TopK) or gate.k >= trace.logits.shape[1]:
+    if trace.logits is None or type(gate) is not TopK or gate.k >= trace.logits.shape[1]:
         return torch.full((len(states),), inf)
     logits, k = trace.logits.sort(dim=1, descending=True).values, gate.k
     return (logits[:, k - 1] - logits[:, k]) / logits.abs().amax(1).clamp(min=1e-12)
@@ -210,12 +211,12 @@ def _safetensors(policy: Policy, path: Path) -> Act:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' own warnings, which are of other models."""
+    """Without the exporters' own warnings, which are of other models, and what they print before they fail."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sphere_rl.errors import ConfigError
+from sphere_rl.errors import ConfigError, described
 from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.experts.routing import Routing, gated_routing
 from sphere_rl.kernels.routing import Gating
@@ -20,7 +21,8 @@ class Gate(Protocol):
     """Logits [N, R] of R experts → `Routing` of E = shared + R: weights, and which expert sees which sample.
 
     Gradients reach the logits through the routing's weights (`sphere_rl.experts.weighted_routing` makes one of weights
-    alone). Whatever a gate draws at random must come from a generator of its own.
+    alone). Whatever a gate draws at random must come from PyTorch's global stream on the CPU, as by
+    ``torch.randn(logits.shape).to(logits)``: runs seed it, and measuring and evaluating put it back.
     """
 
     @property
@@ -68,14 +70,39 @@ class Kind:
     encoder: Callable[[int, NetworkOptions], nn.Module] | None = None
 
     def check(self, options: NetworkOptions) -> None:
-        """Raise `ConfigError` where there are not as many experts as the gate selects."""
-        made = self.gate(options, False) if self.gate else None
-        if made is None:
-            return
-        if isinstance(made, TopK) and made.k > options.num_experts:
-            raise ConfigError("top_k", made.k, f"1 to num_experts ({options.num_experts})")
-        routed = options.num_experts - made.shared
-        least = made.k if isinstance(made, TopK) else 1
-        if routed < least:
-            most = options.num_experts - least
-            raise ConfigError("num_shared", made.shared, f"0 to {most}, num_experts - top_k")
+        """Raise `ConfigError` where there are not as many experts as the gate selects, or where it is no gate."""
+        for training in (False, True) if self.gate else ():
+            try:
+                made = self.gate(options, training)
+                routed = options.num_experts - made.shared
+            except Exception as error:  # whatever somebody's code makes of these options
+                raise ConfigError("actor", self.summary, f"a kind that makes a gate ({described(error)})") from error
+            least = made.k if type(made) is TopK else 1
+            if type(made) is TopK and made.k > options.num_experts:
+                raise ConfigError("top_k", made.k, f"1 to num_experts ({options.num_experts})")
+            if routed < least:
+                most = options.num_experts - least
+                raise ConfigError("num_shared", made.shared, f"0 to {most}, num_experts - top_k")
+            if type(made) is not TopK and (wrong := _fault(made, options)):
+                wanted = f"a kind whose {type(made).__name__} makes a Routing [2, {options.num_experts}], not {wrong}"
+                raise ConfigError("actor", self.summary, wanted)
+
+
+def _fault(gate: Gate, options: NetworkOptions) -> str:
+    """What a gate that is none of this package makes of two samples' logits where that is no routing of them.
+
+    Raises:
+        ConfigError: it fails, and there are fewer experts than it may have to select.
+    """
+    routed = options.num_experts - gate.shared
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            found = gate(torch.zeros(2, routed))
+    except Exception as error:
+        if options.top_k > routed:
+            raise ConfigError("top_k", options.top_k, f"1 to {routed} for this gate ({described(error)})") from error
+        return described(error)
+    if not isinstance(found, Routing):
+        return type(found).__name__
+    fits = list(found.weights.shape) == [2, found.num_experts] == [2, options.num_experts]
+    return "" if fits else f"{list(found.weights.shape)}, of {found.num_experts} experts"

@@ -221,9 +221,11 @@ class ExpertMLP(nn.Module):
 
     @property
     def is_chain(self) -> bool:
-        """Whether all layers can be one operation, unseen by forward hooks."""
+        """Whether all layers can be one operation, which neither hooks nor forwards of their own see."""
         plain = not (self.layerwise or self.layer_norm or self.crelu)
-        return plain and not any(is_hooked(layer) for layer in self.layers)
+        return plain and not any(
+            is_hooked(layer) or type(layer).forward is not GroupedLinear.forward for layer in self.layers
+        )
 
     def effective(self) -> Layers:
         """Weights and biases that rows are multiplied by."""

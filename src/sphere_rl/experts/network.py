@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from sphere_rl import plugins
 from sphere_rl.errors import ConfigError
@@ -24,7 +25,7 @@ from sphere_rl.experts.heads import CategoricalHead, GaussianHead, MultiCategori
 from sphere_rl.experts.layers import ExpertMLP, RoutedFeatures, is_hooked
 from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.experts.routing import single_routing
-from sphere_rl.experts.tracing import unsorted_weights
+from sphere_rl.experts.tracing import is_being_exported, unsorted_weights
 from sphere_rl.kernels.mixture import mixture_output
 from sphere_rl.kernels.mlp import is_unrecorded
 from sphere_rl.kernels.routing import Gating, selected
@@ -132,7 +133,7 @@ class MoENetwork(nn.Module):
         if self.gate is None:
             return outputs[0]
         logits, routes = self.gate.every(seen)[0], self.routes
-        weights = unsorted_weights(logits, routes.gating) if isinstance(routes, TopK) else routes(logits).weights
+        weights = unsorted_weights(logits, routes.gating) if type(routes) is TopK else routes(logits).weights
         return torch.einsum("ne,ena->na", weights, outputs)
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -142,15 +143,15 @@ class MoENetwork(nn.Module):
     @torch.inference_mode()
     def selection(self, observation: Float[Tensor, "N D"]) -> Int[Tensor, "N k"] | None:
         """Experts that the gate selects for each sample, in ascending order; ``None`` where it does not select."""
-        if self.gate is None or not isinstance(self.routes, TopK):
+        if self.gate is None or type(routes := self.routes) is not TopK:
             return None
         parts = []
         for rows in observation.split(4096):  # all at once would hold every hidden layer of a whole rollout
             whole = single_routing(len(rows), device=rows.device, dtype=rows.dtype)
             logits = self.gate(self.encoded(rows), whole).out
-            if self.gating.k >= logits.shape[1]:
+            if routes.k >= logits.shape[1]:
                 return None
-            parts.append(selected(logits, self.gating.k))
+            parts.append(selected(logits, routes.k))
         return torch.cat(parts).sort(1).values
 
     @property
@@ -165,7 +166,7 @@ class MoENetwork(nn.Module):
         """
         return (
             self.encoder is None
-            and isinstance(self.routes, TopK)
+            and type(self.routes) is TopK
             and all(
                 mlp is None or (type(mlp) is ExpertMLP and mlp.is_chain and not is_hooked(mlp))
                 for mlp in (self.experts, self.gate)
@@ -178,6 +179,13 @@ class MoENetwork(nn.Module):
         return self.has_kernel_forward and all(layer.uses_its_parameters for mlp in self.parts for layer in mlp.layers)
 
     @property
+    def may_draw(self) -> bool:
+        """Whether a forward pass may draw from the global random stream: a gate of one's own, or dropout in front."""
+        layers = [] if self.encoder is None else [*self.encoder.modules()]
+        dropout = any(isinstance(layer, _DropoutNd) or getattr(layer, "dropout", 0) for layer in layers)
+        return type(self.routes) is not TopK or dropout
+
+    @property
     def routes(self) -> Gate:
         """What makes a routing of the gate's logits; it may depend on the module's mode. One MLP sees every sample."""
         make_gate = kinds()[self.kind].gate
@@ -188,16 +196,11 @@ class MoENetwork(nn.Module):
         """How kernels read the gate's logits.
 
         Raises:
-            TypeError: the gate is none that they know, and the network has no kernel forward.
+            AttributeError: the gate is none that they know; `hasattr`, which PyTorch's tracer asks, is then false.
         """
-        if not isinstance(routes := self.routes, TopK):
-            raise TypeError(f"gate: kernels cannot read a {type(routes).__name__}; expected TopK")
+        if type(routes := self.routes) is not TopK:
+            raise AttributeError(f"gate: kernels cannot read a {type(routes).__name__}; expected TopK")
         return routes.gating
-
-
-def is_being_exported() -> bool:
-    """Whether this forward pass is recorded as a graph, which no sample may change."""
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[reportPrivateImportUsage]
 
 
 KINDS: dict[str, Kind] = {
@@ -298,8 +301,8 @@ class Actor(MoENetwork):
 
     @property
     def has_kernel_gradient(self) -> bool:
-        """As of every network, and with a policy whose loss is written out: that of several discrete actions is not."""
-        return super().has_kernel_gradient and not isinstance(self.head, MultiCategoricalHead)
+        """As of every network, and with a policy whose loss is written out: a Gaussian or one discrete action."""
+        return super().has_kernel_gradient and type(self.head) in (GaussianHead, CategoricalHead)
 
 
 def make_actor(

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sphere_rl.experts.tracing import unsorted_weights
 from sphere_rl.kernels.routing import Gating, blocks_of, route
 
 
@@ -65,6 +66,8 @@ def gated_routing(logits: Float[Tensor, "N R"], gating: Gating) -> Routing:
     """
     if not 1 <= gating.k <= logits.shape[1]:
         raise ValueError(f"k = {gating.k}: expected 1 to {logits.shape[1]}, the number of routed experts")
+    if torch.compiler.is_exporting():
+        return _weights_alone(unsorted_weights(logits, gating))
     found = route(logits, gating)
     return Routing(weights=found.weights, sample=found.sample, gate=found.gate, counts=tuple(found.counts))
 
@@ -89,9 +92,17 @@ def shared_top_k_routing(logits: Float[Tensor, "N R"], num_shared: int, k: int, 
 
 def weighted_routing(weights: Float[Tensor, "N E"]) -> Routing:
     """Every sample to the experts whose weight is not zero; gradients reach the weights of these."""
+    if torch.compiler.is_exporting():
+        return _weights_alone(weights)
     expert, sample = (weights.detach() != 0).t().nonzero().unbind(1)
     counts = torch.bincount(expert, minlength=weights.shape[1])
     return Routing(weights=weights, sample=sample, gate=weights[sample, expert], counts=tuple(counts.tolist()))
+
+
+def _weights_alone(weights: Float[Tensor, "N E"]) -> Routing:
+    """What a graph that no sample changes can have of a routing: who sees which sample would be its shape."""
+    nothing = torch.zeros(0, dtype=torch.int64, device=weights.device)
+    return Routing(weights=weights, sample=nothing, gate=weights[:0, 0], counts=(0,) * weights.shape[1])
 
 
 def single_routing(

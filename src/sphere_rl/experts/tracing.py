@@ -12,6 +12,11 @@ from sphere_rl.kernels.routing import Gating
 from sphere_rl.kernels.script import undeprecated
 
 
+def is_being_exported() -> bool:
+    """Whether this forward pass is recorded as a graph, which no sample may change."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[reportPrivateImportUsage]
+
+
 def unsorted_weights(logits: Float[Tensor, "N R"], gating: Gating) -> Float[Tensor, "N E"]:
     """`sphere_rl.kernels.routing.gate_weights` without a stable sort, which ONNX does not have.
 

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sphere_rl.errors import ConfigError
-from sphere_rl.experts.network import MoENetwork, is_being_exported
+from sphere_rl.experts.network import MoENetwork
+from sphere_rl.experts.tracing import is_being_exported
 from sphere_rl.integrations.gradient_share import Amount, amount
 from sphere_rl.integrations.hooks import track
 from sphere_rl.integrations.regularizer import regularize

@@ -149,6 +149,18 @@ class Method:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
 
+    @property
+    def describes_its_step(self) -> bool:
+        """Whether `feature_penalty` is overridden, and by no class further up than what it stands for.
+
+        That is `actor_penalty`, `actor_gradients`, and whatever its class has that is no hook: they may call it.
+        """
+        order = type(self).__mro__
+        owner = next(number for number, one in enumerate(order) if "feature_penalty" in vars(one))
+        others = {*dir(Method), "name", "summary", "citation"} - {"actor_penalty", "actor_gradients"}
+        stands_for = set(dir(order[owner])) - others
+        return order[owner] is not Method and not any(stands_for & vars(one).keys() for one in order[:owner])
+
     def overrides(self, *hooks: str) -> bool:
         """Whether one of these hooks is more than the one here, which does nothing and need not be called.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sphere_rl.config import TrainConfig
-from sphere_rl.errors import OutsideError
+from sphere_rl.errors import ConfigError, OutsideError, meant
 from sphere_rl.experts.network import Actor
 from sphere_rl.experts.options import NetworkOptions
 from sphere_rl.learner.actor_critic import ActorCritic, Spaces
@@ -24,8 +24,18 @@ def made_methods(config: TrainConfig) -> list[Method]:
 
 
 def options_with(chosen: Iterable[Method], config: TrainConfig) -> NetworkOptions:
-    """The configured options of networks with those that the methods set."""
-    changes = {key: value for method in chosen for key, value in method.network_options().items()}
+    """The configured options of networks with those that the methods set.
+
+    Raises:
+        ConfigError: a method sets what is none.
+    """
+    changes: dict[str, Any] = {}
+    for method in chosen:
+        given = method.network_options()
+        if unknown := given.keys() - vars(config.network).keys():
+            wrong = f"{min(unknown)}{meant(min(unknown), vars(config.network))}"
+            raise ConfigError("method", method.name, f"network_options of fields of NetworkOptions, not {wrong}")
+        changes |= given
     return NetworkOptions(**(vars(config.network) | changes))
 
 

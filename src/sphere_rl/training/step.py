@@ -99,7 +99,7 @@ def description(agent: Agent, batch: Minibatch, first: Int[Tensor, "_"]) -> Desc
     found = [method for method in agent.methods if method.overrides(*ACTOR_HOOKS)]
     if not found:
         return Description(NO_PENALTY, None)
-    if len(found) > 1 or found[0].overrides("observe") or not found[0].overrides("feature_penalty"):
+    if len(found) > 1 or found[0].overrides("observe", "parameter_gradients") or not found[0].describes_its_step:
         return None
     penalty = found[0].feature_penalty(agent.actor, batch.observation[first])
     return None if penalty is None else Description(penalty, found[0])
@@ -181,7 +181,7 @@ def apply_gradients(
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     norm = total_norm(gradients)
-    if isinstance(optimizer, ExpertAdam) and norm.dtype == torch.float32:  # it divides as it goes, in float32 only
+    if type(optimizer) is ExpertAdam and norm.dtype == torch.float32:  # it divides as it goes, in float32 only
         optimizer.step(grad_scale=clip_scale(norm, max_norm))
     else:
         scale_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
@@ -192,9 +192,15 @@ def apply_gradients(
 def begin_critic_step(
     agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool = False
 ) -> Callable[[], Sequence[Tensor]]:
-    """Begin one gradient step of the critic, without autograd where that is enough."""
+    """Begin one gradient step of the critic, without autograd where that is enough.
+
+    It waits for the actor's where both may draw at random: of one stream, in an order that is always the same.
+    """
     step = critic_regression(agent, batch, config, keep)
-    return beside(partial(critic_step, agent, batch, config)) if step is None else begin_regression(step)
+    if step is not None:
+        return begin_regression(step)
+    by_autograd = partial(critic_step, agent, batch, config)
+    return by_autograd if agent.actor.may_draw and agent.critic.may_draw else beside(by_autograd)
 
 
 def critic_regression(agent: Agent, batch: Minibatch, config: TrainConfig, keep: bool) -> Regression | None:
