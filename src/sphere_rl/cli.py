@@ -18,12 +18,18 @@ from typing import Any, NoReturn
 
 from sphere_rl.errors import CommandLineError, ConfigError, RunFolderError, StorageError, TrainingError
 from sphere_rl.terminal.parsers import ArgumentParser, integer, positive, size
+from sphere_rl.terminal.streams import lasting_streams
 from sphere_rl.terminal.waiting import waiting
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    """Run one command and return its exit code, whatever becomes of what it prints."""
+    with lasting_streams():
+        return answer(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def answer(words: list[str]) -> int:
+    """Run the command that the words name, and say in one line what is wrong."""
     if not words or words[0] in ("-h", "--help"):
         print(overview())
         return 0
@@ -46,9 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(str(error), code=3)
     except KeyboardInterrupt:
         return fail("interrupted", code=130)
-    except BrokenPipeError:  # the reader of our output has left, as `head` does
-        sys.stdout = None
-        return 0
     except OSError as error:
         if error.filename is None:
             traceback.print_exc()
