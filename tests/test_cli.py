@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def test_quiet_prints_no_progress(tmp_path: Path, capfd: pytest.CaptureFixture[s
         ("resume nowhere", "nowhere: not a run folder; expected one with a config.json"),
         ("resume", "the following arguments are required: run"),
         ("evaluate nowhere --episodes 0", "argument --episodes: '0' is not allowed; expected a whole number above 0"),
+        ("evaluate nowhere --seed=-1", "--seed: '-1' is not allowed; expected a whole number from 0 to 2147483647"),
+        ("play nowhere --out a.gif --seed 1e30", "--seed: '1e30' is not allowed; expected a whole number from 0 to 2"),
         ("list --actor", "unrecognized arguments: --actor"),
         (
             "train --suite gym --tasks Pendulum-v1 CartPole-v1",
@@ -177,7 +180,7 @@ def closed_pipe() -> Any:
 
 
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
-@pytest.mark.parametrize("make", [closed_pipe, lambda: open("/dev/full", "w", buffering=1)], ids=["pipe", "full"])
+@pytest.mark.parametrize("make", [closed_pipe, partial(open, "/dev/full", "w", buffering=1)], ids=["pipe", "full"])
 def test_a_run_outlives_who_reads_it(name: str, make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     with make() as stream:
