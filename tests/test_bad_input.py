@@ -317,6 +317,14 @@ def test_numbers_of_hundreds_of_digits_are_refused(line: str, digits: int, occup
         refused(code, err)
 
 
+def test_a_suite_in_a_file_is_a_word(occupied: Path) -> None:
+    table = occupied.parent / "suite.toml"
+    table.write_text('suite = ["gym"]')
+    code, _, err = run("train", "--config", str(table), "--out", str(occupied))
+    refused(code, err)
+    assert err.startswith("sphere: suite: ['gym'] is not allowed"), err
+
+
 def test_a_configuration_with_a_huge_number_is_said_of_its_file(trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained, path := tmp_path / "run")
     text = json.loads((path / "config.json").read_text())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -12,6 +12,9 @@ import pytest
 import torch
 import toy_envs
 from comparing import run_difference
+from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
 from stopping import train_in_pieces
 from toy_runs import WORDS, config, train
 
@@ -195,3 +198,46 @@ def test_a_run_that_went_back_is_resumed_bitwise(tmp_path: Path, monkeypatch: py
     folder, begun = train_in_pieces(settings, tmp_path / "stopped")
     assert begun > 2
     assert run_difference(whole, folder) is None
+
+
+class Saved(VectorEnv):
+    """Saves its stream; a reward is nan whenever that draws so, whatever the actions."""
+
+    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def __init__(self, num_envs: int, seed: int) -> None:
+        self.num_envs, self.generator = num_envs, np.random.default_rng(seed)
+        self.single_observation_space, self.single_action_space = Box(-1, 1, (3,)), Box(-1, 1, (2,))
+        self.observation_space, self.action_space = (
+            batch_space(space, num_envs) for space in (self.single_observation_space, self.single_action_space)
+        )
+
+    def reset(self, **_: Any) -> Any:
+        return self.generator.uniform(-1, 1, (self.num_envs, 3)).astype(np.float32), {}
+
+    def step(self, actions: Any) -> Any:
+        none = np.zeros(self.num_envs, bool)
+        reward = np.full(self.num_envs, np.nan if self.generator.random() < 1 / 60 else 1.0)
+        return self.reset()[0], reward, none, none, {}
+
+    def get_state(self) -> Any:
+        return self.generator.bit_generator.state
+
+    def set_state(self, state: Any) -> None:
+        self.generator.bit_generator.state = state
+
+
+def test_environments_that_save_their_streams_begin_new_ones_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the old streams the same nan would come back each time."""
+
+    def make(suite: Any, task: str, num_envs: int, seed: int, *_: Any, **__: Any) -> Any:
+        return Saved(num_envs, seed)
+
+    monkeypatch.setattr(protocol, "make_envs", make)
+    monkeypatch.setattr(protocol.Run, "_evaluate", lambda *_: None)
+    settings = [config("Drawing", on_nan="rollback", steps_per_task=128, seed=seed) for seed in range(6)]
+    found = [train(one, tmp_path / str(one.seed)).status() for one in settings]
+    assert {status["state"] for status in found} == {"finished"}
+    assert sum(len(status.get("rollbacks", ())) for status in found) > 3

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +14,7 @@ from sphere_rl.cli import main
 from sphere_rl.commands import catalogue
 from sphere_rl.experts.network import KINDS
 from sphere_rl.methods import methods
+from sphere_rl.runs import RunFolder
 from sphere_rl.spectrum import SPECTRAL_METRICS
 
 PUBLISHED = Path(__file__).parents[1] / "docs" / "results" / "silent"
@@ -62,6 +66,8 @@ def test_quiet_prints_no_progress(tmp_path: Path, capfd: pytest.CaptureFixture[s
         ("resume nowhere", "nowhere: not a run folder; expected one with a config.json"),
         ("resume", "the following arguments are required: run"),
         ("evaluate nowhere --episodes 0", "argument --episodes: '0' is not allowed; expected a whole number above 0"),
+        ("evaluate nowhere --seed=-1", "--seed: '-1' is not allowed; expected a whole number from 0 to 2147483647"),
+        ("play nowhere --out a.gif --seed 1e30", "--seed: '1e30' is not allowed; expected a whole number from 0 to 2"),
         ("list --actor", "unrecognized arguments: --actor"),
         (
             "train --suite gym --tasks Pendulum-v1 CartPole-v1",
@@ -164,3 +170,34 @@ def test_help_says_of_every_option_what_it_is_and_its_default(command: str, caps
     for option in options:
         required = option.startswith(("-out", "h, --help"))
         assert required or "(" in option or "default" in option, option
+
+
+def closed_pipe() -> Any:
+    """A stream whose reader has left."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w", buffering=1)
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize("make", [closed_pipe, partial(open, "/dev/full", "w", buffering=1)], ids=["pipe", "full"])
+def test_a_run_outlives_who_reads_it(name: str, make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    with make() as stream:
+        monkeypatch.setattr(sys, name, stream)
+        assert main([*TINY, "--out", str(run)]) == 0
+        assert main(["resume", str(run)]) == 0
+        assert main(["fly"]) == 2
+        assert getattr(sys, name) is stream
+    assert RunFolder(run).status()["state"] == "finished"
+
+
+def test_a_command_whose_output_finds_no_room_ends_as_its_work(tmp_path: Path) -> None:
+    """Also where Python itself would say at its end that it cannot hand over what is buffered."""
+    code = "import sys; from sphere_rl.cli import main; sys.exit(main())"
+    with open("/dev/full", "w") as full:
+        done = [
+            subprocess.run([sys.executable, "-c", code, *words], stdout=full, stderr=full, check=False).returncode
+            for words in (["--help"], ["fly"])
+        ]
+    assert done == [0, 2]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import sys
 from importlib.util import find_spec
@@ -181,3 +182,30 @@ def test_what_cannot_be_exported_is_said_in_one_line(
     monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(MissingExtraError):
         exporting.export(run.path, ["safetensors"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("format", ["torchscript", "safetensors"])
+def test_an_export_that_finds_no_room_is_named_and_leaves_nothing(
+    run: RunFolder, format: str, tmp_path: Path, capsys: Any
+) -> None:
+    if format == "safetensors":
+        pytest.importorskip("safetensors", reason="safetensors is not installed")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))  # room for policy.json
+    try:
+        assert main(["export", str(run.path), "--format", format, "--out", str(tmp_path / "a" / "b")]) == 3
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert said.startswith(f"sphere: {tmp_path / 'a' / 'b'}: cannot be written (")
+    assert said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_card_of_a_policy_shows_no_other_agents_scores(tmp_path: Path) -> None:
+    """In protocol rl; the agent of a sequence has been evaluated on the tasks before, too."""
+    tasks = ["toy_envs:Drawing-v0", "toy_envs:OneArray-v0"]
+    for protocol, shown in (("rl", False), ("crl", True)):
+        folder = train(config("x", tasks=tasks, protocol=protocol), tmp_path / protocol)
+        out, _ = exporting.export(folder.path, ["torchscript"], tmp_path / f"{protocol}-out", name="step-000000000096")
+        assert ("| toy_envs:Drawing-v0 | final |" in (out / "README.md").read_text()) == shown

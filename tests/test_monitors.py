@@ -5,14 +5,19 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import gymnasium
 import pytest
 from PIL import Image, ImageSequence
 from rich.console import Console
+from toy_runs import config
 
 from sphere_rl import cli
 from sphere_rl.learner.actor_critic import Spaces
@@ -231,3 +236,21 @@ def test_wandb_offline_has_the_numbers_and_changes_nothing(run: RunFolder, tmp_p
         assert json.dumps(row["mean_return"]).encode() in content
     assert b"spectrum_probe/r_e_K" in content
     assert json.dumps(RunFolder(out).read("spectrum")[-1]["r_e_K"]).encode() in content
+
+
+def test_a_run_is_one_of_wandb_and_another_in_its_place_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = list[str]()
+    fake: Any = SimpleNamespace(
+        Error=RuntimeError, Settings=dict, init=lambda **given: ids.append(given["id"]) or Mock()
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    settings = config("Drawing")
+    for began in (True, False, True):
+        if began:
+            shutil.rmtree(tmp_path / "run", ignore_errors=True)
+            (tmp_path / "run").mkdir()
+        monitors.WandB(settings, RunFolder(tmp_path / "run"), quiet=True)
+    first, resumed, other = ids
+    assert first == resumed != other

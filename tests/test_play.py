@@ -18,7 +18,7 @@ from PIL import Image
 from sphere_rl.cli import main
 from sphere_rl.commands.play import play, record
 from sphere_rl.config import override, preset
-from sphere_rl.errors import ConfigError, MissingExtraError
+from sphere_rl.errors import ConfigError, MissingExtraError, StorageError
 from sphere_rl.protocol import start
 from sphere_rl.runs import RunFolder
 from sphere_rl.suites import make_suite
@@ -117,6 +117,26 @@ def test_an_mp4_that_cannot_be_written_says_so_and_leaves_nothing(tmp_path: Path
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "large.mp4").exists()
+
+
+def test_a_gif_that_finds_no_room_is_named_and_not_begun(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(StorageError, match=r"film\.gif: cannot be written"):
+            record(Counter(), lambda observation: 0.0, tmp_path / "film.gif", steps=5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_environment_that_fails_to_draw_is_said_in_one_line(tmp_path: Path) -> None:
+    class Blind(Counter):
+        def render(self) -> Any:
+            raise ValueError("no camera")
+
+    with pytest.raises(ConfigError, match=r"Blind.*one that can be drawn \(ValueError: no camera\)"):
+        record(Blind(), lambda observation: 0.0, tmp_path / "film.gif", steps=5)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from sphere_rl import cli, plugins
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts import Kind, weighted_routing
 from sphere_rl.experts.network import KINDS, make_actor
+from sphere_rl.sweep.plan import Grid, plan
 
 METHOD = """
 from sphere_rl.methods import Method
@@ -207,3 +208,28 @@ def test_too_few_experts_for_a_gate_are_refused(write) -> None:
                         "ACTORS = {'few': Kind('one', lambda options, training: TopK(4, shared=2))}")])  # fmt: skip
     with pytest.raises(ConfigError, match=r"num_shared: 2 is not allowed; expected 0 to 1"):
         make_actor("few", 3, 1, num_experts=5)
+
+
+STRONG = """
+from dataclasses import dataclass
+from sphere_rl.methods import Method, MethodConfig
+
+class Mine(Method):
+    name = "strong"
+    summary = "does nothing"
+    citation = "Nobody 2026"
+
+    @dataclass(frozen=True)
+    class Config(MethodConfig):
+        rho: float = 0.1
+        \"\"\"A strength.\"\"\"
+"""
+
+
+def test_an_axis_of_a_plugins_method_concerns_that_method_alone(write) -> None:
+    grid = Grid(
+        suites=("gym",), tasks=("CartPole-v1",), methods=("none", "strong"), train=("--plugin", write("axes", STRONG)),
+        options=(("strong.rho", ("0.1", "0.2")),),
+    )  # fmt: skip
+    found = [run.name.removeprefix("gym-crl-topk_moe-") for run in plan(grid, Path("out"))]
+    assert found == ["none-seed0", "strong-rho0.1-seed0", "strong-rho0.2-seed0"]

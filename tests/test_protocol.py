@@ -17,6 +17,7 @@ import torch
 from comparing import run_difference, timeless
 from killing import resume_until_finished
 from stopping import StopAfter, Stopped
+from toy_runs import config
 
 from sphere_rl import protocol
 from sphere_rl.config import TrainConfig, override, to_dict
@@ -257,3 +258,41 @@ def test_load_policy_gives_the_trained_policy(tiny: TrainConfig, tmp_path: Path)
     torch.testing.assert_close(final.mean, state["normalizer"]["mean"])
     for name, parameter in final.actor.named_parameters():
         assert torch.equal(parameter, state["actor"][name])
+
+
+def test_a_run_that_is_stopped_while_it_is_restored_says_so(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its status was that of the process that was killed before."""
+    from sphere_rl.cli import main
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with RunFolder(tmp_path / "run") as folder:
+        folder.create(to_dict(tiny))
+        folder.set_status("running", 128, "Pendulum-v1", rollbacks=["nan"])
+    monkeypatch.setattr(checkpoint, "newest", stopped)
+    assert main(["resume", str(folder.path), "--quiet"]) == 130
+    assert folder.status() == {
+        "state": "interrupted", "global_step": 128, "task": "Pendulum-v1", "error": None, "rollbacks": ["nan"],
+    }  # fmt: skip
+
+
+def test_versions_that_a_run_goes_on_with_are_told_once_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunFolder(tmp_path / "run") as folder:
+        folder.create(to_dict(config("Drawing")))
+        before, text = folder.record(), folder.config_path.read_text()
+        folder.tell_changes()
+        assert (folder.config_path.read_text(), capsys.readouterr().err) == (text, "")
+        data = before | {"versions": before["versions"] | {"torch": "1.0"}, "commit": "0" * 40}
+        folder.config_path.write_text(json.dumps(data))
+        protocol.resume(folder, lambda step: [])
+        (line,) = capsys.readouterr().err.splitlines()
+        torch_now, commit = before["versions"]["torch"], before["commit"] or "unknown"
+        assert line.endswith(f"run goes on with torch {torch_now} (was 1.0), commit {commit} (was {'0' * 40})")
+        assert folder.record() == data | {"continued": [{name: before[name] for name in ("versions", "commit")}]}
+        protocol.resume(folder, lambda step: [])
+        assert capsys.readouterr().err == ""

@@ -7,12 +7,16 @@ import io
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,14 +24,16 @@ from comparing import run_difference
 from rich.console import Console
 
 from sphere_rl import cli, protocol
-from sphere_rl.errors import CommandLineError, ConfigError
+from sphere_rl.commands import demo
+from sphere_rl.errors import CommandLineError, ConfigError, StorageError
 from sphere_rl.runs import RunFolder, checkpoint
-from sphere_rl.sweep import command, default_jobs, parse
-from sphere_rl.sweep.cost import reason, speed_class, speeds, steps_left
+from sphere_rl.sweep import command, default_jobs, engines, parse
+from sphere_rl.sweep.cost import calibrate, reason, speed_class, speeds, steps_left
 from sphere_rl.sweep.display import LiveTable, last_row
 from sphere_rl.sweep.engines import RETRIES, again
 from sphere_rl.sweep.plan import Grid, load_grid, plan, preset_path, state, tell_idle_in
 from sphere_rl.sweep.reuse import share, sources
+from sphere_rl.terminal.arguments import parse_train
 from sphere_rl.training.policies import load_policy
 
 TRAIN = (
@@ -253,6 +259,7 @@ def test_whole_numbers_with_an_exponent(tmp_path: Path) -> None:
         (["--address", "auto"], "expected --engine ray"),
         (["--steps-per-task", "1"], "steps_per_task: 1 is not allowed"),
         (["--config", "nowhere.toml"], "config: 'nowhere.toml' is not allowed"),
+        (["--methods", "sphere", "--grid", "sphere.rho", "0.1", "1e-1"], "it would be the same run as gym-crl-"),
     ],
 )
 def test_errors_are_one_line_before_anything_starts(words: list[str], message: str, tmp_path: Path) -> None:
@@ -274,6 +281,12 @@ def test_errors_are_one_line_before_anything_starts(words: list[str], message: s
         ("[[stages]]\nspeed = [3]", "stages"),
         ("[[stages]]\nseeds = 3", "stages"),
         ("stages = [3]", "stages"),
+        ("[[stages]]\nmethods = [3]", "stages.methods"),
+        ('suites = [["gym"]]', "suites"),
+        ("protocols = [1]", "protocols"),
+        ("actors = [{a = 1}]", "actors"),
+        ("methods = [1]", "methods"),
+        ("tasks = [1]", "tasks"),
     ],
 )
 def test_errors_of_a_grid_file(text: str, field: str, tmp_path: Path) -> None:
@@ -281,6 +294,15 @@ def test_errors_of_a_grid_file(text: str, field: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=f"^{field}: "):
         load_grid(path)
+
+
+@pytest.mark.parametrize("text", ["seeds = []", "methods = []", "[grid]\ngamma = []", "[[stages]]\nseeds = []"])
+def test_an_axis_without_values_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"^\w+: \[\] is not allowed; expected at least one value$"):
+        command([*GYM, "--config", str(path), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def test_own_words_and_those_of_train() -> None:
@@ -332,7 +354,10 @@ def test_failures_are_listed_and_the_rest_finishes(tmp_path: Path, capfd: pytest
     bad, good = plan(grid(protocols=("crl",), methods=("none",), options=(axis,)), tmp_path)
     assert f"{bad.name}: TrainingError: task Pendulum-v1, iteration 1: minibatch" in printed
     assert (state(bad), state(good)) == ("failed", "finished")
-    assert "TrainingError" in reason(bad, bad.log)
+    assert "TrainingError" in reason(bad, 3)
+    with bad.log.open("a") as log:
+        log.write("sphere: refused\n")
+    assert (reason(bad, 2), "TrainingError" in reason(bad, 3)) == ("sphere: refused", True)
 
 
 def sweep_process(out: Path, *words: str) -> subprocess.Popen[bytes]:
@@ -480,6 +505,38 @@ def test_a_first_task_that_is_not_over_is_trained(tmp_path: Path) -> None:
     assert not alone.folder.exists()
 
 
+def test_a_first_task_that_another_sweep_takes_meanwhile_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone, sequence = plan(grid(**SEQUENCE), tmp_path)
+    assert cli.main(["train", *sequence.words, "--out", str(sequence.folder), "--quiet"]) == 0
+    reading = RunFolder.record
+
+    def record(folder: RunFolder) -> dict[str, Any]:  # between the look at the source and the lock
+        monkeypatch.undo()
+        assert share(alone, sequence)
+        return reading(folder)
+
+    monkeypatch.setattr(RunFolder, "record", record)
+    assert not share(alone, sequence)
+    assert state(alone) == "finished"
+    with RunFolder(alone.folder):
+        assert not share(alone, sequence)
+
+
+def test_a_shared_policy_that_finds_no_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, sequence = plan(grid(**SEQUENCE), tmp_path)
+    assert cli.main(["train", *sequence.words, "--out", str(sequence.folder), "--quiet"]) == 0
+    policy = next(sequence.folder.glob("checkpoints/task-00-*.pt"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (policy.stat().st_size - 1, before[1]))
+    try:
+        with pytest.raises(StorageError, match=rf"^{alone.folder}.*{policy.name}: cannot be written"):
+            share(alone, sequence)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_strengths_have_the_same_speed_and_modes_have_not() -> None:
     def kinds(*options: tuple[str, tuple[str, ...]]) -> int:
         return len({speed_class(run.config) for run in plan(grid(methods=("sphere",), options=options), Path("out"))})
@@ -488,6 +545,48 @@ def test_strengths_have_the_same_speed_and_modes_have_not() -> None:
     assert kinds(("label", ("one", "other"))) == 1
     assert kinds(("sphere.mode", ("loss", "grad"))) == 2
     assert kinds(("num_envs", ("2", "4"))) == 2
+
+
+def test_every_task_has_its_speed_and_a_sequence_their_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tasks of a suite are of one kind, one of them stands for all."""
+    asked = list[str]()
+
+    def calibrate(run: object, task: str) -> float:
+        asked.append(task)
+        return {"A": 100.0, "B": 300.0}.get(task, 7.0)
+
+    monkeypatch.setattr("sphere_rl.sweep.cost.calibrate", calibrate)
+    runs = plan(grid(protocols=("rl", "crl"), methods=("none",), tasks=("A", "B"), seeds=(0, 1)), tmp_path)
+    assert list(speeds(runs).values()) == [100.0, 300.0, 150.0] * 2
+    assert asked == ["A", "B"]
+    tasks = ("push", "drawer-close")
+    assert {*speeds(plan(grid(suites=("cw10",), methods=("none",), tasks=tasks), tmp_path)).values()} == {7.0}
+    assert asked == ["A", "B", "push"]
+
+
+def test_a_calibration_makes_no_runs_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(folder: str, words: list[str], *_: object) -> Any:
+        config, _, _ = parse_train(words)
+        raise LookupError(config.log, config.films, config.task_sequence)
+
+    monkeypatch.setattr("sphere_rl.sweep.cost.start", start)
+    (run,) = plan(grid(methods=("none",)), tmp_path)
+    monkeypatch.setattr("sphere_rl.terminal.arguments.check_watchers", lambda config: None)  # neither is installed
+    watched = replace(run, words=(*run.words, "--log", "wandb", "--films"))
+    with pytest.raises(LookupError) as found:
+        calibrate(watched, "A")
+    assert found.value.args == ("tensorboard", False, ("A",))
+
+
+def test_core_hours_are_of_all_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sphere_rl.sweep.cost.calibrate", lambda run, task: 256 / 3600)
+    words = [*GYM, "--methods", "none", "--torch-threads", "2", "--jobs", "1", "--out", str(tmp_path), "--dry-run"]
+    assert command(words) == 0
+    printed = capsys.readouterr().out
+    assert ": 2.00 core-hours" in printed
+    assert "about 1.00 hours" in printed
 
 
 def test_dry_run_calibrates_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -558,3 +657,37 @@ def test_report_follows_the_sweep(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert "gym-learning.png" in drawn
     assert "gym-rank.png" not in drawn  # nothing was measured
     assert "2 of 2 runs finished.\n" in capfd.readouterr().out
+
+
+def test_the_demo_shows_its_own_runs_alone(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    found = demo.planned(tmp_path, demo.SHORT)
+    assert [folder.name for folder in found] == [f"cw10-crl-topk_moe-{name}-seed0" for name in ("none", "sphere")]
+
+
+def test_ray_has_no_more_tasks_than_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a cluster, too, whose cores this command does not choose."""
+    at_once, most = set[int](), list[int]()
+
+    def submit(*_: object) -> int:
+        at_once.add(len(most))
+        most.append(len(at_once))
+        return len(most) - 1
+
+    def wait(tasks: list[int], timeout: float) -> tuple[list[int], list[int]]:
+        at_once.discard(tasks[0])
+        return tasks[:1], tasks[1:]
+
+    task = SimpleNamespace(options=lambda **_: SimpleNamespace(remote=submit))
+    fake: Any = SimpleNamespace(
+        is_initialized=lambda: True, remote=lambda _: task, wait=wait, get=lambda done: 0, shutdown=lambda: None
+    )
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setitem(sys.modules, "ray.exceptions", SimpleNamespace(RayError=RuntimeError))  # type: ignore[arg-type]
+    monkeypatch.setattr(engines, "require", lambda *_: None)
+    runs = plan(grid(methods=("none",), seeds=tuple(range(5))), tmp_path)
+    for jobs, expected in ((2, 2), (None, 5)):
+        most.clear()
+        codes = engines.ray(None, jobs)(runs, Mock())
+        assert (codes, max(most)) == ({run.name: 0 for run in runs}, expected)

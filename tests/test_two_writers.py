@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import subprocess
 import sys
@@ -63,11 +64,12 @@ def test_the_lock_of_an_owner_that_died_is_taken_over(run: Path) -> None:
 
 def test_a_file_system_without_locks_is_said_as_that(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
-        raise NotImplementedError("FileSystem does not appear to support flock")
+        raise OSError(errno.ENOSYS, "Function not implemented")
 
-    monkeypatch.setattr("filelock.FileLock._acquire", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     with pytest.raises(RunFolderError, match=r"cannot be locked \(its file system has no locks\)"), RunFolder(run):
         pass
+    assert not RunFolder(run).in_use
 
 
 def sweep(out: Path, *seeds: str) -> list[str]:

@@ -17,13 +17,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sphere_rl.errors import CommandLineError, ConfigError, RunFolderError, StorageError, TrainingError
-from sphere_rl.terminal.parsers import ArgumentParser, integer, positive, size
+from sphere_rl.terminal.parsers import ArgumentParser, positive, seed, size
+from sphere_rl.terminal.streams import lasting_streams
 from sphere_rl.terminal.waiting import waiting
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    """Run one command and return its exit code, whatever becomes of what it prints."""
+    with lasting_streams():
+        return answer(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def answer(words: list[str]) -> int:
+    """Run the command that the words name, and say in one line what is wrong."""
     if not words or words[0] in ("-h", "--help"):
         print(overview())
         return 0
@@ -46,9 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(str(error), code=3)
     except KeyboardInterrupt:
         return fail("interrupted", code=130)
-    except BrokenPipeError:  # the reader of our output has left, as `head` does
-        sys.stdout = None
-        return 0
     except OSError as error:
         if error.filename is None:
             traceback.print_exc()
@@ -141,8 +144,8 @@ def resume(words: list[str]) -> None:
         if folder.status().get("state") == "finished":
             print(f"{given.run}: finished already", file=sys.stderr)
             return
-        config = config_of(folder)
         with resumable(folder):
+            config = config_of(folder)
             protocol.resume(folder, lambda step: make_monitors(config, folder, step, given.quiet))
         print_results(folder)
 
@@ -155,6 +158,7 @@ def resumable(folder: Any) -> Any:
     try:
         yield
     except KeyboardInterrupt:
+        folder.interrupt()  # it may not have got so far as to say so itself
         where = f"stopped at step {folder.status().get('global_step', 0):,}; the run goes on from"
         step = checkpoint.newest_step(folder)
         where += " its beginning" if step is None else f" step {step:,}"
@@ -178,7 +182,7 @@ def evaluate(words: list[str]) -> None:
     options.add_argument("--episodes", type=positive, default=50, help="deterministic episodes of each task (50)")
     limit = "end an episode after so many steps; by default as the run does (its eval_max_steps)"
     options.add_argument("--eval-max-steps", "--max-steps", type=positive, help=limit)
-    options.add_argument("--seed", type=integer, default=0, help="of the episodes' first states (0)")
+    options.add_argument("--seed", type=seed, default=0, help="of the episodes' first states (0)")
     options.add_argument("--json", action="store_true", help="one JSON object a task instead of the table (off)")
     add_device(options)
     given = options.parse_args(words)
@@ -229,7 +233,7 @@ def play(words: list[str]) -> None:
         "--checkpoint",
         help="latest, or a file of the run's checkpoints folder; by default the latest, in rl that of --task",
     )
-    options.add_argument("--seed", type=integer, default=0, help="of the episode's first state (0)")
+    options.add_argument("--seed", type=seed, default=0, help="of the episode's first state (0)")
     options.add_argument("--steps", "--max-steps", type=positive, default=1000, help="stop after so many steps (1000)")
     options.add_argument(
         "--fps", type=positive, default=25, help="pictures a second, about: in real time, every k-th step drawn (25)"

@@ -148,8 +148,9 @@ class Run:
                 self.rollbacks = rollbacks_of(found)
         if rollbacks is not None:
             self.rollbacks = rollbacks
-            if self.agent is not None:
+            if found is not None and self.agent is not None:
                 self.agent.generator.manual_seed(self._seed("training"))
+                found[1]["collector"] = None  # it would go on with the random streams of before
         self.logs = Logs(folder, lengths)  # the first that changes anything in the folder
         self.told = ToldSuccess(folder.read("train") + folder.read("eval"))
         try:
@@ -175,6 +176,7 @@ class Run:
     def train(self) -> None:
         """Train every task that is left, then evaluate all of them again."""
         self.set_status("running")
+        self.folder.tell_changes()
         if self.due is not None:
             self._evaluate(self._restored_policy(self.due), self.due)
         while self.progress.task_index < len(self.tasks):

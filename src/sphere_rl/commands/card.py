@@ -89,7 +89,8 @@ def _output(spaces: Spaces) -> str:
 def _evaluation(folder: RunFolder, chosen: Chosen) -> list[str]:
     """The run's own evaluations at this checkpoint, or the last ones before it."""
     rows = [row for row in folder.read("eval") if row["global_step"] <= chosen.global_step]
-    rows = [row for row in rows if row["task_index"] <= chosen.task_index]
+    first = chosen.task_index if config_of(folder).protocol == "rl" else 0  # in rl each task has an agent of its own
+    rows = [row for row in rows if first <= row["task_index"] <= chosen.task_index]
     if not rows:
         return ["The run has not evaluated this policy."]
     last = rows[-1]["global_step"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from sphere_rl.numbers import number
@@ -34,7 +35,7 @@ def command(words: list[str]) -> int | None:
     code = sweep.command([*sweep_words(steps), "--out", str(given.out)])
     if code:
         return code
-    print_tables(given.out, steps)
+    print_tables(planned(given.out, steps), steps)
     return report.command([str(given.out), "--out", str(given.out / "page")])
 
 
@@ -46,17 +47,24 @@ def sweep_words(steps: int) -> list[str]:
     return words + [word for name, value in OPTIONS.items() for word in (f"--{name}", str(value))]
 
 
-def print_tables(runs: Path, steps: int) -> None:
+def planned(out: Path, steps: int) -> list[Path]:
+    """Folders of the demo's runs; others may lie beside them."""
+    from sphere_rl.sweep import grid_of, parse
+    from sphere_rl.sweep.plan import plan
+
+    return [run.folder for run in plan(grid_of(*parse(sweep_words(steps))), out)]
+
+
+def print_tables(runs: Sequence[Path], steps: int) -> None:
     """Success, return, effective ranks and speed, by task and method."""
     import numpy as np
 
-    from sphere_rl.results import run_folders
     from sphere_rl.runs import RunFolder
     from sphere_rl.terminal.tables import print_table
     from sphere_rl.training.saved import config_of
 
     rows = []
-    for folder in map(RunFolder, run_folders(runs)):
+    for folder in map(RunFolder, runs):
         method = "+".join(config_of(folder).method)
         speed = np.median([row["steps_per_second"] for row in folder.read("train")])
         ranks = {row["task_index"]: row for row in folder.read("spectrum") if row["batch"] == "probe"}

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sphere_rl.commands.card import model_card
-from sphere_rl.errors import MissingExtraError, RunFolderError, described
+from sphere_rl.errors import MissingExtraError, RunFolderError, StorageError, described
 from sphere_rl.experts.gates import TopK
 from sphere_rl.experts.tracing import traced
 from sphere_rl.extras import require_module
@@ -101,7 +101,8 @@ def _beside(target: Path) -> Iterator[Path]:
     """A folder that becomes ``target`` if all goes well, and is gone otherwise.
 
     Raises:
-        RunFolderError: ``target`` holds something, or cannot be written.
+        RunFolderError: ``target`` holds something, or cannot be made.
+        StorageError: it cannot be written.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunFolderError(f"{target}: not empty; expected a new or empty folder (--out), or all formats at once")
@@ -115,8 +116,10 @@ def _beside(target: Path) -> Iterator[Path]:
         yield work
         work.chmod(0o755)  # mkdtemp's are for their owner alone
         work.replace(target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(new or work)
+        if isinstance(error, OSError) and not isinstance(error, StorageError):
+            raise StorageError.of(target, error) from error
         raise
 
 
@@ -127,6 +130,8 @@ def _write(policy: Policy, format: str, work: Path) -> Written:
     except (MissingExtraError, RunFolderError):
         raise
     except Exception as error:  # whatever the exporters make of somebody's gate
+        if isinstance(error, OSError) and error.errno:  # of the disk; inspect raises one without a number
+            raise
         reason = described(error.__cause__ or error, longest=200)  # PyTorch's own words are of its steps
         raise RunFolderError(f"format: {format} cannot hold this policy ({reason})") from error
     return Written(format, name, check(policy, act, format))
@@ -178,7 +183,7 @@ def margins(policy: Policy, states: Float[Tensor, "N D"]) -> Float[Tensor, "N"]:
 def _torchscript(policy: Policy, path: Path) -> Act:
     module: Any = traced(policy, torch.zeros(2, policy.actor.observation_dim))
     with undeprecated():
-        module.save(str(path))
+        path.write_bytes(module.save_to_buffer())  # whose errors are of the disk
         module = torch.jit.load(path)  # type: ignore[reportPrivateImportUsage]
 
     def act(states: np.ndarray) -> np.ndarray:

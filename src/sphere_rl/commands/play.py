@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from sphere_rl.errors import ConfigError
+from sphere_rl.errors import ConfigError, described
 from sphere_rl.suites.picture import Drawable, Picture
 
 Frame = np.ndarray  # uint8 [height, width, 3]
@@ -164,6 +165,8 @@ def _draw(env: gymnasium.Env) -> Frame:
         frame = env.render()
     except gymnasium.error.DependencyNotInstalled as error:
         raise ConfigError("task", _name(env), f"one that can draw here ({error})") from error
+    except Exception as error:
+        raise ConfigError("task", _name(env), f"one that can be drawn ({described(error)})") from error
     if not isinstance(frame, np.ndarray):
         raise ConfigError("task", _name(env), f"one that draws arrays, not {type(frame).__name__}")
     return frame[: frame.shape[0] // 2 * 2, : frame.shape[1] // 2 * 2]  # H.264 halves the colour planes
@@ -204,10 +207,14 @@ def _mp4(path: Path, shape: tuple[int, ...], fps: float) -> Iterator[Callable[[F
 def _gif(path: Path, shape: tuple[int, ...], fps: float) -> Iterator[Callable[[Frame], object]]:
     from PIL import Image
 
-    frames: list[Any] = []
+    from sphere_rl.runs import write_atomic
+
+    frames, film = list[Any](), io.BytesIO()
     yield lambda frame: frames.append(Image.fromarray(frame).quantize(128))
     # A gif counts in hundredths of a second.
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=round(100 / fps) * 10, loop=0, optimize=True)
+    duration = round(100 / fps) * 10
+    frames[0].save(film, "gif", save_all=True, append_images=frames[1:], duration=duration, loop=0, optimize=True)
+    write_atomic(path, film.getvalue())
 
 
 WRITERS = {".mp4": _mp4, ".gif": _gif}

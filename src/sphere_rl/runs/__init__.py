@@ -6,10 +6,13 @@
 
 from __future__ import annotations
 
+import errno
+import inspect
 import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +24,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sphere_rl.errors import RunFolderError, StorageError
-from sphere_rl.runs.records import MAYBE_TEXT, OBJECT, STATUS, TEXTS, content, read_object, read_row
+from sphere_rl.runs.records import MAYBE_TEXT, OBJECT, ORIGINS, STATUS, TEXTS, content, read_object, read_row
 
 LOGS = ("train", "eval", "spectrum")
 
@@ -75,6 +78,14 @@ def file_name(text: str) -> str:
     return re.sub(r"[^\w.,=+-]", "_", text)
 
 
+def lock_of(path: Path, patience: float) -> FileLock:
+    """The lock of a folder: the kernel's or none, not the mark in a file that filelock 4 takes where there are none."""
+    kernels: dict[str, Any] = (
+        {"fallback_to_soft": False} if "fallback_to_soft" in inspect.signature(FileLock).parameters else {}
+    )
+    return FileLock(path / ".lock", timeout=patience, **kernels)
+
+
 PATIENCE = 1.0
 """Seconds to wait for a lock: whoever asks `RunFolder.in_use` holds it for a moment."""
 
@@ -85,7 +96,7 @@ class RunFolder:
     def __init__(self, path: Path | str, patience: float = PATIENCE) -> None:
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
-        self._lock = FileLock(self.path / ".lock", timeout=patience)
+        self._lock = lock_of(self.path, patience)
 
     @classmethod
     def existing(cls, path: Path | str) -> RunFolder:
@@ -151,10 +162,11 @@ class RunFolder:
             self._lock.acquire()
         except Timeout:
             raise RunFolderError(f"{self.path}: another process is using this run folder") from None
-        except NotImplementedError:
-            raise RunFolderError(f"{self.path}: cannot be locked (its file system has no locks)") from None
-        except OSError as error:
-            raise RunFolderError(f"{self.path}: cannot be written ({error.strerror or error})") from None
+        except (NotImplementedError, OSError) as error:
+            reason = f"cannot be written ({getattr(error, 'strerror', None) or error})"
+            if isinstance(error, NotImplementedError) or error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
+                reason = "cannot be locked (its file system has no locks)"
+            raise RunFolderError(f"{self.path}: {reason}") from None
         return self
 
     @property
@@ -163,7 +175,7 @@ class RunFolder:
         if not (self.path / ".lock").is_file():
             return False
         try:
-            with FileLock(self.path / ".lock", timeout=0):
+            with lock_of(self.path, 0):
                 return False
         except Timeout:
             return True
@@ -204,6 +216,33 @@ class RunFolder:
             data["rollbacks"] = list(rollbacks)
         write_atomic(self.path / "status.json", _json(data))
 
+    def interrupt(self) -> None:
+        """Say of a run whose status is that it is running that it is not, where it was interrupted elsewhere."""
+        status = self.status()
+        if status.get("state") == "running":
+            write_atomic(self.path / "status.json", _json(status | {"state": "interrupted"}))
+
+    def tell_changes(self) -> None:
+        """Say on standard error which versions and commit are others than when the run began, or last went on.
+
+        ``config.json`` keeps it, in the list ``continued``, which only such runs have.
+        """
+        record = self.record()
+        before = {"commit": None} | [record, *record.get("continued", ())][-1]
+        now: dict[str, Any] = {"versions": versions(), "commit": commit()}
+        names = dict.fromkeys([*before["versions"], *now["versions"]]) if before["versions"] else {}
+        pairs: dict[str, tuple[Any, Any]] = {
+            name: (before["versions"].get(name), now["versions"].get(name)) for name in names
+        }
+        if before["commit"]:
+            pairs["commit"] = before["commit"], now.get("commit")
+        changed = [
+            f"{name} {new or 'unknown'} (was {old or 'unknown'})" for name, (old, new) in pairs.items() if old != new
+        ]
+        if changed:
+            write_atomic(self.config_path, _json(record | {"continued": [*record.get("continued", ()), now]}))
+            print(f"sphere: {self.path} goes on with {', '.join(changed)}", file=sys.stderr)
+
     def read(self, log: str, needed: Iterable[str] = (), length: int | None = None) -> list[dict[str, Any]]:
         """All whole lines of a log; a last line that is still being written is left out.
 
@@ -228,7 +267,11 @@ class RunFolder:
         self.read(log, length=length)
 
     def _record(self) -> dict[str, Any]:
-        return read_object(self.config_path, {"config": OBJECT, "versions": OBJECT, "commit": MAYBE_TEXT}, ("config",))
+        return read_object(
+            self.config_path,
+            {"config": OBJECT, "versions": OBJECT, "commit": MAYBE_TEXT, "continued": ORIGINS},
+            ("config",),
+        )
 
     def _log_path(self, log: str) -> Path:
         return self.path / f"{log}.jsonl"

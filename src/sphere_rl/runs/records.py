@@ -15,9 +15,10 @@ from typing import Any, NoReturn
 from sphere_rl.errors import RunFolderError
 
 STATES = ("running", "finished", "failed", "interrupted")
-WHOLE, NUMBER, MAYBE, TEXT, MAYBE_TEXT, STATE, TEXTS, OBJECT, ANY = (
+WHOLE, NUMBER, MAYBE, TEXT, MAYBE_TEXT, STATE, TEXTS, OBJECT, ORIGINS, ANY = (
     "a whole number", "a number", "a number or null", "text", "text or null", f"one of {', '.join(STATES)}",
-    "a list of texts", "an object", "a number, a list of numbers or null",
+    "a list of texts", "an object", "a list of objects with versions and commit",
+    "a number, a list of numbers or null",
 )  # fmt: skip
 PLACE = {"global_step": WHOLE, "task_index": WHOLE, "task": TEXT, "task_step": WHOLE}
 SCORES = dict.fromkeys(("success_final", "success_once", "mean_return", "std_return", "mean_length"), MAYBE)
@@ -117,6 +118,12 @@ def _text(value: Any) -> bool:
     return isinstance(value, str)
 
 
+def _origin(value: Any) -> bool:
+    return (
+        isinstance(value, dict) and isinstance(value.get("versions"), dict) and CHECKS[MAYBE_TEXT](value.get("commit"))
+    )
+
+
 CHECKS: dict[str, Callable[[Any], bool]] = {
     WHOLE: _whole,
     NUMBER: _number,
@@ -126,6 +133,7 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     STATE: lambda value: _text(value) and value in STATES,
     TEXTS: lambda value: isinstance(value, list) and all(map(_text, value)),
     OBJECT: lambda value: isinstance(value, dict),
+    ORIGINS: lambda value: isinstance(value, list) and all(map(_origin, value)),
     ANY: lambda value: value is None or all(map(_number, value if isinstance(value, list) else [value])),
 }
 """Whether a value is of a kind."""

@@ -51,7 +51,7 @@ def command(words: list[str], report: Callable[[list[str]], object] | None = Non
 
     print(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again:")
     for run in failed:
-        print(f"  {run.name}: {reason(run, run.log)}  ({run.log})")
+        print(f"  {run.name}: {reason(run, codes[run.name])}  ({run.log})")
     return 3
 
 
@@ -179,9 +179,10 @@ def dry_run(runs: Sequence[Any], jobs: int | None) -> int:
     with waiting("measuring how fast these runs train here"):
         speed = speeds(left)
     hours = [steps[run.name] / speed[run.name] / 3600 for run in left]
+    cores = sum(alone * run.threads for alone, run in zip(hours, left, strict=True))
     rates = sorted({round(value) for value in speed.values()})
     at = f" at {rates[0]} to {rates[-1]} steps/s a run" if rates else ""
-    print(f"{len(left)} of {len(runs)} runs to do, {sum(steps.values()):,} steps{at}: {sum(hours):.2f} core-hours")
+    print(f"{len(left)} of {len(runs)} runs to do, {sum(steps.values()):,} steps{at}: {cores:.2f} core-hours")
     print(f"with {jobs} side by side about {max([sum(hours) / jobs, *hours], default=0):.2f} hours, evaluations on top")
     print(room(runs))
     return 0

@@ -110,7 +110,7 @@ def killed(code: int) -> bool:
 
 
 def ray(address: str | None, jobs: int | None) -> Engine:
-    """A task of Ray for each run; ``address`` of a cluster, or a Ray of this machine with room for ``jobs`` runs.
+    """A task of Ray for each run, up to ``jobs`` at a time; ``address`` of a cluster, or a Ray of this machine.
 
     Ray's own ``RAY_ADDRESS``, which it sets in what it is given as a job, stands for an address that is not given.
 
@@ -131,13 +131,14 @@ def ray(address: str | None, jobs: int | None) -> Engine:
             connect(address, jobs and jobs * max(run.threads for run in runs))
         task, codes = ray.remote(carry_out), dict[str, int]()
         try:
-            waiting = {}
-            for run in runs:
-                gpus = 1 if run.config.device.startswith("cuda") else 0
-                options = {"num_cpus": run.threads, "num_gpus": gpus, "max_retries": RETRIES, "name": run.name}
-                waiting[task.options(**options).remote(*process_of(run))] = run
-                watcher.started(run)
-            while waiting:
+            left, waiting = deque(runs), {}
+            while left or waiting:
+                while left and len(waiting) < (jobs or len(runs)):
+                    run = left.popleft()
+                    gpus = 1 if run.config.device.startswith("cuda") else 0
+                    options = {"num_cpus": run.threads, "num_gpus": gpus, "max_retries": RETRIES, "name": run.name}
+                    waiting[task.options(**options).remote(*process_of(run))] = run
+                    watcher.started(run)
                 for done in ray.wait(list(waiting), timeout=0.5)[0]:
                     run = waiting.pop(done)
                     try:

@@ -24,7 +24,7 @@ from sphere_rl.methods import methods
 from sphere_rl.runs import RunFolder, file_name, read_sweep, write_atomic
 from sphere_rl.settings import ROLES
 from sphere_rl.suites.env_args import value_of, word_of
-from sphere_rl.terminal.arguments import named_options, option_words, parse_train
+from sphere_rl.terminal.arguments import load_plugins, named_options, option_words, parse_train
 from sphere_rl.training.saved import config_of
 
 
@@ -92,17 +92,33 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
     """All runs of a grid, stage by stage; within one seeds outermost, so that every method has its first seed early.
 
     Raises:
-        ConfigError: a combination that is not allowed, or a folder that holds a run with another configuration.
+        ConfigError: an axis without values, a combination that is not allowed, two names of one configuration, or a
+            folder that holds a run with another configuration.
     """
+    axes = [_flag(name, value) for name, values in grid.options if name == "plugin" for value in values]
+    for words in (grid.train, *(words for _, words in grid.arms), *axes):  # first: an axis may be of their methods
+        load_plugins(words)
     check_axes(grid)
     runs: dict[str, PlannedRun] = {}
     for stage in grid.stages or ({},):
-        for run in _plan_stage(replace(grid, **stage), out):
+        for run in _plan_stage(_checked(replace(grid, **stage)), out):
             if runs.setdefault(run.name, run).config != run.config:
                 raise ConfigError("out", str(run.folder), "names of tasks and values that differ in files' names")
+    known: dict[TrainConfig, str] = {}
     for run in runs.values():
+        if (other := known.setdefault(run.config, run.name)) != run.name:
+            raise ConfigError("grid", run.name, f"other values: it would be the same run as {other}")
         check_folder(run)
     return list(runs.values())
+
+
+def _checked(grid: Grid) -> Grid:
+    """The grid, where each of its axes has values; without tasks they are each suite's own."""
+    axes = {name: getattr(grid, name) for name in AXES if name != "tasks"} | dict(grid.options)
+    for name, values in axes.items():
+        if not values:
+            raise ConfigError(name, [], "at least one value")
+    return grid
 
 
 def _plan_stage(grid: Grid, out: Path) -> Iterator[PlannedRun]:
@@ -194,9 +210,7 @@ def load_grid(path: Path) -> dict[str, Any]:
             raise ConfigError(key, value, "a table" if kind is dict else "a list")
     arms = tuple((name, _arm(name, options)) for name, options in data.get("arms", {}).items())
     found: dict[str, Any] = {"methods": tuple(name for name, _ in arms)} if arms else {}
-    found |= {key: tuple(data[key]) for key in AXES if key in data} | {"arms": arms}
-    if "seeds" in found:
-        found["seeds"] = convert("seeds", data["seeds"], tuple[int, ...])
+    found |= _axes_of(data) | {"arms": arms}
     found["options"] = tuple(
         (name, tuple(map(_word, repeat(name), values if isinstance(values, list) else [values])))
         for name, values in _flat(data.get("grid", {}))
@@ -231,8 +245,13 @@ def _stage(table: Any) -> dict[str, Any]:
     """The axes of a stage, as fields of `Grid`."""
     if not isinstance(table, Mapping) or not all(key in AXES and isinstance(table[key], list) for key in table):
         raise ConfigError("stages", table, f"tables of lists, of {', '.join(AXES)}")
-    seeds = {"seeds": convert("stages.seeds", table["seeds"], tuple[int, ...])} if "seeds" in table else {}
-    return {key: tuple(value) for key, value in table.items()} | seeds
+    return _axes_of(table, "stages.")
+
+
+def _axes_of(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The axes that a table names, of the kinds that `Grid` has."""
+    kinds = dict.fromkeys(AXES, tuple[str, ...]) | {"seeds": tuple[int, ...]}
+    return {key: convert(prefix + key, table[key], kinds[key]) for key in AXES if key in table}
 
 
 def record(out: Path, command: str, runs: Sequence[PlannedRun]) -> None:

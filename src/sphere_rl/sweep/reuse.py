@@ -6,14 +6,14 @@ shared run's folder is that of a trained one, byte for byte but for times, witho
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import Any
 
 from sphere_rl.config import TrainConfig, to_dict
 from sphere_rl.errors import RunFolderError
-from sphere_rl.runs import LOGS, Logs, RunFolder, checkpoint
-from sphere_rl.runs.records import LOG_COLUMNS
+from sphere_rl.runs import LOGS, Logs, RunFolder, checkpoint, write_atomic
+from sphere_rl.runs.records import LOG_COLUMNS, content
 from sphere_rl.sweep.plan import PlannedRun
 from sphere_rl.training.probe import same_probe
 from sphere_rl.training.progress import Due, Progress
@@ -35,7 +35,7 @@ def share(run: PlannedRun, source: PlannedRun) -> bool:
 
     False, and nothing is made, if that task is not over or cannot be read.
     """
-    taken, task = RunFolder(source.folder), run.config.task_sequence[0]
+    taken = RunFolder(source.folder)
     try:
         policy, origin = checkpoint.task_checkpoint(taken, 0), taken.record()
         rows = {log: [row for row in taken.read(log, LOG_COLUMNS[log]) if row["task_index"] == 0] for log in LOGS}
@@ -45,29 +45,45 @@ def share(run: PlannedRun, source: PlannedRun) -> bool:
     rows["eval"] = [row for row in rows["eval"] if row["phase"] != "retention"]
     if policy is None or spaces is None or not rows["eval"] or rows["eval"][-1]["phase"] != "final":
         return False
-    if (run.folder / "config.json").exists() or RunFolder(run.folder).in_use:  # another sweep is at it
+    try:
+        with RunFolder(run.folder) as folder:
+            if folder.config_path.exists():  # another sweep has been at it
+                return False
+            _make(folder, run, rows, (policy.name, content(policy)), spaces, origin)
+    except RunFolderError:  # another sweep is at it; or the run's own process says what is wrong with the folder
         return False
-    with RunFolder(run.folder) as folder:
-        folder.create(to_dict(run.config), {name: origin[name] for name in ("versions", "commit")})
-        logs = Logs(folder, {})
-        final = rows["eval"].pop()
-        for log in LOGS:
-            for row in rows[log]:
-                logs.append(log, row)
-        shutil.copy2(policy, folder.checkpoints)
-        state = {
-            "progress": asdict(Progress(task_index=1, global_step=run.steps)),
-            "agent": None,
-            "spaces": spaces,
-            "collector": None,
-            "due": asdict(Due("final", 0, run.steps)),  # as trained: the evaluation comes after the checkpoint
-            "logs": logs.lengths(),
-        }
-        logs.append("eval", final)
-        logs.close()
-        checkpoint.save_run(folder, run.steps, state)
-        folder.set_status("finished", run.steps, task)
     return True
+
+
+def _make(
+    folder: RunFolder,
+    run: PlannedRun,
+    rows: dict[str, list[dict[str, Any]]],
+    policy: tuple[str, bytes],
+    spaces: Any,
+    origin: Mapping[str, Any],
+) -> None:
+    """Fill the folder: ``rows`` by log, the policy's file by name, and versions and commit of the source."""
+    folder.create(to_dict(run.config), {name: origin[name] for name in ("versions", "commit")})
+    logs = Logs(folder, {})
+    final = rows["eval"].pop()
+    for log in LOGS:
+        for row in rows[log]:
+            logs.append(log, row)
+    name, data = policy
+    write_atomic(folder.checkpoints / name, data)
+    state = {
+        "progress": asdict(Progress(task_index=1, global_step=run.steps)),
+        "agent": None,
+        "spaces": spaces,
+        "collector": None,
+        "due": asdict(Due("final", 0, run.steps)),  # as trained: the evaluation comes after the checkpoint
+        "logs": logs.lengths(),
+    }
+    logs.append("eval", final)
+    logs.close()
+    checkpoint.save_run(folder, run.steps, state)
+    folder.set_status("finished", run.steps, run.config.task_sequence[0])
 
 
 def _first_task(config: TrainConfig) -> TrainConfig:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sphere_rl.config import TrainConfig, load_toml, names_of, overridden, preset, read_toml, use_plugins
+from sphere_rl.config import TrainConfig, convert, load_toml, names_of, overridden, preset, read_toml, use_plugins
 from sphere_rl.errors import ConfigError
 from sphere_rl.suites import make_suite
 from sphere_rl.suites.env_args import FLAG as ENV_ARGS
@@ -25,23 +25,34 @@ def parse_train(words: list[str]) -> tuple[TrainConfig, Path, bool]:
         CommandLineError: a flag that does not exist, or a value of the wrong type.
     """
     arguments, words = taken_from(words)
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--suite", nargs="?")
-    first.add_argument("--config", nargs="?", type=Path)
-    first.add_argument("--plugin", nargs="*")
-    early, _ = first.parse_known_args(words)
-    file = _peek(early.config) if early.config else {}
-    named = {"plugin": early.plugin or file.get("plugin", ())}
+    suite, path, named = _early(words)
     use_plugins(named)
-    default = overridden(preset(make_suite(early.suite or file.get("suite") or "cw10")), named)
-    if early.config:
-        default = load_toml(early.config, default)
+    default = overridden(preset(make_suite(suite)), named)
+    if path:
+        default = load_toml(path, default)
     helpful = any(word in ("-h", "--help") for word in words)
     given = vars(train_parser(default, helpful).parse_args([flag_of(word) for word in words]))
     own = {name: given.pop(name, None) for name in ("config", "out", "quiet")}
     settings = overridden(default, given | {"env_args": arguments})
     check_watchers(settings)
     return settings, own["out"] or Path("runs") / default_name(settings), bool(own["quiet"])
+
+
+def load_plugins(words: Sequence[str]) -> None:
+    """Load the plugins that words of ``sphere train`` name, and the file among them."""
+    use_plugins(_early(words)[2])
+
+
+def _early(words: Sequence[str]) -> tuple[str, Path | None, dict[str, Any]]:
+    """What has to be known before the words can be parsed: the suite, the file, and the table of plugins."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--suite", nargs="?")
+    first.add_argument("--config", nargs="?", type=Path)
+    first.add_argument("--plugin", nargs="*")
+    early, _ = first.parse_known_args(words)
+    file = _peek(early.config) if early.config else {}
+    suite = early.suite or convert("suite", file.get("suite", ""), str) or "cw10"
+    return suite, early.config, {"plugin": early.plugin or file.get("plugin", ())}
 
 
 def option_words(name: str, value: Any) -> list[str]:

@@ -68,6 +68,14 @@ def positive(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is not allowed; expected a whole number above 0")
 
 
+def seed(text: str) -> int:
+    """A seed that every environment takes."""
+    with contextlib.suppress(ValueError):
+        if 0 <= whole(text) < 2**31:
+            return whole(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not allowed; expected a whole number from 0 to {2**31 - 1}")
+
+
 def size(text: str) -> tuple[int, int]:
     """Width and height, as in 640x480."""
     sides = text.split("x")

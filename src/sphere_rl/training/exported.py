@@ -34,9 +34,9 @@ def save(policy: Policy, path: Path) -> None:
         MissingExtraError: safetensors is not installed.
     """
     require_module("safetensors", "format safetensors")
-    from safetensors.torch import save_file
+    from safetensors.torch import save as saved
 
-    save_file({name: tensor.contiguous() for name, tensor in policy.state_dict().items()}, path)
+    path.write_bytes(saved({name: tensor.contiguous() for name, tensor in policy.state_dict().items()}))
 
 
 def load(folder: Path, device: str = "cpu") -> Policy:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
+import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,7 +19,7 @@ from rich.console import Console
 from sphere_rl.config import TrainConfig, to_dict
 from sphere_rl.errors import CommandLineError, StorageError
 from sphere_rl.extras import require
-from sphere_rl.runs import RunFolder, written
+from sphere_rl.runs import RunFolder, make_folder, write_atomic, written
 from sphere_rl.settings import settings
 from sphere_rl.spectrum.vanishing import FeatureWatch
 from sphere_rl.training.display import Bars, Lines
@@ -173,7 +173,7 @@ class WandB:
         try:
             self._run = wandb.init(
                 project=os.environ.get("WANDB_PROJECT", "sphere-rl"), name=place.name, dir=str(place), resume="allow",
-                id=hashlib.sha256(str(place).encode()).hexdigest()[:16], group=place.parent.name,
+                id=_wandb_id(folder), group=place.parent.name,
                 config=to_dict(config), settings=wandb.Settings(silent=quiet, console="off"),
             )  # fmt: skip
         except wandb.Error as error:
@@ -192,6 +192,15 @@ class WandB:
     def close(self) -> None:
         """Send what is left."""
         self._run.finish()
+
+
+def _wandb_id(folder: RunFolder) -> str:
+    """The id that the run was given when it began: another run that is made in the same place has another."""
+    path = folder.path / "wandb" / "id"
+    if not path.is_file():
+        make_folder(path.parent)
+        write_atomic(path, secrets.token_hex(8).encode())
+    return path.read_text().strip()
 
 
 class Notices:
