@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -203,10 +203,9 @@ def test_a_run_that_went_back_is_resumed_bitwise(tmp_path: Path, monkeypatch: py
 class Saved(VectorEnv):
     """Saves its stream; a reward is nan whenever that draws so, whatever the actions."""
 
-    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.SAME_STEP}
-
     def __init__(self, num_envs: int, seed: int) -> None:
         self.num_envs, self.generator = num_envs, np.random.default_rng(seed)
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
         self.single_observation_space, self.single_action_space = Box(-1, 1, (3,)), Box(-1, 1, (2,))
         self.observation_space, self.action_space = (
             batch_space(space, num_envs) for space in (self.single_observation_space, self.single_action_space)

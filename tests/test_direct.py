@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.learner.optimizer import ExpertAdam
 from sphere_rl.learner.policy_step import has_fused_step
 from sphere_rl.learner.value_step import begin_regression, regression
-from sphere_rl.methods import ActorStep
+from sphere_rl.methods import ActorStep, Method
 from sphere_rl.methods.sphere import Sphere, SphereConfig
 from sphere_rl.penalty import sphere_penalty
 from sphere_rl.training.agent import Agent
@@ -107,6 +107,11 @@ def of_sphere(*names: str) -> type[Sphere]:
     return type("Mine", (Sphere,), own)
 
 
+def mixed(*bases: type) -> type[Any]:
+    """A class of these, the first of which goes first."""
+    return type("Mixed", bases, {})
+
+
 class Doubled(Sphere):
     """Twice the penalty: of all that calls it."""
 
@@ -126,17 +131,17 @@ class Halved:
     [
         (of_sphere("actor_penalty"), False), (of_sphere("actor_gradients"), False), (Doubled, False),
         (of_sphere("observe"), False), (of_sphere("parameter_gradients"), False), (of_sphere("_differentiate"), False),
-        (type("Mixed", (Halved, Sphere), {}), False), (type("Below", (of_sphere("metrics"), Doubled), {}), False),
+        (mixed(Halved, Sphere), False), (mixed(of_sphere("metrics"), Doubled), False),
         (of_sphere(), True), (of_sphere("__init__", "summary", "metrics", "after_iteration", "state_dict"), True),
         (of_sphere("penalty", "feature_penalty"), True),
-        (type("Speaks", (of_sphere("feature_penalty"), Doubled), {}), True),
+        (mixed(of_sphere("feature_penalty"), Doubled), True),
     ],
 )  # fmt: skip
 def test_a_description_is_believed_where_nothing_that_it_stands_for_is_overridden(
     method: type[Sphere], direct: bool
 ) -> None:
     agent = double_agent(override(TrainConfig(), {"network.num_experts": 4, "network.width": 8}))
-    agent.methods = [method(SphereConfig())]
+    agent.methods = list[Method]([method(SphereConfig())])
     assert (description(agent, minibatch(0), torch.arange(N)) is not None) == direct
 
 
@@ -338,7 +343,7 @@ def test_an_optimizer_of_ones_own_sees_gradients_that_are_clipped() -> None:
 
     class Mine(ExpertAdam):
         def step(self, closure: None = None) -> None:  # type: ignore[override]
-            seen.append(float(parameter.grad.norm()))
+            seen.append(float(cast(Tensor, parameter.grad).norm()))
 
     parameter = nn.Parameter(torch.zeros(4))
     apply_gradients(Mine([parameter], lr=1.0, eps=1e-8), [parameter], [torch.full((4,), 5.0)], max_norm=0.5)

@@ -565,8 +565,8 @@ def test_every_task_has_its_speed_and_a_sequence_their_mean(tmp_path: Path, monk
 
 
 def test_a_calibration_makes_no_runs_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(folder: str, words: list[str], *_: object) -> Any:
-        config, _, _ = parse_train(words)
+    def start(folder: str, words: list[str], *rest: object) -> Any:
+        config, *_ = parse_train(words)
         raise LookupError(config.log, config.films, config.task_sequence)
 
     monkeypatch.setattr("sphere_rl.sweep.cost.start", start)

@@ -71,9 +71,12 @@ class Kind:
 
     def check(self, options: NetworkOptions) -> None:
         """Raise `ConfigError` where there are not as many experts as the gate selects, or where it is no gate."""
-        for training in (False, True) if self.gate else ():
+        gate = self.gate
+        if gate is None:
+            return
+        for training in (False, True):
             try:
-                made = self.gate(options, training)
+                made = gate(options, training)
                 routed = options.num_experts - made.shared
             except Exception as error:  # whatever somebody's code makes of these options
                 raise ConfigError("actor", self.summary, f"a kind that makes a gate ({described(error)})") from error

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sphere_rl.config import TrainConfig, convert, load_toml, names_of, overridden, preset, read_toml, use_plugins
+from sphere_rl.config import TrainConfig, load_toml, names_of, overridden, preset, read_toml, use_plugins
+from sphere_rl.conversion import convert
 from sphere_rl.errors import ConfigError
 from sphere_rl.suites import make_suite
 from sphere_rl.suites.env_args import FLAG as ENV_ARGS
