@@ -175,7 +175,7 @@ class RunFolder:
         if not (self.path / ".lock").is_file():
             return False
         try:
-            with lock_of(self.path, 0):
+            with lock_of(self.path, 0.0):
                 return False
         except Timeout:
             return True

@@ -7,6 +7,7 @@ shared run's folder is that of a trained one, byte for byte but for times, witho
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -65,23 +66,23 @@ def _make(
 ) -> None:
     """Fill the folder: ``rows`` by log, the policy's file by name, and versions and commit of the source."""
     folder.create(to_dict(run.config), {name: origin[name] for name in ("versions", "commit")})
-    logs = Logs(folder, {})
-    final = rows["eval"].pop()
-    for log in LOGS:
-        for row in rows[log]:
-            logs.append(log, row)
     name, data = policy
-    write_atomic(folder.checkpoints / name, data)
+    final = rows["eval"].pop()
+    with closing(Logs(folder, {})) as logs:
+        for log in LOGS:
+            for row in rows[log]:
+                logs.append(log, row)
+        write_atomic(folder.checkpoints / name, data)
+        lengths = logs.lengths()
+        logs.append("eval", final)
     state = {
         "progress": asdict(Progress(task_index=1, global_step=run.steps)),
         "agent": None,
         "spaces": spaces,
         "collector": None,
         "due": asdict(Due("final", 0, run.steps)),  # as trained: the evaluation comes after the checkpoint
-        "logs": logs.lengths(),
+        "logs": lengths,
     }
-    logs.append("eval", final)
-    logs.close()
     checkpoint.save_run(folder, run.steps, state)
     folder.set_status("finished", run.steps, run.config.task_sequence[0])
 
