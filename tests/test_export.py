@@ -204,7 +204,7 @@ def test_an_export_that_finds_no_room_is_named_and_leaves_nothing(
 
 def test_the_card_of_a_policy_shows_no_other_agents_scores(tmp_path: Path) -> None:
     """In protocol rl; the agent of a sequence has been evaluated on the tasks before, too."""
-    tasks = ["toy_envs:Drawing-v0", "toy_envs:OneArray-v0"]
+    tasks = ["toy_envs:Drawing-v0", "toy_envs:Boasting-v0"]
     for protocol, shown in (("rl", False), ("crl", True)):
         folder = train(config("x", tasks=tasks, protocol=protocol), tmp_path / protocol)
         out, _ = exporting.export(folder.path, ["torchscript"], tmp_path / f"{protocol}-out", name="step-000000000096")

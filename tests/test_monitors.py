@@ -208,7 +208,10 @@ def test_films_of_each_task_are_in_tensorboard_and_change_nothing(
 @pytest.mark.parametrize(
     ("drawing", "reason"),
     [
-        ("raise ValueError('no such colour')", "ValueError: no such colour"),
+        (
+            "raise ValueError('no such colour')",
+            "task: 'Bright-v0' is not allowed; expected one that can be drawn (ValueError: no such colour)",
+        ),
         ("import os; os.abort()", "the process that draws ended with -6"),
     ],
 )

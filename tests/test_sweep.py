@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -333,7 +334,7 @@ def test_grid_runs_skips_and_refuses(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert {name: (tmp_path / name / "eval.jsonl").read_bytes() for name in runs} == evals
     planned = plan(grid(), tmp_path)
     assert (state(planned[0]), steps_left(planned[0])) == ("finished", 0)
-    middle = sorted(row["steps_per_second"] for row in RunFolder(tmp_path / runs[0]).read("train"))[1]
+    middle = median(row["steps_per_second"] for row in RunFolder(tmp_path / runs[0]).read("train"))
     assert speeds(planned)[runs[0]] == middle
     screen = io.StringIO()
     live = LiveTable(planned, Console(file=screen, force_terminal=True, width=140), already=3)

@@ -165,6 +165,8 @@ def _draw(env: gymnasium.Env) -> Frame:
         frame = env.render()
     except gymnasium.error.DependencyNotInstalled as error:
         raise ConfigError("task", _name(env), f"one that can draw here ({error})") from error
+    except ConfigError:  # it says itself what is missing
+        raise
     except Exception as error:
         raise ConfigError("task", _name(env), f"one that can be drawn ({described(error)})") from error
     if not isinstance(frame, np.ndarray):
