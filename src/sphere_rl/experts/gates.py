@@ -98,13 +98,9 @@ def _fault(gate: Gate, options: NetworkOptions) -> str:
         ConfigError: it fails, and there are fewer experts than it may have to select.
     """
     routed = options.num_experts - gate.shared
-    # on the CPU also where networks are only sized, on meta
+    cpu, draws = torch.device("cpu"), torch.random.fork_rng(devices=[])
     try:
-        with (
-            torch.device("cpu"),
-            torch.random.fork_rng(devices=[]),
-            torch.no_grad(),
-        ):  # not on meta, as networks are sized
+        with cpu, draws, torch.no_grad():  # on the CPU also where networks are only sized, on meta
             found = gate(torch.zeros(2, routed))
     except Exception as error:
         if options.top_k > routed:
