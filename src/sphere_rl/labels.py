@@ -42,13 +42,11 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return found
 
 
-def shown_label(method: str, told: Sequence[str], made: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
-    """A method's label, where its settings ``told`` are more than `NAMED_IN_FULL` without those of the suite's preset.
+def short_label(method: str, told: Sequence[str], made: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
+    """A method's label without those of its settings ``told`` that are the suite's own.
 
-    ``made``, ``usual``: what the run was trained with, and the preset has, by full name.
+    ``made``, ``usual``: what the run was trained with, and the suite's preset has, by full name.
     """
-    if len(told) <= NAMED_IN_FULL:
-        return method
     changed = {name: value for name, value in made.items() if plain(value) != plain(usual.get(name))}
     texts = {text for name, value in changed.items() for text in _texts(name, value)}
     return " ".join([method.removesuffix(" ".join(["", *told])), *(text for text in told if text in texts)])

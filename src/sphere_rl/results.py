@@ -20,7 +20,7 @@ import polars as pl
 from sphere_rl.config import TrainConfig, preset, task_steps, to_dict, updated
 from sphere_rl.errors import RunFolderError
 from sphere_rl.extras import require
-from sphere_rl.labels import differing, method_labels, shown_label
+from sphere_rl.labels import NAMED_IN_FULL, differing, method_labels, short_label
 from sphere_rl.methods import methods
 from sphere_rl.runs import LOGS, RunFolder, make_folder, write_atomic
 from sphere_rl.runs.published import PublishedRun, published_runs
@@ -123,13 +123,18 @@ class Results:
 
     @cached_property
     def labels(self) -> dict[tuple[str, str, str], str]:
-        """What figures and pages call each (suite, actor, method); see `shown_label`."""
+        """What figures and pages call each (suite, actor, method): the method, where it names few settings.
+
+        Of more than `NAMED_IN_FULL`, those with the value that the suite's preset has are left out.
+        """
         found = {}
         for row in self.runs.iter_rows(named=True):
-            usual = preset(suites()[row["suite"]]) if row["suite"] in suites() else TrainConfig()
-            known = dict(settings(to_dict(usual, row["methods"]) | {"method": row["methods"]}, TRAINS))
-            shown = shown_label(row["method"], row["settings"], self.trained(row["run"]), known)
-            found[row["suite"], row["actor"], row["method"]] = shown
+            label = row["method"]
+            if len(row["settings"]) > NAMED_IN_FULL:
+                usual = preset(suites()[row["suite"]]) if row["suite"] in suites() else TrainConfig()
+                known = dict(settings(to_dict(usual, row["methods"]) | {"method": row["methods"]}, TRAINS))
+                label = short_label(label, row["settings"], self.trained(row["run"]), known)
+            found[row["suite"], row["actor"], row["method"]] = label
         return found
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
-from sphere_rl.config import TrainConfig
+from sphere_rl.config import TABLES, TrainConfig
 
 TRAINS = "trains"
 ROLES: dict[str, str] = {field.name: field.metadata.get("role", TRAINS) for field in fields(TrainConfig)}
@@ -24,5 +24,5 @@ def settings(config: Mapping[str, Any], *roles: str) -> Iterator[tuple[str, Any]
             continue
         if not isinstance(value, Mapping):
             yield name, value
-        elif name in ("network", "env_args", *config["method"]):
+        elif name in (*TABLES, *config["method"]):
             yield from ((f"{name}.{inner}", item) for inner, item in value.items())

@@ -51,20 +51,21 @@ def by_task(
     ``rows``: the headline's, with their ``label``. ``seeds``: those that have finished the task. Rows without any
     finished run are left out.
     """
+    scored = []
+    for row in rows:
+        names = {name: row[name] for name in ("label", "actor", "method")}
+        for protocol in ("crl", "rl"):
+            chosen = (pl.col("protocol") == protocol) & (pl.col("label") == row["label"])
+            own = evals.filter(chosen)
+            scores = {name: statistics.final_scores(own, tasks, name) for name in ("success_final", "mean_return")}
+            scored.append((names, protocol, scores | {"r_e_K": rank_scores(own, spectra.filter(chosen), tasks)}))
     found = []
     for place, task in enumerate(tasks):
-        for row in rows:
-            for protocol in ("crl", "rl"):
-                chosen = (pl.col("protocol") == protocol) & (pl.col("label") == row["label"])
-                own = evals.filter(chosen)
-                scores = {name: statistics.final_scores(own, tasks, name) for name in ("success_final", "mean_return")}
-                scores["r_e_K"] = rank_scores(own, spectra.filter(chosen), tasks)
-                numbers = {
-                    name: statistics.estimate(statistics.matrix(table, [place]), protocol)
-                    for name, table in scores.items()
-                }
-                seeds = max((number.seeds for number in numbers.values() if number), default=0)
-                if seeds:
-                    names = {name: row[name] for name in ("label", "actor", "method")}
-                    found.append({"place": place, "task": task, "protocol": protocol, "seeds": seeds} | names | numbers)
+        for names, protocol, scores in scored:
+            numbers = {
+                name: statistics.estimate(statistics.matrix(table, [place]), protocol) for name, table in scores.items()
+            }
+            seeds = max((number.seeds for number in numbers.values() if number), default=0)
+            if seeds:
+                found.append({"place": place, "task": task, "protocol": protocol, "seeds": seeds} | names | numbers)
     return found
