@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sphere_rl.experts.gates import TopK
+from sphere_rl.experts.gates import is_top_k
 from sphere_rl.learner.actor_critic import Spaces
 from sphere_rl.runs import RunFolder
 from sphere_rl.training.agent import Policy
@@ -73,7 +73,7 @@ def _shape(policy: Policy) -> str:
     layers = f"{len(hidden)} hidden layers of {hidden[0].weight.shape[1]} units"
     if actor.gate is None:
         return layers
-    chosen = f", top {actor.routes.k} selected" if type(actor.routes) is TopK else ""
+    chosen = f", top {actor.routes.k} selected" if is_top_k(actor.routes) else ""
     return f"{options.num_experts} experts with {layers}{chosen}"
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sphere_rl.commands.card import model_card
 from sphere_rl.errors import MissingExtraError, RunFolderError, StorageError, described
-from sphere_rl.experts.gates import TopK
+from sphere_rl.experts.gates import is_top_k
 from sphere_rl.experts.tracing import traced
 from sphere_rl.extras import require_module
 from sphere_rl.kernels.script import undeprecated
@@ -174,7 +174,7 @@ def margins(policy: Policy, states: Float[Tensor, "N D"]) -> Float[Tensor, "N"]:
     """How far the last selected expert's gate logit is above the first other one's, as a share of the largest."""
     actor = policy.actor
     trace, gate = actor.trace(policy.normalize(states)), actor.routes
-    if trace.logits is None or type(gate) is not TopK or gate.k >= trace.logits.shape[1]:
+    if trace.logits is None or not is_top_k(gate) or gate.k >= trace.logits.shape[1]:
         return torch.full((len(states),), inf)
     logits, k = trace.logits.sort(dim=1, descending=True).values, gate.k
     return (logits[:, k - 1] - logits[:, k]) / logits.abs().amax(1).clamp(min=1e-12)

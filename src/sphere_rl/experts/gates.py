@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -53,6 +53,11 @@ class TopK:
         return Gating(self.k, self.shared, self.temperature)
 
 
+def is_top_k(gate: Gate) -> TypeGuard[TopK]:
+    """Whether kernels may route in a gate's place: it is `TopK` itself, not a subclass that may route otherwise."""
+    return type(gate) is TopK
+
+
 @dataclass(frozen=True)
 class Kind:
     """An architecture of actors and critics: a line about it, its gate, and what stands in front of both.
@@ -80,13 +85,13 @@ class Kind:
                 routed = options.num_experts - made.shared
             except Exception as error:  # whatever somebody's code makes of these options
                 raise ConfigError("actor", self.summary, f"a kind that makes a gate ({described(error)})") from error
-            least = made.k if type(made) is TopK else 1
-            if type(made) is TopK and made.k > options.num_experts:
+            least = made.k if is_top_k(made) else 1
+            if is_top_k(made) and made.k > options.num_experts:
                 raise ConfigError("top_k", made.k, f"1 to num_experts ({options.num_experts})")
             if routed < least:
                 most = options.num_experts - least
                 raise ConfigError("num_shared", made.shared, f"0 to {most}, num_experts - top_k")
-            if type(made) is not TopK and (wrong := _fault(made, options)):
+            if not is_top_k(made) and (wrong := _fault(made, options)):
                 wanted = f"a kind whose {type(made).__name__} makes a Routing [2, {options.num_experts}], not {wrong}"
                 raise ConfigError("actor", self.summary, wanted)
 

@@ -20,7 +20,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from sphere_rl import plugins
 from sphere_rl.errors import ConfigError
-from sphere_rl.experts.gates import Gate, Kind, TopK
+from sphere_rl.experts.gates import Gate, Kind, TopK, is_top_k
 from sphere_rl.experts.heads import CategoricalHead, GaussianHead, MultiCategoricalHead
 from sphere_rl.experts.layers import ExpertMLP, RoutedFeatures, is_hooked
 from sphere_rl.experts.options import NetworkOptions
@@ -133,7 +133,7 @@ class MoENetwork(nn.Module):
         if self.gate is None:
             return outputs[0]
         logits, routes = self.gate.every(seen)[0], self.routes
-        weights = unsorted_weights(logits, routes.gating) if type(routes) is TopK else routes(logits).weights
+        weights = unsorted_weights(logits, routes.gating) if is_top_k(routes) else routes(logits).weights
         return torch.einsum("ne,ena->na", weights, outputs)
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -143,7 +143,7 @@ class MoENetwork(nn.Module):
     @torch.inference_mode()
     def selection(self, observation: Float[Tensor, "N D"]) -> Int[Tensor, "N k"] | None:
         """Experts that the gate selects for each sample, in ascending order; ``None`` where it does not select."""
-        if self.gate is None or type(routes := self.routes) is not TopK:
+        if self.gate is None or not is_top_k(routes := self.routes):
             return None
         parts = []
         for rows in observation.split(4096):  # all at once would hold every hidden layer of a whole rollout
@@ -166,7 +166,7 @@ class MoENetwork(nn.Module):
         """
         return (
             self.encoder is None
-            and type(self.routes) is TopK
+            and is_top_k(self.routes)
             and all(
                 mlp is None or (type(mlp) is ExpertMLP and mlp.is_chain and not is_hooked(mlp))
                 for mlp in (self.experts, self.gate)
@@ -183,7 +183,7 @@ class MoENetwork(nn.Module):
         """Whether a forward pass may draw from the global random stream: a gate of one's own, or dropout in front."""
         layers = [] if self.encoder is None else [*self.encoder.modules()]
         dropout = any(isinstance(layer, _DropoutNd) or getattr(layer, "dropout", 0) for layer in layers)
-        return type(self.routes) is not TopK or dropout
+        return not is_top_k(self.routes) or dropout
 
     @property
     def routes(self) -> Gate:
@@ -198,7 +198,7 @@ class MoENetwork(nn.Module):
         Raises:
             AttributeError: the gate is none that they know; `hasattr`, which PyTorch's tracer asks, is then false.
         """
-        if type(routes := self.routes) is not TopK:
+        if not is_top_k(routes := self.routes):
             raise AttributeError(f"gate: kernels cannot read a {type(routes).__name__}; expected TopK")
         return routes.gating
 
