@@ -2,7 +2,7 @@
 
     python benchmarks/publish.py runs/pilot docs/results/pilot
 
-Runs that still go on are published as far as they are, from their first evaluation on.
+Runs that still go on are published as far as they are, once they have ended a task.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main() -> None:
     given = options.parse_args()
     for folder in map(RunFolder, run_folders(given.runs)):
         status = folder.status()
-        if folder.read("eval"):
+        if any(line["phase"] == "final" for line in folder.read("eval")):
             print(publish(folder, given.out), status.get("state"), status.get("global_step"))
 
 
