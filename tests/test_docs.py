@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import sys
+from argparse import SUPPRESS
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,7 +27,7 @@ import sphere_rl as sp
 from sphere_rl import cli, plugins, protocol, sweep
 from sphere_rl.config import TrainConfig, override
 from sphere_rl.errors import CommandLineError, ConfigError
-from sphere_rl.runs import RunFolder
+from sphere_rl.runs import LOGS, RunFolder
 from sphere_rl.terminal import options
 from sphere_rl.terminal.parsers import ArgumentParser
 
@@ -224,6 +225,26 @@ def test_commands_in_text_have_flags_that_exist(flags: dict[str, set[str]]) -> N
         if words[0] in cli.COMMANDS and {word for word in words if word[:2] == "--" and word[2:]} - flags[words[0]]
     ]
     assert wrong == []
+
+
+def test_the_table_of_flags_has_the_groups_of_the_help() -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    table = {
+        title: flags.split() for title, flags in re.findall(r"^\| ([\w ]+) \| `(--[^`]+)` \|$", text, re.MULTILINE)
+    }
+    groups = {
+        group.title: [action.option_strings[0] for action in group._group_actions if action.help != SUPPRESS]
+        for group in options.train_parser(TrainConfig(), False)._action_groups
+    }
+    assert table == {title: words for title, words in groups.items() if title in ("run", *options.GROUPS)}
+
+
+@pytest.mark.parametrize("log", LOGS)
+def test_the_page_on_run_folders_has_every_column_of_a_run(log: str, runs: Path) -> None:
+    text = (ROOT / "docs" / "runs.md").read_text()
+    known = set(re.findall(r"`(\w+)`", text[: text.index("## Watching a run")]))
+    columns = {column for row in RunFolder(runs / "runs" / "x").read(log) for column in row}
+    assert columns - known == set()
 
 
 def test_the_documented_method_says_its_year_as_the_conformance_tests_want() -> None:
