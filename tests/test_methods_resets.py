@@ -17,6 +17,7 @@ from sphere_rl.errors import ConfigError
 from sphere_rl.methods._layers import fresh_networks, hidden_layers, linear_layers
 from sphere_rl.methods.fire import nearest_isometry
 from sphere_rl.methods.injection import InjectedHead
+from sphere_rl.methods.nap import matrix_norms, weights
 from sphere_rl.methods.trac import TracAdam, TracConfig
 from sphere_rl.suites import make_suite
 from sphere_rl.training.agent import Agent
@@ -174,6 +175,20 @@ def test_nap_restores_every_norm():
     for layer, old in zip(layers, initial, strict=True):
         torch.testing.assert_close(layer.weight.detach().norm(dim=(1, 2)), old.norm(dim=(1, 2)), rtol=1e-5, atol=0)
     assert sum(not torch.allclose(a.weight, b, atol=1e-3) for a, b in zip(layers, initial, strict=True)) > 6
+
+
+@pytest.mark.parametrize("other", ["fire", "shrink_perturb", "reset_all", "injection"])
+@pytest.mark.parametrize("first", [True, False])
+def test_nap_holds_new_weights_at_their_own_norms(first: bool, other: str) -> None:
+    """Projected to those of the weights before them, the policy would be another after the first minibatch."""
+    agent = make_agent(make_config(*(("nap", other) if first else (other, "nap")), critic="topk_moe"))
+    begin(agent, 0)
+    train(agent, 1, 2)
+    begin(agent, 1)
+    new = [matrix_norms(weight) for weight in weights(agent)]
+    train(agent, 3)
+    for weight, norm in zip(weights(agent), new, strict=True):
+        torch.testing.assert_close(matrix_norms(weight), norm, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("method", ["layernorm", "nap"])
