@@ -318,6 +318,58 @@ def test_trac_by_hand():
     assert p.item() == pytest.approx(1 + s * (delta + 0.2 * m / v**0.5))
 
 
+def test_trac_comes_back_from_steps_that_were_no_good() -> None:
+    """The first move is uphill for the next gradient, so that Σs falls below 0: Δ goes on adding up from there."""
+    p = nn.Parameter(torch.tensor([1.0]))
+    optimizer = TracAdam([p], TracConfig(), lr=0.1, eps=1e-5)
+    for gradient in [1.0] + [-1.0] * 60:
+        p.grad = torch.tensor([gradient])
+        optimizer.step()
+    assert optimizer.moved[0].item() > 1
+    assert p.item() > 1.01
+
+
+def test_trac_keeps_steps_that_are_less_than_round_off() -> None:
+    """With s₀ = 1e-8 the first steps change no float32 number near 1; their sum does."""
+    p = nn.Parameter(torch.tensor([1.0]))
+    optimizer = TracAdam([p], TracConfig(), lr=0.1, eps=1e-5)
+    for _ in range(3):
+        p.grad = torch.tensor([-1.0])
+        optimizer.step()
+    assert p.item() == 1
+    assert optimizer.moved[0].item() == pytest.approx(0.3, rel=1e-3)
+
+
+@pytest.mark.parametrize("other", ["redo", "cbp", "nap", "shrink_perturb"])
+def test_what_others_change_is_no_move_of_tracs(other: str) -> None:
+    agent = make_agent(make_config("trac", other, shrink_perturb={"when": "minibatch", "soft_perturb": 0.1}))
+    begin(agent, 0)
+    train(agent, 1, 2)
+    optimizer: Any = agent.actor_optimizer
+    moved, there = [m.clone() for m in optimizer.moved], [p.detach().clone() for p in agent.actor_parameters]
+    for parameter, value in zip(agent.actor_parameters, there, strict=True):
+        parameter.grad = torch.zeros_like(value)
+    optimizer.step()
+    for parameter, value, before, after in zip(agent.actor_parameters, there, moved, optimizer.moved, strict=True):
+        torch.testing.assert_close(parameter.detach(), value, rtol=0, atol=1e-5)
+        assert (after - before).abs().max() < 1e-2, "a step of Adam's and no more"
+
+
+def test_trac_takes_checkpoints_without_its_moves() -> None:
+    agent, again = trained("trac", learning_rate=0.1), make_agent(make_config("trac", critic="topk_moe"))
+    optimizer, other = agent.critic_optimizer, again.critic_optimizer
+    assert isinstance(optimizer, TracAdam)
+    assert isinstance(other, TracAdam)
+    scale = max(float(optimizer.state_dict()["tuner"]["s"].sum()), 0.0) + 1e-8
+    state = agent.state_dict()
+    del state["actor_optimizer"]["moved"], state["critic_optimizer"]["moved"]
+    again.load_state_dict(state)
+    for p, reference, moved in zip(
+        again.critic_parameters, optimizer.reference, again.critic_optimizer.moved, strict=True
+    ):
+        torch.testing.assert_close(moved, (p.detach() - reference) / scale)
+
+
 def test_trac_keeps_its_reference_when_moments_are_reset():
     agent = trained("trac")
     optimizer: Any = agent.actor_optimizer
