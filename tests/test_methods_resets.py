@@ -364,9 +364,7 @@ def test_trac_takes_checkpoints_without_its_moves() -> None:
     state = agent.state_dict()
     del state["actor_optimizer"]["moved"], state["critic_optimizer"]["moved"]
     again.load_state_dict(state)
-    for p, reference, moved in zip(
-        again.critic_parameters, optimizer.reference, again.critic_optimizer.moved, strict=True
-    ):
+    for p, reference, moved in zip(again.critic_parameters, optimizer.reference, other.moved, strict=True):
         torch.testing.assert_close(moved, (p.detach() - reference) / scale)
 
 
