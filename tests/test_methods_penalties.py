@@ -225,6 +225,9 @@ def test_bound_loss_by_hand():
     method = only_method(Agent(make_config("bound_loss"), spaces, 0))
     found = method.outside(torch.tensor([[-5.0, -2.0], [4.0, 1e9], [0.0, 0.0], [3.0, -1.0]]))
     assert found.tolist() == [[2.0, 1.0], [0.5, 0.0], [0.0, 0.0], [0.0, 0.0]]
+    point = Spaces(3, 2, discrete=False, low=(-1.0, 0.0), high=(3.0, 0.0))  # of an action that does nothing
+    method = only_method(Agent(make_config("bound_loss"), point, 0))
+    assert method.outside(torch.tensor([[1.0, 0.0], [1.0, -0.5]])).tolist() == [[0.0, 0.0], [0.0, 0.5]]
     agent = make_agent(make_config("bound_loss", bound_loss={"coefficient": 0.5}))
     with torch.no_grad():
         agent.actor.experts.head.bias.add_(3.0)  # Pendulum takes torques from −2 to 2

@@ -17,6 +17,7 @@ from sphere_rl.errors import ConfigError
 from sphere_rl.methods._layers import fresh_networks, hidden_layers, linear_layers
 from sphere_rl.methods.fire import nearest_isometry
 from sphere_rl.methods.injection import InjectedHead
+from sphere_rl.methods.nap import matrix_norms, weights
 from sphere_rl.methods.trac import TracAdam, TracConfig
 from sphere_rl.suites import make_suite
 from sphere_rl.training.agent import Agent
@@ -176,6 +177,20 @@ def test_nap_restores_every_norm():
     assert sum(not torch.allclose(a.weight, b, atol=1e-3) for a, b in zip(layers, initial, strict=True)) > 6
 
 
+@pytest.mark.parametrize("other", ["fire", "shrink_perturb", "reset_all", "injection"])
+@pytest.mark.parametrize("first", [True, False])
+def test_nap_holds_new_weights_at_their_own_norms(first: bool, other: str) -> None:
+    """Projected to those of the weights before them, the policy would be another after the first minibatch."""
+    agent = make_agent(make_config(*(("nap", other) if first else (other, "nap")), critic="topk_moe"))
+    begin(agent, 0)
+    train(agent, 1, 2)
+    begin(agent, 1)
+    new = [matrix_norms(weight) for weight in weights(agent)]
+    train(agent, 3)
+    for weight, norm in zip(weights(agent), new, strict=True):
+        torch.testing.assert_close(matrix_norms(weight), norm, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("method", ["layernorm", "nap"])
 def test_layer_norm_is_before_every_nonlinearity(method):
     agent = make_agent(make_config(method, critic="topk_moe"))
@@ -301,6 +316,56 @@ def test_trac_by_hand():
     s = 0.1 * erfi(sigma / (np.sqrt(2 * h**2) + 1e-8)) / erfi(2**-0.5)
     m, v = (0.9 * 0.1 + 0.1 * 2) / (1 - 0.9**2), (0.999 * 0.001 + 0.001 * 4) / (1 - 0.999**2)
     assert p.item() == pytest.approx(1 + s * (delta + 0.2 * m / v**0.5))
+
+
+def test_trac_comes_back_from_steps_that_were_no_good() -> None:
+    """The first move is uphill for the next gradient, so that Σs falls below 0: Δ goes on adding up from there."""
+    p = nn.Parameter(torch.tensor([1.0]))
+    optimizer = TracAdam([p], TracConfig(), lr=0.1, eps=1e-5)
+    for gradient in [1.0] + [-1.0] * 60:
+        p.grad = torch.tensor([gradient])
+        optimizer.step()
+    assert optimizer.moved[0].item() > 1
+    assert p.item() > 1.01
+
+
+def test_trac_keeps_steps_that_are_less_than_round_off() -> None:
+    """With s₀ = 1e-8 the first steps change no float32 number near 1; their sum does."""
+    p = nn.Parameter(torch.tensor([1.0]))
+    optimizer = TracAdam([p], TracConfig(), lr=0.1, eps=1e-5)
+    for _ in range(3):
+        p.grad = torch.tensor([-1.0])
+        optimizer.step()
+    assert p.item() == 1
+    assert optimizer.moved[0].item() == pytest.approx(0.3, rel=1e-3)
+
+
+@pytest.mark.parametrize("other", ["redo", "cbp", "nap", "shrink_perturb"])
+def test_what_others_change_is_no_move_of_tracs(other: str) -> None:
+    agent = make_agent(make_config("trac", other, shrink_perturb={"when": "minibatch", "soft_perturb": 0.1}))
+    begin(agent, 0)
+    train(agent, 1, 2)
+    optimizer: Any = agent.actor_optimizer
+    moved, there = [m.clone() for m in optimizer.moved], [p.detach().clone() for p in agent.actor_parameters]
+    for parameter, value in zip(agent.actor_parameters, there, strict=True):
+        parameter.grad = torch.zeros_like(value)
+    optimizer.step()
+    for parameter, value, before, after in zip(agent.actor_parameters, there, moved, optimizer.moved, strict=True):
+        torch.testing.assert_close(parameter.detach(), value, rtol=0, atol=1e-5)
+        assert (after - before).abs().max() < 1e-2, "a step of Adam's and no more"
+
+
+def test_trac_takes_checkpoints_without_its_moves() -> None:
+    agent, again = trained("trac", learning_rate=0.1), make_agent(make_config("trac", critic="topk_moe"))
+    optimizer, other = agent.critic_optimizer, again.critic_optimizer
+    assert isinstance(optimizer, TracAdam)
+    assert isinstance(other, TracAdam)
+    scale = max(float(optimizer.state_dict()["tuner"]["s"].sum()), 0.0) + 1e-8
+    state = agent.state_dict()
+    del state["actor_optimizer"]["moved"], state["critic_optimizer"]["moved"]
+    again.load_state_dict(state)
+    for p, reference, moved in zip(again.critic_parameters, optimizer.reference, other.moved, strict=True):
+        torch.testing.assert_close(moved, (p.detach() - reference) / scale)
 
 
 def test_trac_keeps_its_reference_when_moments_are_reset():

@@ -10,7 +10,7 @@ from sphere_rl.experts.layers import RoutedFeatures
 from sphere_rl.experts.network import MoENetwork
 from sphere_rl.experts.routing import single_routing, top_k_routing
 from sphere_rl.methods._layers import mean_by_expert, recycle, unit_features, unit_layers
-from sphere_rl.methods.cbp import CbpConfig, UnitStatistics, accumulate, choose, correction, fold
+from sphere_rl.methods.cbp import Cbp, CbpConfig, UnitStatistics, accumulate, choose, correction, fold
 from sphere_rl.methods.nap import matrix_norms, weights
 from sphere_rl.methods.redo import dormant_units
 from sphere_rl.training.agent import Agent
@@ -244,6 +244,31 @@ def test_cbp_goes_by_the_weights_in_use(methods):
     fold(statistics, layer, units, config.decay)
     added = weight[0, :, 0] * features.values[:, 0].mean()
     torch.testing.assert_close((layer.outgoing.bias - bias)[0], added, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("methods", [("cbp", "reset_all"), ("reset_all", "cbp")])
+def test_units_of_replaced_layers_are_new_to_cbp(methods: tuple[str, ...]) -> None:
+    """Else what units of the old layers did would be folded into the biases of the new ones."""
+    agent = make_agent(make_config(*methods, cbp={"rate": 0.0, "maturity": 1}))
+    begin(agent, 0)
+    train(agent, 1, 2)
+    begin(agent, 1)
+    train(agent, 3)
+    (cbp,) = (method for method in agent.methods if isinstance(method, Cbp))
+    minibatches = 32 // agent.config.minibatch_size
+    assert all(layer.age.max() == minibatches for layers in cbp.statistics.values() for layer in layers)
+
+
+def test_units_of_layers_that_stay_are_old_to_cbp_in_the_next_task() -> None:
+    agent = make_agent(make_config("cbp", "reset_head", cbp={"rate": 0.0, "maturity": 1}))
+    begin(agent, 0)
+    train(agent, 1, 2)
+    begin(agent, 1)
+    train(agent, 3)
+    (cbp, _) = agent.methods
+    assert isinstance(cbp, Cbp)
+    minibatches = 32 // agent.config.minibatch_size
+    assert all(layer.age.max() == 3 * minibatches for layers in cbp.statistics.values() for layer in layers)
 
 
 def test_nap_holds_the_norms_of_a_critic_whose_actor_went_too_far():

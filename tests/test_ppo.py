@@ -186,6 +186,20 @@ def test_a_target_kl_ends_the_update_before_the_step_that_goes_too_far(
     assert step == first
 
 
+@pytest.mark.parametrize("method", ["none", "l2_init"])  # the step with and without autograd
+def test_a_rate_that_follows_the_kl_falls_where_target_kl_ends_updates(method: str, tiny: TrainConfig) -> None:
+    """Else the first minibatch of each, whose KL is 0, would raise it to its bound, where updates are over at once."""
+    changes = {"method": (method,), "learning_rate_schedule": "kl", "kl_target": 0.03, "target_kl": 0.02}
+    config = override(tiny, changes | {"learning_rate": 9e-3, "num_epochs": 6})
+    agent = Agent(config, Spaces(3, 1, discrete=False), seed=0)
+    batch = flatten(rollout_of(agent), torch.arange(128.0).view(64, 2))
+    before, (statistics, stopped) = agent.learning_rate, train_epochs(agent, batch, config)
+    assert stopped > 0
+    assert len(statistics) > 1
+    assert agent.learning_rate == pytest.approx(before / 1.5)
+    assert {group["lr"] for group in agent.actor_optimizer.param_groups} == {agent.learning_rate}
+
+
 def test_an_update_counts_routings_that_flip(tiny: TrainConfig) -> None:
     config = override(tiny, {"learning_rate": 3e-2})
     agent = Agent(config, Spaces(3, 1, discrete=False), seed=0)

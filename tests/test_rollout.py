@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import toy_runs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -136,6 +137,15 @@ def test_a_policy_that_is_not_finite_stops_the_rollout() -> None:
     actor, critic = networks(3, 1)
     actor.experts.head.bias.data[:] = float("nan")
     collector = Collector(make_suite("gym").make("Pendulum-v1", 2, 0, 1), None, CPU)
+    with pytest.raises(TrainingError, match="output at rollout step 1 of 8 is not finite"):
+        collector.collect(actor, critic, 8, torch.Generator())
+
+
+def test_discrete_policies_that_are_not_finite_are_told_before_an_action_is_drawn() -> None:
+    """Every weight is finite, so nothing else would say what is wrong."""
+    actor, critic = toy_runs.networks(3, discrete=True)
+    actor.experts.head.weight.data[:] = torch.finfo(torch.float32).max
+    collector = Collector(make_suite("gym").make("toy_envs:FromMinusOne-v0", 2, 0, 1), None, CPU)
     with pytest.raises(TrainingError, match="output at rollout step 1 of 8 is not finite"):
         collector.collect(actor, critic, 8, torch.Generator())
 

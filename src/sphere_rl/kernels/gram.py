@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sphere_rl.kernels.routing import blocks_of
-from sphere_rl.kernels.script import scripted
+from sphere_rl.kernels.script import scriptable, scripted
 
 
 class _RoutedPenalty(torch.autograd.Function):
@@ -55,8 +55,9 @@ def routed_penalty(
 class Centred(NamedTuple):
     """A penalty, and its gradient for the weighted features: factor · gram Φ.
 
-    features: F over their size, which is 1 unless their products would leave the range of numbers. entries: of each
-    block the index of its entries in gram, empty where it has more than half of the samples.
+    features: F over their size, which is 1 unless their products would leave the range of numbers. least: what
+    ‖gram Φ‖² must be above, or nothing but round-off is left. entries: of each block the index of its entries in gram,
+    empty where it has more than half of the samples.
     """
 
     penalty: Tensor
@@ -64,6 +65,7 @@ class Centred(NamedTuple):
     factor: Tensor
     features: Tensor
     size: Tensor
+    least: Tensor
     entries: list[Tensor]
 
 
@@ -86,6 +88,12 @@ def _products(
             gram.view(-1).scatter_add_(0, index, weighted.view(-1))
         entries.append(index)
     return gram, entries
+
+
+@scriptable
+def _round_off(values: Tensor) -> float:
+    """`sphere_rl.penalty.ROUND_OFF` units in the last place."""
+    return 64 * (2.0**-52 if values.dtype == torch.float64 else 2.0**-23)
 
 
 @scripted
@@ -111,18 +119,24 @@ def centred_gram(
     gram.diagonal().sub_(mean)
     squares = torch.dot(gram.view(-1), gram.view(-1)) + (m - n) * mean.square()
     if not free:
-        return Centred(squares / n**2, gram, gate.new_full([], 4 / n**2), values, size, entries)
+        factor, least = gate.new_full([], 4 / n**2), gate.new_full([], -1.0)
+        return Centred(squares / n**2, gram, factor, values, size, least, entries)
     square = trace.square() + (trace == 0).to(trace.dtype)
     penalty = squares / square
     gram.diagonal().sub_(penalty * trace)
-    return Centred(penalty, gram, 4 / square, values, size, entries)
+    least = (_round_off(values) * (mean + penalty * trace)).square() * trace
+    return Centred(penalty, gram, 4 / square, values, size, least, entries)
 
 
 @scripted
 def gram_gradients(
     gate: Tensor, sample: Tensor, blocks: list[tuple[int, int, int]], found: Centred
 ) -> tuple[Tensor, Tensor]:
-    """The penalty's gradients for ``values`` [M, H] and ``gate`` [M], from what `centred_gram` found."""
+    """The penalty's gradients for ``values`` [M, H] and ``gate`` [M], from what `centred_gram` found.
+
+    Zeros where all eigenvalues that are not zero are equal (as of equal states) and the scale-free penalty has none:
+    round-off has no direction, and mode grad would make it as long as any gradient.
+    """
     of_values, n = torch.empty_like(found.features), found.gram.size(0)
     for i in range(len(blocks)):
         _, start, end = blocks[i]
@@ -132,5 +146,7 @@ def gram_gradients(
         elif end - start < n:
             own = own.index_select(0, rows).index_select(1, rows)
         torch.mm(own * gate[start:end], found.features[start:end], out=of_values[start:end])
-    of_gate = (of_values * found.features).sum(1).mul_(found.factor)
-    return of_values.mul_((gate * (found.factor / found.size)).unsqueeze(1)), of_gate
+    squares = torch.dot(of_values.view(-1), of_values.view(-1))
+    factor = found.factor * (squares > found.least).to(squares.dtype)
+    of_gate = (of_values * found.features).sum(1).mul_(factor)
+    return of_values.mul_((gate * (factor / found.size)).unsqueeze(1)), of_gate

@@ -205,11 +205,9 @@ class Collector:
         observation = self._tensor(self.observation)
         with torch.inference_mode():
             output = actor(observation)
-            action = actor.head.sample(output, generator)
-            finite = bool(torch.isfinite(output).all())
-        if not finite:
-            raise TrainingError(f"the policy's output at rollout step {number} is not finite")
-        return observation, output, action
+            if not torch.isfinite(output).all():  # before an action is drawn: of no probabilities there is none
+                raise TrainingError(f"the policy's output at rollout step {number} is not finite")
+            return observation, output, actor.head.sample(output, generator)
 
     def _step(self, action: Tensor, number: str) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Step the environments; arrays are copied, for the next step may write into the same ones."""

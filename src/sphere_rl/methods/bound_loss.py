@@ -50,11 +50,11 @@ class BoundLoss(Method):
         """Know the box; one that is not known has no bounds."""
         bounds = agent.spaces.box or ((-LARGEST,), (LARGEST,))
         self._low, self._high = (torch.tensor(bound, device=agent.device) for bound in bounds)
-        closed = (self._low > -LARGEST) & (self._high < LARGEST)
+        closed = (self._low > -LARGEST) & (self._high < LARGEST) & (self._low < self._high)
         self._unit = torch.where(closed, (self._high - self._low) / 2, 1.0)
 
     def outside(self, mean: Float[Tensor, "N A"]) -> Float[Tensor, "N A"]:
-        """How far mean actions lie outside the box, in its half widths, or as they are where it is open."""
+        """How far mean actions lie outside the box, in its half widths, or as they are where it is open or a point."""
         return (torch.relu(mean - self._high) + torch.relu(self._low - mean)) / self._unit
 
     def actor_penalty(self, step: ActorStep) -> Tensor:

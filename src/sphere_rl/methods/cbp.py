@@ -7,6 +7,7 @@ weights redrawn, bias and outgoing weights zero, and what the unit gave on avera
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +71,11 @@ class UnitStatistics:
         # float64: ρ is added up over tens of thousands of minibatches.
         return cls(weight.new_zeros(experts, units), activation, age, activation.new_zeros(experts).double())
 
+    def begin_anew(self) -> None:
+        """As of units that nothing is known of; what was earned is kept."""
+        for statistic in (self.utility, self.activation, self.age):
+            statistic.zero_()
+
 
 class Cbp(Method):
     """Hidden units of actor and critic; an expert's units are its own layer, the gate's too.
@@ -85,6 +91,7 @@ class Cbp(Method):
         super().__init__(config)
         self.statistics: dict[str, list[UnitStatistics]] = {}
         self._features: dict[str, tuple[RoutedFeatures, ...]] = {}
+        self._begins: set[str] = set()
         self._replaced = 0
 
     def start(self, agent: ActorCritic) -> None:
@@ -93,6 +100,19 @@ class Cbp(Method):
             name: [UnitStatistics.of(layer) for layer in unit_layers(network)]
             for name, network in networks(agent).items()
         }
+
+    def on_task_start(self, agent: ActorCritic, task_index: int) -> None:
+        """Other methods may replace whole layers now, before this one's turn or after it."""
+        self._begins = set(self.statistics)
+
+    def parameter_gradients(self, agent: ActorCritic, network: str, gradients: Mapping[Tensor, Tensor]) -> None:
+        """Before a task's first step: units whose incoming weights were replaced, Adam's moments too, are new."""
+        if network not in self._begins:
+            return
+        self._begins.discard(network)
+        for layer, statistics in zip(unit_layers(networks(agent)[network]), self.statistics[network], strict=True):
+            if not any(moment.any() for moment in agent.moments(layer.incoming.weight)):
+                statistics.begin_anew()
 
     def observe(self, network: str, trace: Trace) -> None:
         """Keep the features of the forward pass."""

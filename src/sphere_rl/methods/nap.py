@@ -1,11 +1,13 @@
 """Normalise and project: LayerNorm before every nonlinearity, weight matrices held at their initial norm.
 
 After every step W_e ← ‖W_e(0)‖_F · W_e/‖W_e‖_F for each expert's matrix, so that the effective learning rate of the
-scale-invariant layers does not decay as their norms grow.
+scale-invariant layers does not decay as their norms grow. A matrix that another method replaces as a whole, so that
+Adam starts anew on it, is held at its new norm.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,6 +32,20 @@ class NaP(Method):
     def start(self, agent: ActorCritic) -> None:
         """Measure the initial norms."""
         self._norms = [matrix_norms(weight) for weight in weights(agent)]
+        self._begins = set[str]()
+
+    def on_task_start(self, agent: ActorCritic, task_index: int) -> None:
+        """Other methods may replace matrices now, before this one's turn or after it."""
+        self._begins = set(networks(agent))
+
+    def parameter_gradients(self, agent: ActorCritic, network: str, gradients: Mapping[Tensor, Tensor]) -> None:
+        """Before a task's first step, measure those that were replaced."""
+        if network not in self._begins:
+            return
+        self._begins.discard(network)
+        for weight, norm in zip(weights(agent), self._norms, strict=True):
+            if weight in gradients and not any(moment.any() for moment in agent.moments(weight)):
+                norm.copy_(matrix_norms(weight))
 
     @torch.no_grad()
     def after_minibatch(self, agent: ActorCritic, batch: Minibatch) -> None:
@@ -38,7 +54,7 @@ class NaP(Method):
             weight.mul_(norm / matrix_norms(weight).clamp(min=1e-12))  # all units recycled at once: zero stays
 
     def state_dict(self) -> dict[str, Any]:
-        """The initial norms."""
+        """The norms."""
         return {"norms": self._norms}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

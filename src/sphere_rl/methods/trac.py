@@ -3,6 +3,9 @@
 θ = θ_ref + max(Σ_j s_j, 0)·Δ, where Δ adds up Adam's steps and s_j, one for each discount β_j, grows while the moves
 away from θ_ref keep being good: with h = ⟨g, Δ⟩, v_j ← β_j² v_j + h², σ_j ← β_j σ_j − h and
 s_j = s₀ erfi(σ_j/(√(2 v_j) + ε))/erfi(1/√2).
+
+Δ is kept. Its authors' package divides it out of θ, where it is lost to round-off while the scale is tiny and for good
+once Σ_j s_j is not above 0: there h stays 0, and a policy whose first h was positive never leaves its start.
 """
 
 from __future__ import annotations
@@ -54,13 +57,14 @@ class Trac(Method):
 class TracAdam(torch.optim.Adam):
     """Adam whose steps are added up to Δ and scaled; all its parameters share one scale.
 
-    reference: θ_ref, a tensor a parameter.
+    reference: θ_ref, a tensor a parameter. moved: Δ, likewise.
     """
 
     def __init__(self, parameters: Sequence[Tensor], tuner: TracConfig, *, lr: float, eps: float) -> None:
         super().__init__(parameters, lr=lr, eps=eps, fused=True)
         self._parameters, self._tuner = list(parameters), tuner
         self.reference = [p.detach().clone() for p in parameters]
+        self.moved = [torch.zeros_like(p, requires_grad=False) for p in parameters]
         size = len(tuner.betas)
         # The scalars are float64 on the CPU: one number a step comes back from the device.
         self._s, self._variance, self._sigma = np.zeros(size), np.zeros(size), np.full(size, tuner.eps)
@@ -68,24 +72,35 @@ class TracAdam(torch.optim.Adam):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take Adam's step from θ, then rescale the whole way from θ_ref."""
+        self._follow_changes()
         before = [p.clone() for p in self._parameters]
-        self._follow_replacements()
         gradients = [p.grad for p in self._parameters if p.grad is not None]  # all have one
         super().step(closure)
-        scale = self._s.sum() + self._tuner.eps
-        moved = [(b - ref) / scale for b, ref in zip(before, self.reference, strict=True)]
-        self._tune(float(torch.stack([(d * g).sum() for d, g in zip(moved, gradients, strict=True)]).sum()))
-        scale = max(float(self._s.sum()), 0.0)
-        for p, b, d, ref in zip(self._parameters, before, moved, self.reference, strict=True):
-            p.copy_(ref + scale * (d + (p - b)))
+        self._tune(float(torch.stack([(d * g).sum() for d, g in zip(self.moved, gradients, strict=True)]).sum()))
+        for p, b, moved in zip(self._parameters, before, self.moved, strict=True):
+            moved.add_(p - b)
+        for p, place in zip(self._parameters, self._places(), strict=True):
+            p.copy_(place)
 
-    def _follow_replacements(self) -> None:
-        """A tensor that a method has replaced, so that Adam counts its steps from zero again, is its own new start."""
-        if self.state:
-            counts = torch.stack([self.state[p]["step"] for p in self._parameters]).tolist()
-            for p, reference, count in zip(self._parameters, self.reference, counts, strict=True):
-                if count == 0:
-                    reference.copy_(p)
+    def _places(self) -> list[Tensor]:
+        """Where the tuner has put the parameters: θ_ref + max(Σs, 0)·Δ."""
+        scale = max(float(self._s.sum()), 0.0)
+        return [reference + scale * moved for reference, moved in zip(self.reference, self.moved, strict=True)]
+
+    def _follow_changes(self) -> None:
+        """What others have changed since the last step is no move of Adam's: θ_ref moves along, and Δ stays.
+
+        A tensor that a method has replaced, so that Adam counts its steps from zero again, is its own new start.
+        """
+        if not self.state:
+            return
+        counts = torch.stack([self.state[p]["step"] for p in self._parameters]).tolist()
+        for i, (p, place, count) in enumerate(zip(self._parameters, self._places(), counts, strict=True)):
+            if count == 0:
+                self.reference[i].copy_(p)
+                self.moved[i].zero_()
+            else:
+                self.reference[i].add_(p - place)
 
     def _tune(self, h: float) -> None:
         from scipy.special import erfi  # takes a tenth of a second to import
@@ -100,13 +115,18 @@ class TracAdam(torch.optim.Adam):
         """Adam's state and the tuner's."""
         scalars = {"s": self._s, "variance": self._variance, "sigma": self._sigma}
         tuner = {key: torch.from_numpy(value.copy()) for key, value in scalars.items()}
-        return {**super().state_dict(), "tuner": tuner, "reference": self.reference}
+        return {**super().state_dict(), "tuner": tuner, "reference": self.reference, "moved": self.moved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        adam = {key: value for key, value in state_dict.items() if key not in ("tuner", "reference")}
+        adam = {key: value for key, value in state_dict.items() if key not in ("tuner", "reference", "moved")}
         super().load_state_dict(adam)
         tuner = {key: value.numpy().copy() for key, value in state_dict["tuner"].items()}
         self._s, self._variance, self._sigma = tuner["s"], tuner["variance"], tuner["sigma"]
-        for mine, theirs in zip(self.reference, state_dict["reference"], strict=True):
-            mine.copy_(theirs)
+        scale = max(float(self._s.sum()), 0.0) + self._tuner.eps
+        for i, p in enumerate(self._parameters):
+            self.reference[i].copy_(state_dict["reference"][i])
+            if "moved" in state_dict:
+                self.moved[i].copy_(state_dict["moved"][i])
+            else:  # of an earlier version, which had it from θ alone
+                self.moved[i].copy_((p.detach() - self.reference[i]) / scale)

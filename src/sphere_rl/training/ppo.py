@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isfinite
+from math import inf, isfinite
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,7 @@ from sphere_rl.config import TrainConfig
 from sphere_rl.errors import TrainingError
 from sphere_rl.experts.heads import GaussianHead
 from sphere_rl.kernels.distributions import LOG_SQRT_2PI
-from sphere_rl.learner.losses import value_loss
+from sphere_rl.learner.losses import adapt_learning_rate, value_loss
 from sphere_rl.learner.minibatch import Minibatch, flatten
 from sphere_rl.learner.rollout import LARGEST_LOG_STD, Rollout, gae
 from sphere_rl.training.agent import Agent
@@ -52,6 +52,7 @@ def update(agent: Agent, rollout: Rollout, config: TrainConfig) -> dict[str, flo
 
 def train_epochs(agent: Agent, batch: Minibatch, config: TrainConfig) -> tuple[list[Float[Tensor, "S"]], int]:
     """All minibatches of all epochs: `STATISTICS` of each, and how many epochs ``target_kl`` left unfinished."""
+    rate = agent.learning_rate
     apart, statistics = any(method.overrides("after_minibatch") for method in agent.methods), []
     for epoch in range(config.num_epochs):
         order = torch.randperm(len(batch), generator=agent.generator, device=agent.device).split(config.minibatch_size)
@@ -65,8 +66,19 @@ def train_epochs(agent: Agent, batch: Minibatch, config: TrainConfig) -> tuple[l
                     method.after_minibatch(agent, batch[part[0]])
             if went_too_far(statistics[-1], config):
                 carry_gradients(agent, batch[order[(len(statistics) - 1) % len(order)]], config)
+                lower_rate(agent, rate, config)
                 return statistics, config.num_epochs - epoch
     return statistics, 0
+
+
+def lower_rate(agent: Agent, before: float, config: TrainConfig) -> None:
+    """After an update that ``target_kl`` has ended: the rate that follows the KL is one division below what it was.
+
+    The minibatches before had little KL, the first one none, and have raised it; no minibatch after would lower it.
+    """
+    if config.learning_rate_schedule == "kl":
+        low = min(before, agent.learning_rate)
+        agent.set_learning_rate(adapt_learning_rate(low, inf, config.kl_target, config.learning_rate_bounds))
 
 
 def carry_gradients(agent: Agent, batch: Minibatch, config: TrainConfig) -> None:
