@@ -162,6 +162,44 @@ def test_what_is_a_little_unusual_is_right(environment: Any) -> None:
     envs.close()
 
 
+INFOS: dict[str, Any] = {
+    "arrays of another length": lambda i: {"path": np.zeros(i)},
+    "nothing and numbers": lambda i: {"hit": None if i % 2 else i},
+    "texts and numbers": lambda i: {"hit": "wall" if i % 2 else i},
+    "names of ours": lambda i: {"final_obs": 1, "final_info": {}, "_success": 3, "_final_obs": "x"},
+}
+
+
+@pytest.mark.parametrize("kind", INFOS)
+def test_whatever_else_an_info_holds_is_no_fault(kind: str, environment: Any) -> None:
+    """Gymnasium itself cannot put such infos of several environments side by side."""
+
+    class Tells(toy_envs.Toy):
+        made = 0
+
+        def __init__(self, render_mode: str | None = None) -> None:
+            super().__init__(render_mode)
+            Tells.made += 1
+            self.number = Tells.made
+
+        def step(self, action: Any) -> Any:
+            *found, _ = super().step(action)
+            return (*found, INFOS[kind](self.number + self.steps) | {"success": self.steps > 1})
+
+    envs = make_envs(make_suite("gym"), environment(Tells), 3, 0, 1, {})
+    envs.reset()
+    for step in range(1, toy_envs.LENGTH + 1):
+        *_, info = envs.step(np.zeros((3, 2), np.float32))
+        done = step == toy_envs.LENGTH
+        told = info["final_info"] if done else info
+        assert told["success"].tolist() == [float(step > 1)] * 3
+        assert told["_success"].tolist() == [True] * 3
+        assert ("final_obs" in info) == done
+        if done:
+            assert [len(last) for last in info["final_obs"]] == [3] * 3
+    envs.close()
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.int64, np.uint8, np.int8])
 def test_observations_of_every_kind_of_number_train(dtype: Any, environment: Any, tmp_path: Path) -> None:
     class Typed(toy_envs.Toy):

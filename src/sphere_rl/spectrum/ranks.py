@@ -73,7 +73,7 @@ def gram_eigenvalues(phi: Shaped[Any, "N m"]) -> Float[Tensor, "k"]:
 
 
 def _unit_gram_eigenvalues(phi: Shaped[Any, "N m"]) -> tuple[Float[Tensor, "k"], int]:
-    """`gram_eigenvalues` of Φ/2ᵖ, whose products neither over- nor underflow, and p: what is scaled so keeps its bits."""
+    """`gram_eigenvalues` of Φ/2ᵖ, whose products neither over- nor underflow, and p; bits stay as they are."""
     matrix = _float64("phi", phi)
     if matrix.ndim != 2:
         raise ValueError(f"phi: got shape {tuple(matrix.shape)}, allowed: [N, m]")
