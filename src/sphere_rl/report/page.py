@@ -56,7 +56,8 @@ class Page:
 def make_page(results: Results, out: Path, refresh: int | None = None) -> Page:
     """Write ``index.html``, ``figures/`` and ``tables/`` below ``out``.
 
-    The page is one file without links to the network. With ``refresh`` it reloads itself after that many seconds, and
+    The page is one file without links to the network. Figures of an earlier page there, of parts that are no more, are
+    taken away. With ``refresh`` it reloads itself after that many seconds, and
     figures that are there already are left for the call without it.
     """
     suites = content_of(results)
@@ -66,6 +67,7 @@ def make_page(results: Results, out: Path, refresh: int | None = None) -> Page:
         drawings.write(suites, out / "figures")
     write_tables(suites, results, out / "tables")
     page = out / "index.html"
+    drawings.take_away_others(page, suites, FIGURES, out / "figures")
     write_atomic(page, render(suites, results, refresh, out / "figures").encode())
     return Page(page, left_out(suites, results))
 
