@@ -184,6 +184,21 @@ def test_what_cannot_be_exported_is_said_in_one_line(
         exporting.export(run.path, ["safetensors"], tmp_path / "out")
 
 
+def test_an_export_that_fails_leaves_the_others_of_the_run(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both made the folder that they share, as far as they know."""
+
+    def fails(policy: Any, path: Path) -> Any:
+        (tmp_path / "a" / "done").mkdir()
+        raise RunFolderError("no")
+
+    monkeypatch.setitem(exporting.FORMATS, "torchscript", ("policy.pt", fails))
+    with pytest.raises(RunFolderError):
+        exporting.export(run.path, ["torchscript"], tmp_path / "a" / "b")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["done"]
+
+
 @pytest.mark.parametrize("format", ["torchscript", "safetensors"])
 def test_an_export_that_finds_no_room_is_named_and_leaves_nothing(
     run: RunFolder, format: str, tmp_path: Path, capsys: Any

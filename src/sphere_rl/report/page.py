@@ -104,7 +104,7 @@ def render(suites: Sequence[SuiteContent], results: Results, refresh: int | None
 
     parts = files("sphere_rl.report")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((parts / "page.html.j2").read_text())
+    template = environment.from_string((parts / "page.html.j2").read_text(encoding="utf-8"))
     views: list[dict[str, Any]] = [_view(suite) | {"figures": _figures(suite, figures)} for suite in suites]
     data = {
         "panels": {panel["id"]: panel for view in views for panel in view["panels"]},
@@ -112,11 +112,11 @@ def render(suites: Sequence[SuiteContent], results: Results, refresh: int | None
         "methods": {suite.name: _methods(suite) for suite in suites},
         "refresh": refresh,
     }
-    scripts = {"theme": THEME, "plotly": get_plotlyjs(), "script": (parts / "page.js").read_text()}
+    scripts = {"theme": THEME, "plotly": get_plotlyjs(), "script": (parts / "page.js").read_text(encoding="utf-8")}
     return template.render(
         **scripts,
         policy=policy(scripts.values()),
-        style=(parts / "page.css").read_text(),
+        style=(parts / "page.css").read_text(encoding="utf-8"),
         data=_json(data),
         suites=views,
         runs=[_run(row, results) for row in results.runs.iter_rows(named=True)],
