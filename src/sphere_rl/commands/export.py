@@ -129,15 +129,14 @@ def _beside(target: Path) -> Iterator[Path]:
 def _write(policy: Policy, format: str, work: Path) -> Written:
     name, write = FORMATS[format]
     try:
-        act = write(policy, work / name)
+        return Written(format, name, check(policy, write(policy, work / name), format))
     except (MissingExtraError, RunFolderError):
         raise
-    except Exception as error:  # whatever the exporters make of somebody's gate
+    except Exception as error:  # whatever the exporters, or what they have written, make of somebody's gate
         if isinstance(error, OSError) and error.errno:  # of the disk; inspect raises one without a number
             raise
         reason = described(error.__cause__ or error, longest=200)  # PyTorch's own words are of its steps
         raise RunFolderError(f"format: {format} cannot hold this policy ({reason})") from error
-    return Written(format, name, check(policy, act, format))
 
 
 def check(policy: Policy, act: Act, format: str) -> float:
