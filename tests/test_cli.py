@@ -201,3 +201,16 @@ def test_a_command_whose_output_finds_no_room_ends_as_its_work(tmp_path: Path) -
             for words in (["--help"], ["fly"])
         ]
     assert done == [0, 2]
+
+
+@pytest.mark.parametrize("words", [["list", "--methods"], ["list", "--presets"], ["train", "--help"]])
+def test_a_locale_without_greek_is_no_fault(words: list[str]) -> None:
+    """Files of the package are UTF-8 wherever they are read, and what cannot be printed is escaped."""
+    code = "import sys; from sphere_rl.cli import main; sys.exit(main())"
+    found = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=False,
+    )
+    assert (found.returncode, found.stderr) == (0, b"")

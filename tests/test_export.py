@@ -184,6 +184,43 @@ def test_what_cannot_be_exported_is_said_in_one_line(
         exporting.export(run.path, ["safetensors"], tmp_path / "out")
 
 
+def test_a_file_that_fails_on_another_number_of_states_is_said_in_one_line(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """As the graph of a gate does that takes a fixed number of them."""
+
+    def writes(policy: Any, path: Path) -> Any:
+        def act(states: np.ndarray) -> np.ndarray:
+            if len(states) == 1:
+                raise RuntimeError("The following operation failed\nselected index k out of range")
+            with torch.no_grad():
+                return policy(torch.from_numpy(states)).numpy()
+
+        return act
+
+    monkeypatch.setitem(exporting.FORMATS, "torchscript", ("policy.pt", writes))
+    assert main(["export", str(run.path), "--format", "torchscript", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sphere: format: torchscript cannot hold this policy (RuntimeError: The following")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_fails_leaves_the_others_of_the_run(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both made the folder that they share, as far as they know."""
+
+    def fails(policy: Any, path: Path) -> Any:
+        (tmp_path / "a" / "done").mkdir()
+        raise RunFolderError("no")
+
+    monkeypatch.setitem(exporting.FORMATS, "torchscript", ("policy.pt", fails))
+    with pytest.raises(RunFolderError):
+        exporting.export(run.path, ["torchscript"], tmp_path / "a" / "b")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["done"]
+
+
 @pytest.mark.parametrize("format", ["torchscript", "safetensors"])
 def test_an_export_that_finds_no_room_is_named_and_leaves_nothing(
     run: RunFolder, format: str, tmp_path: Path, capsys: Any

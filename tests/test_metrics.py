@@ -107,6 +107,9 @@ def test_gate_entropy():
     assert m.gate_entropy(torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])) == pytest.approx(math.log(2) / 2)
     # A shared expert of weight 1 beside a routed one: the row is normalised first.
     assert m.gate_entropy(torch.tensor([[1.0, 1.0]])) == pytest.approx(math.log(2))
+    # Any routing has one: a state without an expert counts as 0, and of a weight below zero its size.
+    assert m.gate_entropy(torch.tensor([[0.0, 0.0], [2.0, -2.0]])) == pytest.approx(math.log(2) / 2)
+    assert m.gate_entropy(torch.zeros(3, 2)) == 0.0
 
 
 def test_expert_overlap():
@@ -122,3 +125,14 @@ def test_expert_overlap():
     planes[0, 0, 0] = planes[1, 0, 1] = planes[0, 1, 0] = planes[2, 1, 1] = 1.0
     assert m.expert_overlap(planes) == pytest.approx(0.5)
     assert m.expert_overlap(planes[:, :1]) == 0.0
+
+
+def test_overlap_does_not_grow_with_the_square_of_the_states():
+    """From H × H where that is smaller: 20,000 states' own Gram would be 3 GB."""
+    few = draw(30, 3, 4) * torch.tensor([4.0, 2.0, 1.0, 0.01], dtype=torch.float64)
+    bases = [torch.linalg.svd(expert)[0][:, :3] for expert in few.unbind(1)]
+    pairs = [(bases[i].T @ bases[j]).square().sum().item() / 3 for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert m.expert_overlap(few) == pytest.approx(sum(pairs) / 3)
+    many = draw(20_000, 2, 3)
+    assert 0 <= m.expert_overlap(many) < 0.01
+    assert m.expert_overlap(many[:, :1].expand(-1, 2, -1)) == pytest.approx(1.0)

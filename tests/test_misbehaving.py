@@ -20,9 +20,10 @@ from toy_runs import WORDS, config, train
 
 from sphere_rl.cli import main
 from sphere_rl.errors import EnvironmentFault
+from sphere_rl.learner.rollout import step_success
 from sphere_rl.runs import RunFolder
 from sphere_rl.suites import make_suite
-from sphere_rl.suites.guard import call_limit, make_envs
+from sphere_rl.suites.guard import Guarded, call_limit, make_envs
 
 LATE = 5
 """The step at which an environment begins to misbehave."""
@@ -159,6 +160,114 @@ def test_what_is_a_little_unusual_is_right(environment: Any) -> None:
         seen = info["final_obs"][0] if done else observation[0]
         assert seen.tolist() == [1, 2.5, 1]
         assert (info["final_info"] if done else info)["success"].tolist() == [1.0, 1.0]
+    envs.close()
+
+
+INFOS: dict[str, Any] = {
+    "arrays of another length": lambda i: {"path": np.zeros(i)},
+    "nothing and numbers": lambda i: {"hit": None if i % 2 else i},
+    "texts and numbers": lambda i: {"hit": "wall" if i % 2 else i},
+    "names of ours": lambda i: {"final_obs": 1, "final_info": {}, "_success": 3, "_final_obs": "x"},
+}
+
+
+@pytest.mark.parametrize("kind", INFOS)
+def test_whatever_else_an_info_holds_is_no_fault(kind: str, environment: Any) -> None:
+    """Gymnasium itself cannot put such infos of several environments side by side."""
+
+    class Tells(toy_envs.Toy):
+        made = 0
+
+        def __init__(self, render_mode: str | None = None) -> None:
+            super().__init__(render_mode)
+            Tells.made += 1
+            self.number = Tells.made
+
+        def step(self, action: Any) -> Any:
+            *found, _ = super().step(action)
+            return (*found, INFOS[kind](self.number + self.steps) | {"success": self.steps > 1})
+
+    envs = make_envs(make_suite("gym"), environment(Tells), 3, 0, 1, {})
+    envs.reset()
+    for step in range(1, toy_envs.LENGTH + 1):
+        *_, info = envs.step(np.zeros((3, 2), np.float32))
+        done = step == toy_envs.LENGTH
+        told = info["final_info"] if done else info
+        assert told["success"].tolist() == [float(step > 1)] * 3
+        assert told["_success"].tolist() == [True] * 3
+        assert ("final_obs" in info) == done
+        if done:
+            assert [len(last) for last in info["final_obs"]] == [3] * 3
+    envs.close()
+
+
+VECTORS: dict[str, tuple[Callable[[list[Any]], Any], str]] = {
+    "rewards": (lambda f: [f[0], f[1][:, None], *f[2:]], "gave rewards of shape (2, 1), not (2,)"),
+    "one reward": (lambda f: [f[0], 1.0, *f[2:]], "gave rewards of shape (), not (2,)"),
+    "texts": (lambda f: [f[0], np.array(["a", "b"]), *f[2:]], "gave rewards of type <U1, not real numbers"),
+    "ends": (lambda f: [*f[:2], f[2][:, None], *f[3:]], "gave terminated of shape (2, 1), not (2,)"),
+    "info": (lambda f: [*f[:4], None], "gave info that is a NoneType, not a dict"),
+    "final info": (
+        lambda f: [*f[:4], f[4] | {"final_info": [{}, {}]}],
+        "gave info['final_info'] that is a list, not a dict",
+    ),
+    "success": (lambda f: [*f[:4], {"success": np.ones((2, 1))}], "gave info['success'] of shape (2, 1), not (2,)"),
+    "few": (
+        lambda f: [*f[:4], {"final_obs": np.zeros((1, 3))}],
+        "gave info['final_obs'] that is 1 rows, not an array of 2",
+    ),
+    "list": (
+        lambda f: [*f[:4], {"final_obs": [None, None]}],
+        "gave info['final_obs'] that is a list, not an array of 2",
+    ),
+    "short": (lambda f: [*f[:4], {"final_obs": np.zeros((2, 2))}], "gave info['final_obs'][0] of shape (2,), not (3,)"),
+    "four": (lambda f: f[:4], "raised ValueError: not enough values to unpack (expected 5, got 4)"),
+}
+
+
+class Vector(gymnasium.vector.SyncVectorEnv):
+    """Two environments of a suite of one's own, whose third step ends both episodes."""
+
+    change: Callable[[list[Any]], Any] = list
+
+    def __init__(self) -> None:
+        make = [lambda: gymnasium.make("Pendulum-v1", max_episode_steps=3)] * 2
+        super().__init__(make, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP)
+
+    def step(self, actions: Any) -> Any:
+        found: list[Any] = list(super().step(actions))
+        return type(self).change(found) if found[3].any() else found
+
+
+@pytest.mark.parametrize("kind", VECTORS)
+def test_what_a_vector_environment_does_wrong_is_one_line(kind: str) -> None:
+    change, message = VECTORS[kind]
+    envs = Guarded(type("Wrong", (Vector,), {"change": staticmethod(change)})())
+    envs.reset()
+    for _ in range(2):
+        envs.step(np.zeros((2, 1), np.float32))
+    with pytest.raises(EnvironmentFault) as caught:
+        envs.step(np.zeros((2, 1), np.float32))
+    assert str(caught.value).removeprefix("the environments: ").startswith(f"step {message}")
+    envs.close()
+
+
+def test_what_is_a_little_unusual_of_a_vector_environment_is_right() -> None:
+    """Lists and whole numbers for rewards and ends; truth values of NumPy that only some environments tell."""
+
+    def unusual(found: list[Any]) -> list[Any]:
+        observation, reward, ends, cut, info = found
+        told = {"success": np.array([np.True_, None], dtype=object), "_success": np.array([True, False])}
+        return [observation, reward.tolist(), ends.astype(float), cut.astype(int), info | {"final_info": told}]
+
+    envs = Guarded(type("Unusual", (Vector,), {"change": staticmethod(unusual)})())
+    envs.reset()
+    *_, last = (envs.step(np.zeros((2, 1), np.float32)) for _ in range(3))
+    _, reward, terminated, truncated, info = last
+    assert reward.shape == (2,)
+    assert (terminated.dtype, truncated.tolist()) == (bool, [True, True])
+    success, told = step_success(terminated | truncated, info)
+    assert (success.tolist(), told.tolist()) == ([True, False], [True, False])
     envs.close()
 
 

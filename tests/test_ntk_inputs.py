@@ -245,3 +245,15 @@ def test_jax_measures_operations_with_a_gradient_of_their_own():
     params, x = jnp.linspace(-1, 1, 6).reshape(3, 2), jnp.ones((4, 3))
     kernels = [entk_jax(lambda p, x, f=f: f(x @ p), params, x) for f in (tanh, jnp.tanh)]
     assert jnp.allclose(*kernels, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_jax_measures_half_precision_in_float32(dtype: Any):
+    """In bfloat16 K is not positive."""
+    x = jnp.asarray(torch.randn(40, 4, generator=torch.Generator().manual_seed(0)).numpy(), dtype)
+    params = {"w": jnp.linspace(-1, 1, 8, dtype=dtype).reshape(4, 2)}
+    kernel = entk_jax(lambda p, x: jnp.tanh(x @ p["w"]), params, x)
+    wide = entk_jax(lambda p, x: jnp.tanh(x @ p), params["w"].astype(jnp.float32), x.astype(jnp.float32))
+    assert kernel.dtype == jnp.float32
+    assert jnp.array_equal(kernel, wide)
+    assert effective_rank(jnp.linalg.eigvalsh(kernel)) > 1

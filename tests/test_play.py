@@ -87,6 +87,16 @@ def test_gif_shows_every_other_step_in_real_time(tmp_path: Path) -> None:
     assert set(durations) == {40}
 
 
+def test_a_gif_has_no_pictures_too_short_for_browsers(tmp_path: Path) -> None:
+    """Of 500 steps a second every tenth, 20 ms each, whatever is asked for."""
+    fast = Counter()
+    fast.metadata = fast.metadata | {"render_fps": 500}
+    recording = record(fast, lambda observation: 0.0, tmp_path / "clip.gif", steps=100, fps=500)
+    frames, durations = read_gif(recording.path)
+    assert [frame.mean().round() for frame in frames] == [0, 200, 240]
+    assert set(durations) == {20}
+
+
 @pytest.mark.parametrize(("steps", "success"), [(9, None), (10, True), (12, False)])
 def test_success_that_is_named_only_when_it_is_there_ends_with_the_step(
     tmp_path: Path, steps: int, success: bool | None
@@ -176,7 +186,9 @@ env.close()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("suite", "task"), [("h1", "slide"), ("cw10", "push"), ("gym", "Pendulum-v1")])
+@pytest.mark.parametrize(
+    ("suite", "task"), [("h1", "slide"), ("cw10", "push"), ("gym", "Pendulum-v1"), ("gym", "HalfCheetah-v5")]
+)
 def test_every_suite_can_be_filmed(tmp_path: Path, suite: str, task: str) -> None:
     """Without a display; frames differ from one another and show more than one colour."""
     out = tmp_path / "clip.gif"

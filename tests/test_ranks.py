@@ -54,6 +54,9 @@ def test_any_array_of_the_right_axes():
     assert gram_effective_rank(jnp.eye(3, dtype=jnp.bfloat16)) == pytest.approx(3.0, rel=1e-12)
     with pytest.raises(ValueError, match=r"^phi: got shape \(2, 3, 4\), allowed: \[N, m\]$"):
         gram_effective_rank(torch.ones(2, 3, 4))
+    for complex_ones in (np.array([1j, 1.0]), torch.tensor([1j, 1.0])):
+        with pytest.raises(ValueError, match=r"^eigenvalues: got dtype torch\.complex\d+, allowed: real numbers$"):
+            effective_rank(complex_ones)
 
 
 def test_round_off_below_zero_counts_as_zero_and_more_is_an_error():
@@ -101,6 +104,14 @@ def test_gram_from_either_side(shape):
     torch.testing.assert_close(gram_eigenvalues(phi), expected, rtol=1e-9, atol=1e-12)
     for features in (phi, phi.numpy(), jnp.asarray(phi.numpy(), dtype=jnp.float32)):
         assert gram_effective_rank(features) == pytest.approx(effective_rank(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-310, 1e-170, 1e160, 1e307])
+def test_a_gram_whose_entries_are_no_numbers_has_its_rank(size):
+    """Φ is float64, and so must ΦᵀΦ be no longer."""
+    phi = draw(12, 5) / 4
+    assert gram_effective_rank(phi * size) == pytest.approx(gram_effective_rank(phi), rel=1e-4)
+    assert torch.equal(gram_eigenvalues(phi * 2.0**40), gram_eigenvalues(phi) * 2.0**80)
 
 
 def test_planted_rank():

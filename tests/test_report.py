@@ -334,7 +334,27 @@ def test_sequences_are_not_mixed(runs: Path, tmp_path: Path) -> None:
         "gym": list(TASKS),
         "gym-2": ["MountainCarContinuous-v0"],
     }
-    assert (tmp_path / "p" / "figures" / "gym-2-geometry.png").is_file()
+    figures = tmp_path / "p" / "figures"
+    assert (figures / "gym-2-geometry.png").is_file()
+    own = figures / "gym-2-mine.png"
+    own.write_bytes(b"mine")
+    shutil.rmtree(root / "other")
+    html = page.make_page(load_results(root), tmp_path / "p").path.read_text()
+    assert {path for path in figures.iterdir() if path.name.startswith("gym-2-")} == {own}  # nobody else's files
+    assert set(re.findall(r'href="figures/([^"]+)"', html)) == {path.name for path in figures.iterdir()} - {own.name}
+
+
+def test_figures_that_only_another_page_names_are_left_alone(runs: Path, tmp_path: Path) -> None:
+    """A page that is not the report's, and figures that it has never linked to."""
+    shutil.copytree(runs / "rl-none-0", tmp_path / "r" / "rl-none-0")
+    (tmp_path / "p" / "figures").mkdir(parents=True)
+    kept = tmp_path / "p" / "figures" / "mine-rank.png"
+    kept.write_bytes(b"mine")
+    link = '<a href="figures/mine-rank.png" download>png</a>'
+    (tmp_path / "p" / "index.html").write_text(link)
+    for _ in range(2):
+        page.make_page(load_results(tmp_path / "r"), tmp_path / "p")
+        assert kept.read_bytes() == b"mine"
 
 
 class Ruined(PendulumEnv):

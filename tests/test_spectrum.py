@@ -82,6 +82,20 @@ def test_a_dead_layer_is_dormant_in_every_precision(dtype: torch.dtype):
     assert grama_ratio([torch.zeros(1, 8, 5, dtype=dtype)]) == 1.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_actor_in_half_precision_is_measured(dtype: torch.dtype):
+    policy, states = actor().to(dtype), observations().to(dtype)
+    found, expected = measure(policy, states, box=BOX), measure(policy.float(), states.float(), box=BOX)
+    assert set(found) == set(expected)
+    for name in ("stable_rank_W", "weight_norm", "r_e_K"):
+        assert found[name] == pytest.approx(expected[name], rel=0.02), name
+
+
+def test_bounds_of_the_box_do_not_move_with_the_precision_of_the_policy():
+    """0.4 is 0.4004 in bfloat16."""
+    assert outside_share(torch.tensor([[0.4]], dtype=torch.bfloat16), [-0.4], [0.4]) == 1.0
+
+
 def test_what_is_outside_the_action_box():
     """Of 6 mean actions the first is below its bound, and two are above theirs; on a bound is inside."""
     output = torch.tensor([[-1.5, 0.0, 9.0], [-1.0, 2.0, 3.0]])

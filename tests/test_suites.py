@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -138,3 +139,27 @@ def test_suites_that_promise_equal_spaces_have_them() -> None:
             assert len({Spaces.of(envs) for envs in environments}) == 1, suite.name
             for envs in environments:
                 envs.close()
+
+
+def test_a_pool_that_cannot_be_made_anew_closes_without_a_second_error() -> None:
+    class Pool:
+        config: dict[str, int] = {"num_envs": 1}  # noqa: RUF012
+
+        def reset(self) -> tuple[np.ndarray, dict[str, Any]]:
+            return np.zeros((1, 2)), {}
+
+        def close(self) -> None:
+            closed.append(self)
+
+    def make(seed: int) -> Pool:
+        if closed:
+            raise OSError("no room")
+        return Pool()
+
+    closed: list[Pool] = []
+    pool = RemadePool(make, 0)
+    pool.reset()
+    with pytest.raises(OSError, match="no room"):
+        pool.reset()
+    pool.close()
+    assert len(closed) == 1

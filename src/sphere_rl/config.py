@@ -276,7 +276,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing or is not TOML.
     """
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # a number of thousands of digits is no TOML error
         raise ConfigError("config", str(path), f"a readable TOML file ({error})") from None
 

@@ -79,7 +79,7 @@ def list_presets() -> list[dict[str, Any]]:
 def comment(file: Path) -> str:
     """The text of the comment that a file begins with, up to its first empty line."""
     words = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines():
         if not (text := line.removeprefix("#").strip()) or not line.startswith("#"):
             break
         words.append(text)
@@ -104,7 +104,7 @@ def method_row(name: str, summary: str, defaults: dict[str, Any], citation: str)
 
 def written_method(file: Path) -> dict[str, Any] | None:
     """A method's row as its file says it in plain values; ``None`` where it does not."""
-    classes = [node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
+    classes = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
     try:
         (method,) = (one for one in classes if "citation" in assigned(one))
         said = assigned(method)
@@ -135,7 +135,7 @@ def table_of(module: str, name: str) -> dict[str, str]:
     """
     path = SOURCE / module.replace(".", "/")
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    for node in ast.parse(file.read_text()).body:
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name and isinstance(node.value, ast.Dict):
             values = [value.args[0] if isinstance(value, ast.Call) else value for value in node.value.values]
             try:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from io import StringIO
 from math import inf
@@ -89,10 +89,10 @@ def export(
     target = Path(out) if out is not None else folder.path / "export" / chosen.path.stem
     with _beside(target) as work:
         description = exported.describe(config_of(folder), spaces)
-        (work / exported.DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        (work / exported.DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         written = [_write(policy, format, work) for format in dict.fromkeys(formats)]
         card = model_card(folder, chosen, policy, spaces, {one.format: one.name for one in written})
-        (work / "README.md").write_text(card)
+        (work / "README.md").write_text(card, encoding="utf-8")
     return target, written
 
 
@@ -106,7 +106,7 @@ def _beside(target: Path) -> Iterator[Path]:
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunFolderError(f"{target}: not empty; expected a new or empty folder (--out), or all formats at once")
-    new = next((parent for parent in reversed(target.parents) if not parent.exists()), None)
+    new = [parent for parent in target.parents if not parent.exists()]  # the innermost first
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -117,7 +117,10 @@ def _beside(target: Path) -> Iterator[Path]:
         work.chmod(0o755)  # mkdtemp's are for their owner alone
         work.replace(target)
     except BaseException as error:
-        shutil.rmtree(new or work)
+        shutil.rmtree(work)
+        with suppress(OSError):  # another export has come into one of them
+            for parent in new:
+                parent.rmdir()
         if isinstance(error, OSError) and not isinstance(error, StorageError):
             raise StorageError.of(target, error) from error
         raise
@@ -126,15 +129,14 @@ def _beside(target: Path) -> Iterator[Path]:
 def _write(policy: Policy, format: str, work: Path) -> Written:
     name, write = FORMATS[format]
     try:
-        act = write(policy, work / name)
+        return Written(format, name, check(policy, write(policy, work / name), format))
     except (MissingExtraError, RunFolderError):
         raise
-    except Exception as error:  # whatever the exporters make of somebody's gate
+    except Exception as error:  # whatever the exporters, or what they have written, make of somebody's gate
         if isinstance(error, OSError) and error.errno:  # of the disk; inspect raises one without a number
             raise
         reason = described(error.__cause__ or error, longest=200)  # PyTorch's own words are of its steps
         raise RunFolderError(f"format: {format} cannot hold this policy ({reason})") from error
-    return Written(format, name, check(policy, act, format))
 
 
 def check(policy: Policy, act: Act, format: str) -> float:

@@ -20,6 +20,8 @@ from sphere_rl.suites.picture import Drawable, Picture
 
 Frame = np.ndarray  # uint8 [height, width, 3]
 DEFAULT_STEP_RATE = 50
+GIF_RATE = 50
+"""Pictures a second at most: a gif counts in hundredths of a second, and one of them is too short for browsers."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def record(
             raise ConfigError(name, value, "1 or more")
     writer = _writer(path)
     step_rate = env.metadata.get("render_fps") or DEFAULT_STEP_RATE
-    stride = max(1, round(step_rate / fps))
+    stride = max(1, round(step_rate / (min(fps, GIF_RATE) if path.suffix == ".gif" else fps)))
     observation, _ = env.reset()
     frame = _draw(env)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -213,8 +215,7 @@ def _gif(path: Path, shape: tuple[int, ...], fps: float) -> Iterator[Callable[[F
 
     frames, film = list[Any](), io.BytesIO()
     yield lambda frame: frames.append(Image.fromarray(frame).quantize(128))
-    # A gif counts in hundredths of a second.
-    duration = round(100 / fps) * 10
+    duration = round(100 / min(fps, GIF_RATE)) * 10
     frames[0].save(film, "gif", save_all=True, append_images=frames[1:], duration=duration, loop=0, optimize=True)
     write_atomic(path, film.getvalue())
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,28 @@ def write(suites: Sequence[SuiteContent], out: Path) -> None:
                     path.unlink()
             else:
                 figures.save(figure, stem)
+
+
+def take_away_others(page: Path, suites: Sequence[SuiteContent], names: Collection[str], out: Path) -> None:
+    """Take away the figures of parts that an earlier ``page`` had and this one has not.
+
+    Only files that the earlier page itself links to, by these ``names`` of figures: whatever else lies in the folder
+    is not the report's.
+    """
+    earlier = page.read_text(encoding="utf-8", errors="replace") if page.is_file() else ""
+    if not PAGE.search(earlier):
+        return
+    present = {file_name(suite.name) for suite in suites}
+    for stem in dict.fromkeys(LINK.findall(earlier)):
+        part, _, name = stem.rpartition("-")
+        if name in names and part not in present:
+            for path in written(out / stem):
+                path.unlink()
+
+
+PAGE = re.compile("<title>SPHERE · .* report</title>")
+LINK = re.compile(r'<a href="figures/([\w.,=+-]+)\.(?:png|svg|pdf)" download>')
+"""What the page has in its head, and how it links to a figure."""
 
 
 def written(stem: Path) -> list[Path]:

@@ -56,7 +56,8 @@ class Page:
 def make_page(results: Results, out: Path, refresh: int | None = None) -> Page:
     """Write ``index.html``, ``figures/`` and ``tables/`` below ``out``.
 
-    The page is one file without links to the network. With ``refresh`` it reloads itself after that many seconds, and
+    The page is one file without links to the network. Figures of an earlier page there, of parts that are no more, are
+    taken away. With ``refresh`` it reloads itself after that many seconds, and
     figures that are there already are left for the call without it.
     """
     suites = content_of(results)
@@ -66,6 +67,7 @@ def make_page(results: Results, out: Path, refresh: int | None = None) -> Page:
         drawings.write(suites, out / "figures")
     write_tables(suites, results, out / "tables")
     page = out / "index.html"
+    drawings.take_away_others(page, suites, FIGURES, out / "figures")
     write_atomic(page, render(suites, results, refresh, out / "figures").encode())
     return Page(page, left_out(suites, results))
 
@@ -102,7 +104,7 @@ def render(suites: Sequence[SuiteContent], results: Results, refresh: int | None
 
     parts = files("sphere_rl.report")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string((parts / "page.html.j2").read_text())
+    template = environment.from_string((parts / "page.html.j2").read_text(encoding="utf-8"))
     views: list[dict[str, Any]] = [_view(suite) | {"figures": _figures(suite, figures)} for suite in suites]
     data = {
         "panels": {panel["id"]: panel for view in views for panel in view["panels"]},
@@ -110,11 +112,11 @@ def render(suites: Sequence[SuiteContent], results: Results, refresh: int | None
         "methods": {suite.name: _methods(suite) for suite in suites},
         "refresh": refresh,
     }
-    scripts = {"theme": THEME, "plotly": get_plotlyjs(), "script": (parts / "page.js").read_text()}
+    scripts = {"theme": THEME, "plotly": get_plotlyjs(), "script": (parts / "page.js").read_text(encoding="utf-8")}
     return template.render(
         **scripts,
         policy=policy(scripts.values()),
-        style=(parts / "page.css").read_text(),
+        style=(parts / "page.css").read_text(encoding="utf-8"),
         data=_json(data),
         suites=views,
         runs=[_run(row, results) for row in results.runs.iter_rows(named=True)],

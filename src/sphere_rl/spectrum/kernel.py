@@ -138,8 +138,9 @@ def entk_jax(
     """Return the exact eNTK of a JAX function ``apply(params, observations) -> [N, A]`` as a JAX array.
 
     ``params``: any pytree of floating arrays, all of it trainable. ``chunk`` columns of K are formed at a time, each
-    with one tangent of the size of ``params``. Rows and ``outputs`` as in `entk`. Raises ValueError where ``params``
-    hold other arrays, ``apply`` does not return [N, A] or has `sphere_rl.regularize` in it.
+    with one tangent of the size of ``params``. Rows and ``outputs`` as in `entk`, and so is the precision: ``params``
+    and observations lower than float32 are passed to ``apply`` in float32. Raises ValueError where ``params`` hold
+    other arrays, ``apply`` does not return [N, A] or has `sphere_rl.regularize` in it.
     """
     import jax
     import jax.numpy as jnp
@@ -148,6 +149,7 @@ def entk_jax(
     kinds = {str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(params)}
     if odd := sorted(kind for kind in kinds if not jnp.issubdtype(kind, jnp.floating)):
         raise ValueError(f"params: got arrays of {', '.join(odd)}, allowed: floating ones, all trainable")
+    params, observations = jax.tree.map(_jax_float32, (params, observations))
     shape = jax.eval_shape(lambda p: apply(p, observations), params).shape
     if len(shape) != 2:
         raise ValueError(f"apply: got outputs of shape {shape}, allowed: [N, A]")
@@ -168,6 +170,15 @@ def entk_jax(
     if outputs == "sum":
         return jnp.einsum("icjc->ij", kernel)
     return kernel.reshape(samples * actions, samples * actions)
+
+
+def _jax_float32(leaf: Any) -> Any:
+    """The array, or in float32 where it is a floating one with fewer digits."""
+    import jax.numpy as jnp
+
+    dtype = jnp.result_type(leaf)
+    low = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.asarray(leaf, dtype=jnp.float32) if low else leaf
 
 
 @contextmanager

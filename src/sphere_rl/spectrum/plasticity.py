@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sphere_rl.experts.layers import RoutedFeatures
+from sphere_rl.spectrum.ranks import at_least_float32
 
 ENERGY = 0.99
 """Share that the leading part of a spectrum must hold, for `srank`, `pca_rank` and `expert_overlap`."""
@@ -65,8 +66,8 @@ def grama_ratio(weight_gradients: Sequence[Float[Tensor, "_ _ _"]], threshold: f
 
 
 def stable_rank(weight: Float[Tensor, "*b out in"]) -> Float[Tensor, "*b"]:
-    """(‖W‖_F/‖W‖₂)² of each matrix, 0 for a zero matrix; 1 ≤ stable rank ≤ rank."""
-    matrix = weight.detach()
+    """(‖W‖_F/‖W‖₂)² of each matrix, 0 for a zero matrix; 1 ≤ stable rank ≤ rank; in float32 at least."""
+    matrix = at_least_float32(weight.detach())
     gram = matrix @ matrix.mT if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT @ matrix
     largest = torch.linalg.eigvalsh(gram)[..., -1]
     return torch.where(largest > 0, matrix.square().sum((-2, -1)) / largest, 0.0)
@@ -74,8 +75,9 @@ def stable_rank(weight: Float[Tensor, "*b out in"]) -> Float[Tensor, "*b"]:
 
 def outside_share(output: Float[Tensor, "N A"], low: Sequence[float], high: Sequence[float]) -> float:
     """Share of mean actions outside a box of A lower and upper bounds, where the environment clips them."""
-    lower, upper = (torch.as_tensor(bounds, dtype=output.dtype, device=output.device) for bounds in (low, high))
-    return ((output < lower) | (output > upper)).double().mean().item()
+    lower, upper = (torch.as_tensor(bounds, dtype=torch.float64, device=output.device) for bounds in (low, high))
+    mean = output.double()  # in fewer digits bounds would move
+    return ((mean < lower) | (mean > upper)).double().mean().item()
 
 
 def root_mean_square(tensors: Iterable[Tensor]) -> float:
@@ -93,9 +95,13 @@ def churn(after: Float[Tensor, "N A"], before: Float[Tensor, "N A"]) -> float:
 
 
 def gate_entropy(gates: Float[Tensor, "N E"]) -> float:
-    """Mean over states of −Σ_e p_e log p_e, p the state's routing weights divided by their sum; nats."""
-    p = gates.detach().double()
-    return float(torch.special.entr(p / p.sum(1, keepdim=True)).sum(1).mean())
+    """Mean over states of −Σ_e p_e log p_e, p the sizes of the state's routing weights divided by their sum; nats.
+
+    A state that no expert is selected for counts as 0.
+    """
+    size = gates.detach().double().abs()
+    total = size.sum(1, keepdim=True)
+    return float(torch.special.entr(size / torch.where(total > 0, total, 1.0)).sum(1).mean())
 
 
 def expert_load(features: RoutedFeatures) -> list[float]:
@@ -110,16 +116,21 @@ def expert_overlap(features: Float[Tensor, "N E H"]) -> float:
     energy: 1 for equal features (or rotated ones), 0 for experts that share no state. Experts without features are
     left out; 0 for fewer than two.
     """
-    bases = []
-    for expert in features.detach().double().unbind(1):
-        values, vectors = torch.linalg.eigh(expert @ expert.T)
-        if values[-1] > 0:
-            bases.append(vectors.flip(1)[:, : _leading(values.clamp(min=0.0))])
+    bases = [basis for expert in features.detach().double().unbind(1) if (basis := _span(expert)).shape[1]]
     cosines = [
         float((one.T @ other).square().sum()) / (one.shape[1] * other.shape[1]) ** 0.5
         for one, other in combinations(bases, 2)
     ]
     return sum(cosines) / len(cosines) if cosines else 0.0
+
+
+def _span(features: Float[Tensor, "N H"]) -> Float[Tensor, "N k"]:
+    """The fewest left singular vectors that hold `ENERGY`, from the smaller Gram; none of zeros."""
+    many = features.shape[0] > features.shape[1]
+    values, vectors = torch.linalg.eigh(features.T @ features if many else features @ features.T)
+    count = _leading(values.clamp(min=0.0)) if values[-1] > 0 else 0
+    leading = vectors.flip(1)[:, :count]
+    return features @ leading / values.flip(0)[:count].sqrt() if many else leading
 
 
 def _leading(values: Float[Tensor, "k"]) -> int:

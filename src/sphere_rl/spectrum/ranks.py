@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import exp, isfinite
+from math import exp, frexp, isfinite
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ def _within(rank: float, p: Float[Tensor, "k"]) -> float:
 
 def _shares(eigenvalues: Shaped[Any, "n"]) -> Float[Tensor, "k"]:
     """Each eigenvalue over their sum in float64; none for the zero matrix."""
-    values = _float64(eigenvalues)
+    values = _float64("eigenvalues", eigenvalues)
     if values.ndim != 1:
         raise ValueError(f"eigenvalues: got shape {tuple(values.shape)}, allowed: [n]")
     if not values.isfinite().all():
@@ -68,14 +68,23 @@ def gram_eigenvalues(phi: Shaped[Any, "N m"]) -> Float[Tensor, "k"]:
 
     Raises ValueError where phi is not [N, m], NotFiniteError where a feature is not finite.
     """
-    matrix = _float64(phi)
+    eigenvalues, power = _unit_gram_eigenvalues(phi)
+    return eigenvalues * 2.0**power * 2.0**power
+
+
+def _unit_gram_eigenvalues(phi: Shaped[Any, "N m"]) -> tuple[Float[Tensor, "k"], int]:
+    """`gram_eigenvalues` of Φ/2ᵖ, whose products neither over- nor underflow, and p; bits stay as they are."""
+    matrix = _float64("phi", phi)
     if matrix.ndim != 2:
         raise ValueError(f"phi: got shape {tuple(matrix.shape)}, allowed: [N, m]")
     if not matrix.isfinite().all():
         raise NotFiniteError("phi", "a value", "every value finite")
+    power = frexp(matrix.abs().max().item())[1] if matrix.numel() else 0
+    power = min(max(power, -1000), 1000)  # whose powers of two are numbers themselves
+    matrix = matrix * 2.0**-power
     samples, width = matrix.shape
     gram = matrix @ matrix.T if samples < width else matrix.T @ matrix
-    return torch.linalg.eigvalsh(gram / samples).clamp(min=0.0)
+    return torch.linalg.eigvalsh(gram / samples).clamp(min=0.0), power
 
 
 def kernel_eigenvalues(kernel: Float[Tensor, "n n"]) -> Float[Tensor, "n"]:
@@ -95,7 +104,7 @@ def kernel_rank(kernel: Float[Tensor, "n n"]) -> float:
 
 def gram_effective_rank(phi: Shaped[Any, "N m"]) -> float:
     """Return r_e(A), A = ΦᵀΦ/N, for features ``phi`` [N, m], one sample a row; see `effective_rank`."""
-    return effective_rank(gram_eigenvalues(phi))
+    return effective_rank(_unit_gram_eigenvalues(phi)[0])
 
 
 @dataclass(frozen=True)
@@ -192,7 +201,12 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32 else tensor
 
 
-def _float64(array: Any) -> Tensor:
+def _float64(name: str, array: Any) -> Tensor:
     if isinstance(array, Tensor):
-        return array.detach().double()
-    return torch.tensor(np.asarray(array, dtype=np.float64))
+        found = array.detach()
+    else:
+        plain = np.asarray(array)
+        found = torch.tensor(plain if plain.dtype.kind == "c" else plain.astype(np.float64))
+    if found.is_complex():
+        raise ValueError(f"{name}: got dtype {found.dtype}, allowed: real numbers")
+    return found.double()

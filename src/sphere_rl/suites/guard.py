@@ -80,9 +80,54 @@ class Guarded(VectorWrapper):
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Step all."""
         with _faults("step", self._seconds):
-            found = super().step(actions)
-            self._check("step", found[0])
+            observation, reward, terminated, truncated, info = super().step(actions)
+            self._check("step", observation)
+            reward = self._column("rewards", reward)
+            terminated, truncated = (
+                self._column(name, ends).astype(bool, copy=False)
+                for name, ends in (("terminated", terminated), ("truncated", truncated))
+            )
+            info = self._told("info", info)
+            if (done := terminated | truncated).any() and "final_obs" in info:
+                self._check_last(info["final_obs"], done)
+        return observation, reward, terminated, truncated, info
+
+    def _column(self, what: str, values: Any) -> np.ndarray:
+        """A number of each environment [B]."""
+        found = np.asarray(values)
+        if found.shape != (self.num_envs,):
+            raise EnvironmentFault(f"step gave {what} of shape {found.shape}, not {(self.num_envs,)}")
+        if found.dtype.kind not in "biuf":
+            raise EnvironmentFault(f"step gave {what} of type {found.dtype}, not real numbers")
         return found
+
+    def _told(self, what: str, info: Any) -> dict[str, Any]:
+        """An info whose success, and that of its ``final_info``, are numbers of all environments.
+
+        Gymnasium's own vector environments put NumPy's truth values side by side as objects, ``None`` where there are
+        none.
+        """
+        if not isinstance(info, dict):
+            raise EnvironmentFault(f"step gave {what} that is a {type(info).__name__}, not a dict")
+        if np.asarray(success := info.get("success", 0.0)).dtype == object:
+            success = [one if one is not None else 0.0 for one in np.ravel(success)]
+            info = info | {"success": np.array(success, dtype=np.float64)}
+        if np.shape(success):
+            self._column(f"{what}['success']", info["success"])
+        if "final_info" in info:
+            info = info | {"final_info": self._told("info['final_info']", info["final_info"])}
+        return info
+
+    def _check_last(self, last: Any, done: np.ndarray) -> None:
+        """The last observations of the environments whose episodes ended."""
+        space, number = self.single_observation_space.shape, self.num_envs
+        if not isinstance(last, np.ndarray) or len(last) != number:
+            got = f"{len(last)} rows" if isinstance(last, np.ndarray) else f"a {type(last).__name__}"
+            raise EnvironmentFault(f"step gave info['final_obs'] that is {got}, not an array of {number} rows")
+        for index in np.flatnonzero(done):
+            if np.shape(last[index]) != space:
+                got = f"shape {np.shape(last[index])}"
+                raise EnvironmentFault(f"step gave info['final_obs'][{index}] of {got}, not {space}")
 
     def close(self, **kwargs: Any) -> None:
         """Close all; what goes wrong with that spoils no result that is there already, and is only told."""

@@ -17,6 +17,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 from sphere_rl.errors import ConfigError, EnvironmentFault, described
+from sphere_rl.suites.picture import offscreen
 from sphere_rl.suites.spaces import check_spaces, flattened
 
 
@@ -25,7 +26,8 @@ class _Adapted(gymnasium.Wrapper):
 
     Observations have the shape of their space and are left alone by later steps: an environment that writes every one
     into the same array would overwrite an episode's last one with the reset that follows it. Rewards and ends are
-    single numbers. Success goes by one name; robotics environments say ``is_success``.
+    single numbers. Success goes by one name; robotics environments say ``is_success``. Nothing else of the info is
+    passed on: what is of another length or kind from step to step cannot be put side by side for several environments.
     """
 
     def __init__(self, env: gymnasium.Env, index: int) -> None:
@@ -78,14 +80,22 @@ class _Adapted(gymnasium.Wrapper):
             raise self._fault(f"info is a {type(info).__name__}, not a dict")
         name = "is_success" if "is_success" in info else "success"
         if name not in info:
-            return info
+            return {}
         success = self._number(name, info[name])
         if success != success:
             raise self._fault(f"{name} is {success}, not a number")
-        return {**info, "success": float(success)}
+        return {"success": float(success)}
 
     def _fault(self, what: str) -> EnvironmentFault:
         return EnvironmentFault(f"environment {self._index}, step {self._step} of its episode: {what}")
+
+
+class _Drawn(_Adapted):
+    """One that draws, with or without a display."""
+
+    def render(self) -> Any:
+        with offscreen():
+            return super().render()
 
 
 class _SeededVectorEnv(SyncVectorEnv):
@@ -141,7 +151,7 @@ class Gymnasium:
         """Make one environment that draws its frames."""
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # of pygame: into memory, without a look for a display
         env = self._make(task, env_args | {"max_episode_steps": max_episode_steps, "render_mode": "rgb_array"})
-        env = _Adapted(env, 0)
+        env = _Drawn(env, 0)
         env.reset(seed=seed)
         return env
 

@@ -109,7 +109,10 @@ class MetaWorld:
         self.preset: Mapping[str, Any] = {}  # the defaults of TrainConfig are CW10's
 
     def make(self, task: str, num_envs: int, seed: int, num_threads: int) -> VectorEnv:
-        """Make goal-observable environments; ``info["success"]`` is MetaWorld's flag of the step."""
+        """Make goal-observable environments; ``info["success"]`` is MetaWorld's flag of the step.
+
+        EnvPool gives environment i the seed + i, so seeds that differ by less than ``num_envs`` share environments.
+        """
         return SameStepEnvPool(self._pool(task, seed, num_envs=num_envs, num_threads=num_threads))
 
     def render_env(self, task: str, seed: int) -> gymnasium.Env:

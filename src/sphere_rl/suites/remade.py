@@ -28,7 +28,14 @@ class RemadePool:
         self._pool, self._fresh = make(seed=seed), True
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_pool":  # none was made in the place of the one that is closed
+            raise AttributeError(name)
         return getattr(self._pool, name)
+
+    def close(self) -> None:
+        """Close what there is: a pool that could not be made anew leaves nothing."""
+        if hasattr(self, "_pool"):
+            self._pool.close()
 
     def reset(self, env_ids: np.ndarray | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         """Begin an episode in all environments; it cannot be begun in some."""

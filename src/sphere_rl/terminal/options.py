@@ -176,7 +176,7 @@ def _texts(path: str) -> list[tuple[str, str, str]]:
     """Class, field and text of every annotated field of a file with a text under it."""
     return [
         (owner.name, field.target.id, inspect.cleandoc(text.value.value))
-        for owner in ast.walk(ast.parse(Path(path).read_text()))
+        for owner in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8")))
         if isinstance(owner, ast.ClassDef)
         for field, text in zip(owner.body, owner.body[1:], strict=False)
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)

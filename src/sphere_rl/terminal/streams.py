@@ -6,16 +6,23 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from io import TextIOWrapper
 from typing import Any
 
 
 @contextlib.contextmanager
 def lasting_streams() -> Iterator[None]:
-    """Inside, what standard output or error refuse is dropped, and so is all that comes after it there."""
+    """Inside, what standard output or error refuse is dropped, and so is all that comes after it there.
+
+    Characters that the locale's encoding lacks are written as ``\\u03a3``, as on standard error anyway.
+    """
     with contextlib.ExitStack() as stack:
         for name in ("stdout", "stderr"):
             if (stream := getattr(sys, name)) is not None:  # closed before the process began
                 lasting: Any = Lasting(stream)
+                if isinstance(stream, TextIOWrapper):
+                    stack.callback(stream.reconfigure, errors=stream.errors)
+                    stream.reconfigure(errors="backslashreplace")
                 stack.callback(setattr, sys, name, stream)
                 stack.callback(lasting.flush)  # here, and not where Python ends and says so
                 setattr(sys, name, lasting)

@@ -200,7 +200,7 @@ def _wandb_id(folder: RunFolder) -> str:
     if not path.is_file():
         make_folder(path.parent)
         write_atomic(path, secrets.token_hex(8).encode())
-    return path.read_text().strip()
+    return path.read_text(encoding="utf-8").strip()
 
 
 class Notices:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from copy import copy
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from sphere_rl.errors import ConfigError
-from sphere_rl.suites.picture import Picture
+from sphere_rl.suites.picture import Picture, is_headless
 
 REMEDY = "a working OpenGL library: install libegl1 (MUJOCO_GL=egl) or libosmesa6 (MUJOCO_GL=osmesa)"
 
@@ -25,9 +24,8 @@ def _graphics(model: mujoco.MjModel, width: int, height: int) -> tuple[Any, Any]
 
     The context is MuJoCo's own choice, but EGL on a Linux machine without a display: MuJoCo would open a window there.
     """
-    headless = sys.platform == "linux" and "DISPLAY" not in os.environ and not os.environ.get("MUJOCO_GL")
     try:
-        if headless:
+        if is_headless():
             from mujoco.egl import GLContext
         else:
             from mujoco import GLContext
