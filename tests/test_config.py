@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -213,16 +212,6 @@ def test_every_kind_of_option_is_read() -> None:
     assert (config.learning_rate_bounds, config.label, config.tasks) == ((1e-4, 1e-3), "a b", ("walk", "run"))
     assert parse_train(["--sphere.strength", "None"])[0].options.sphere.strength is None
     assert not quiet
-
-
-def test_help_has_the_groups_of_the_documentation() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
-    table = dict(re.findall(r"^\| ([\w ]+) \| `(--[^`]*)` \|$", page, re.MULTILINE))
-    extra = {"process": " --out --quiet"}  # of the command, not of the run
-    assert table == {
-        title: " ".join(f"--{name.replace('_', '-')}" for name in names.split()) + extra.get(title, "")
-        for title, names in GROUPS.items()
-    }
 
 
 @pytest.mark.parametrize("changes", [{"protocol": "x"}, {"tasks": 3}, {"gamma": True}])

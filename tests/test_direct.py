@@ -224,25 +224,6 @@ def test_the_scale_free_penalty_takes_features_of_any_size(strength: dict[str, A
     assert found[1] == (pytest.approx(found[0], rel=1e-5) if size else 0.0)
 
 
-@pytest.mark.parametrize("step", [directly, by_autograd])
-@pytest.mark.parametrize("layers", ["last", "all"])
-@pytest.mark.parametrize("kind", ["topk_moe", "dense"])
-def test_round_off_of_a_penalty_without_gradient_gets_no_share_of_the_losses(
-    kind: str, layers: str, step: Callable[[Agent, Minibatch], list[Tensor]]
-) -> None:
-    """Equal states have features of one direction, which the scale-free penalty has nothing to turn by."""
-    samples = Minibatch(**{name: tensor.float() for name, tensor in vars(minibatch(2)).items()})
-    samples = replace(samples, observation=samples.observation[:1].repeat(N, 1))
-    found = []
-    for method in ("none", "sphere"):
-        options = {"rho": 1.0, "layers": layers, "schedule": "constant"}
-        agent = Agent(make_config(method, actor=kind, network=NETWORK, sphere=options), Spaces(D, A, False), seed=4)
-        step(agent, samples)
-        found.append([p.grad for p in agent.actor_parameters])
-    for plain, beside in zip(*found, strict=True):
-        torch.testing.assert_close(beside, plain, rtol=1e-5, atol=1e-7)
-
-
 @pytest.mark.parametrize("mode", ["loss", "grad"])
 def test_discrete_policies_too(mode: str) -> None:
     config = make_config("sphere", network=NETWORK, sphere={"mode": mode, "rho": 0.7})

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from conformance.agents import make_config
+from test_direct import NETWORK, A, D, N, by_autograd, directly, minibatch
+from test_direct import pytestmark as needs_script
 from torch import Tensor
 
 from sphere_rl.experts.network import make_actor
+from sphere_rl.learner.actor_critic import Spaces
+from sphere_rl.learner.minibatch import Minibatch
 from sphere_rl.penalty import gate_penalty, layers_penalty, per_expert_penalty, sphere_penalty
 from sphere_rl.spectrum import effective_rank, entk, gram_effective_rank, measure
 from sphere_rl.spectrum.ranks import estimate_effective_rank, gram_eigenvalues, participation_ratio
+from sphere_rl.training.agent import Agent
 
 SCALES = [10.0**e for e in range(-18, 19, 3)]
 FLOAT32 = torch.finfo(torch.float32)
@@ -168,3 +175,23 @@ def test_what_is_not_finite_gives_an_error_and_no_number(bad: float) -> None:
     for of in PENALTIES.values():  # a loss is NaN or infinite then, never a number, and the update stops at it
         for scale in ("literal", "free"):
             assert not of(x, scale).isfinite()
+
+
+@needs_script
+@pytest.mark.parametrize("step", [directly, by_autograd])
+@pytest.mark.parametrize("layers", ["last", "all"])
+@pytest.mark.parametrize("kind", ["topk_moe", "dense"])
+def test_round_off_of_a_penalty_without_gradient_gets_no_share_of_the_losses(
+    kind: str, layers: str, step: Callable[[Agent, Minibatch], list[Tensor]]
+) -> None:
+    """Equal states have features of one direction, which the scale-free penalty has nothing to turn by."""
+    samples = Minibatch(**{name: tensor.float() for name, tensor in vars(minibatch(2)).items()})
+    samples = replace(samples, observation=samples.observation[:1].repeat(N, 1))
+    found = []
+    for method in ("none", "sphere"):
+        options = {"rho": 1.0, "layers": layers, "schedule": "constant"}
+        agent = Agent(make_config(method, actor=kind, network=NETWORK, sphere=options), Spaces(D, A, False), seed=4)
+        step(agent, samples)
+        found.append([p.grad for p in agent.actor_parameters])
+    for plain, beside in zip(*found, strict=True):
+        torch.testing.assert_close(beside, plain, rtol=1e-5, atol=1e-7)

@@ -106,6 +106,14 @@ def train(agent: Agent, *seeds: int, task: str = SHORT) -> None:
         update(agent, rollout(seed, task), agent.config)
 
 
+def trained(method: str, critic: str = "topk_moe", **changes: Any) -> Agent:
+    """An agent after one iteration of its first task."""
+    agent = make_agent(make_config(method, critic=critic, **changes))
+    begin(agent, 0)
+    train(agent, 1)
+    return agent
+
+
 def batch(seed: int = 0, dtype: torch.dtype = torch.float32) -> Minibatch:
     """All samples of a rollout, with some advantage."""
     collected = rollout(seed)

@@ -173,12 +173,12 @@ def entk_jax(
 
 
 def _jax_float32(leaf: Any) -> Any:
-    """The array, or in float32 where it is a floating one with fewer digits."""
+    """The array, of whichever library, or in float32 where it is a floating one with fewer digits."""
     import jax.numpy as jnp
 
-    dtype = jnp.result_type(leaf)
-    low = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-    return jnp.asarray(leaf, dtype=jnp.float32) if low else leaf
+    array = jnp.asarray(leaf)
+    low = jnp.issubdtype(array.dtype, jnp.floating) and jnp.finfo(array.dtype).bits < 32
+    return array.astype(jnp.float32) if low else leaf
 
 
 @contextmanager
