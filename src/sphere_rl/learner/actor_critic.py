@@ -175,6 +175,10 @@ class ActorCritic:
             elif type(value) in (int, float):
                 state[key] = type(value)()
 
+    def is_new(self, parameter: Tensor) -> bool:
+        """Whether its optimiser knows nothing of a parameter: before its first step, or since `forget`."""
+        return not any(moment.any() for moment in self.moments(parameter))
+
     def _optimizer_state(self, parameter: Tensor) -> dict[str, Any]:
         for optimizer in (self.actor_optimizer, self.critic_optimizer):
             if parameter in optimizer.state:

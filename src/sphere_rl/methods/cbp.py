@@ -111,7 +111,7 @@ class Cbp(Method):
             return
         self._begins.discard(network)
         for layer, statistics in zip(unit_layers(networks(agent)[network]), self.statistics[network], strict=True):
-            if not any(moment.any() for moment in agent.moments(layer.incoming.weight)):
+            if agent.is_new(layer.incoming.weight):
                 statistics.begin_anew()
 
     def observe(self, network: str, trace: Trace) -> None:

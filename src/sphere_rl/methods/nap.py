@@ -44,7 +44,7 @@ class NaP(Method):
             return
         self._begins.discard(network)
         for weight, norm in zip(weights(agent), self._norms, strict=True):
-            if weight in gradients and not any(moment.any() for moment in agent.moments(weight)):
+            if weight in gradients and agent.is_new(weight):
                 norm.copy_(matrix_norms(weight))
 
     @torch.no_grad()

@@ -95,12 +95,13 @@ class TracAdam(torch.optim.Adam):
         if not self.state:
             return
         counts = torch.stack([self.state[p]["step"] for p in self._parameters]).tolist()
-        for i, (p, place, count) in enumerate(zip(self._parameters, self._places(), counts, strict=True)):
+        kept = zip(self._parameters, self.reference, self.moved, self._places(), counts, strict=True)
+        for p, reference, moved, place, count in kept:
             if count == 0:
-                self.reference[i].copy_(p)
-                self.moved[i].zero_()
+                reference.copy_(p)
+                moved.zero_()
             else:
-                self.reference[i].add_(p - place)
+                reference.add_(p - place)
 
     def _tune(self, h: float) -> None:
         from scipy.special import erfi  # takes a tenth of a second to import
