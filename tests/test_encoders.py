@@ -93,8 +93,7 @@ def test_a_reset_begins_the_encoder_anew() -> None:
     agent = make_agent(make_config("reset_all", actor="window_moe"))
     assert agent.actor.encoder is not None
     before = [p.detach().clone() for p in agent.actor.encoder.parameters()]
-    for method in agent.methods:
-        method.on_task_start(agent, 1)
+    agent.begin_task(1)
     assert all(not torch.equal(p, q) for p, q in zip(before, agent.actor.encoder.parameters(), strict=True))
 
 

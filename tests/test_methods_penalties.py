@@ -10,7 +10,6 @@ from conformance.agents import (
     SHORT,
     actor_step,
     batch,
-    begin,
     make_agent,
     make_config,
     only_method,
@@ -273,7 +272,7 @@ def test_bound_loss_brings_back_an_agent_whose_actions_are_all_clipped():
 def test_c_chain_compares_with_the_policy_before_the_last_step():
     agent = double_agent("c_chain", c_chain={"coefficient": 7.0, "warmup": 3})
     method = only_method(agent)
-    begin(agent, 0)
+    agent.begin_task(0)
     generator, policies, losses, penalty = torch.Generator().manual_seed(3), [], [], None
     observations = [batch(seed, torch.float64).observation for seed in (1, 2, 3)]
     for seed in (1, 2, 3):
@@ -295,7 +294,7 @@ def test_c_chain_compares_with_the_policy_before_the_last_step():
     method.after_iteration(agent, rollout(1))
     method.after_iteration(agent, rollout(1))
     assert method.metrics()["c_chain_coefficient"] == pytest.approx(0.05 * losses[2] / churn)
-    begin(agent, 1)
+    agent.begin_task(1)
     assert method.actor_penalty(actor_step(agent, batch(1, torch.float64))) is None, (
         "another task's states are no reference"
     )
@@ -340,7 +339,7 @@ def test_c_chain_lessens_churn():
         agent = make_agent(
             make_config("c_chain", c_chain={"coefficient": coefficient, "warmup": 100}, learning_rate=3e-3)
         )
-        begin(agent, 0)
+        agent.begin_task(0)
         train(agent, 1, 2, 3, 1, 2, 3)
         churns.append(float(only_method(agent).metrics()["c_chain_churn"]))
     assert churns[1] < 0.8 * churns[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conformance.agents import batch, begin, changed, make_agent, make_config, rollout, snapshot, train, trained
+from conformance.agents import batch, changed, make_agent, make_config, rollout, snapshot, train, trained
 from torch import nn
 from watching import linear_outputs
 
@@ -58,11 +58,11 @@ def test_task_starts(method, concerns):
     """What the rule speaks of gets the value it says and fresh Adam state; all else is bitwise what it was."""
     agent = make_agent(make_config(method, critic="topk_moe"))
     initial = snapshot(agent)
-    begin(agent, 0)
+    agent.begin_task(0)
     assert not changed(initial, snapshot(agent)), "nothing at the first task"
     train(agent, 1)
     before, fresh = snapshot(agent), expected_fresh(agent)
-    begin(agent, 1)
+    agent.begin_task(1)
     after = snapshot(agent)
     for name, tensor in before.items():
         parameter, _, moment = name.partition("/")
@@ -86,7 +86,7 @@ def test_soft_shrink_and_perturb():
     soft = {"when": "minibatch", "soft_shrink": 0.9, "soft_perturb": 0.2}
     agent = trained("shrink_perturb", shrink_perturb=soft)
     before, fresh, samples = snapshot(agent), expected_fresh(agent), batch(1)
-    begin(agent, 1)
+    agent.begin_task(1)
     assert not changed(before, snapshot(agent)), "the soft form does nothing at a task's start"
     agent.methods[0].after_minibatch(agent, samples)
     for name, tensor in snapshot(agent).items():
@@ -113,7 +113,7 @@ def test_injection_keeps_the_output_and_trains_only_the_new_head():
     for task in (1, 2):
         outputs = agent.actor(samples), agent.critic(samples)
         old = agent.actor.experts.head.weight.detach().clone()
-        begin(agent, task)
+        agent.begin_task(task)
         torch.testing.assert_close((agent.actor(samples), agent.critic(samples)), outputs, rtol=0, atol=2e-6)
         head = agent.actor.experts.head
         assert isinstance(head, InjectedHead)
@@ -129,7 +129,7 @@ def test_injection_is_the_sum_of_three_heads():
     agent = trained("injection", critic="dense")
     network, samples = agent.critic, batch(3).observation
     theta = network.experts.head.weight[0].detach().clone(), network.experts.head.bias[0].detach().clone()
-    begin(agent, 1)
+    agent.begin_task(1)
     b = network.experts.head.weight[0].detach().clone(), network.experts.head.bias[0].detach().clone()
     train(agent, 2)
     a = network.experts.head.weight[0].detach(), network.experts.head.bias[0].detach()
@@ -157,7 +157,7 @@ def test_nap_restores_every_norm():
     agent = make_agent(make_config("nap", critic="topk_moe", learning_rate=1e-2))
     layers = [*linear_layers(agent.actor), *linear_layers(agent.critic)]
     initial = [layer.weight.detach().clone() for layer in layers]
-    begin(agent, 0)
+    agent.begin_task(0)
     train(agent, 1, 2)
     for layer, old in zip(layers, initial, strict=True):
         torch.testing.assert_close(layer.weight.detach().norm(dim=(1, 2)), old.norm(dim=(1, 2)), rtol=1e-5, atol=0)
@@ -169,9 +169,9 @@ def test_nap_restores_every_norm():
 def test_nap_holds_new_weights_at_their_own_norms(first: bool, other: str) -> None:
     """Projected to those of the weights before them, the policy would be another after the first minibatch."""
     agent = make_agent(make_config(*(("nap", other) if first else (other, "nap")), critic="topk_moe"))
-    begin(agent, 0)
+    agent.begin_task(0)
     train(agent, 1, 2)
-    begin(agent, 1)
+    agent.begin_task(1)
     new = [matrix_norms(weight) for weight in weights(agent)]
     train(agent, 3)
     for weight, norm in zip(weights(agent), new, strict=True):
@@ -226,7 +226,7 @@ def test_spectral_norm_holds_for_new_weights_before_any_training_pass(method):
     width = {"width": 64, "depth": 3}
     agent = make_agent(make_config("spectral_norm", method, critic="topk_moe", network=width))
     for task_index in range(2):
-        begin(agent, task_index)
+        agent.begin_task(task_index)
         for layer in (*hidden_layers(agent.actor), *hidden_layers(agent.critic)):
             with torch.no_grad():
                 largest = torch.linalg.matrix_norm(layer.normalized_weight(), 2)

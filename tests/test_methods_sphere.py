@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conformance.agents import actor_step, batch, begin, make_agent, make_config, only_method, rollout, train
+from conformance.agents import actor_step, batch, make_agent, make_config, only_method, rollout, train
 from shrink import Shrink, ShrinkConfig
 from test_methods_penalties import check_gradient, double_agent
 from torch import Tensor
@@ -211,7 +211,7 @@ def test_schedule_scales_every_mode():
         results = []
         for schedule in ("constant", "linear"):
             agent = sphere_agent(mode=mode, schedule=schedule, strength=0.5, rho=0.5)
-            begin(agent, 0)  # two iterations a task: the first has half the strength
+            agent.begin_task(0)  # two iterations a task: the first has half the strength
             method, step = only_method(agent), actor_step(agent, samples())
             zero = [torch.zeros_like(p) for p in agent.actor_parameters]
             if mode == "grad":
@@ -231,7 +231,7 @@ def test_training_with_sphere_raises_the_rank():
     ranks = []
     for rho in (0.0, 5.0):
         agent = make_agent(make_config("sphere", learning_rate=3e-3, sphere={"rho": rho, "schedule": "constant"}))
-        begin(agent, 0)
+        agent.begin_task(0)
         train(agent, *[1, 2, 3] * 5)
         features = agent.actor.trace(rollout(1).observation.flatten(0, 1)).features[-1]
         ranks.append(effective_rank(torch.linalg.eigvalsh(features.gram().detach().double())))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conformance.agents import begin, changed, make_agent, make_config, only_method, rollout, snapshot, train
+from conformance.agents import changed, make_agent, make_config, only_method, rollout, snapshot, train
 
 from sphere_rl.experts.layers import RoutedFeatures
 from sphere_rl.experts.network import MoENetwork
@@ -20,7 +20,7 @@ def trained(*methods: str, actor: str = "topk_moe", **changes) -> Agent:
     """An agent with Adam moments everywhere, whose first method's next look is its first."""
     agent = make_agent(make_config(*methods, actor=actor, critic="topk_moe", **changes))
     agent.methods[0].after_iteration = lambda agent, rollout: None
-    begin(agent, 0)
+    agent.begin_task(0)
     train(agent, 1)
     del agent.methods[0].after_iteration
     return agent
@@ -104,8 +104,8 @@ def test_redo_recycles_the_dormant_and_nothing_else(actor, extra):
 def test_redo_of_dead_units_leaves_the_output_alone_and_waits_its_turn():
     agent = make_agent(make_config("redo", "injection", redo={"threshold": 0.0, "every": 2}))
     redo = agent.methods[0]
-    begin(agent, 0)
-    begin(agent, 1)  # so that the injected head has frozen weights
+    agent.begin_task(0)
+    agent.begin_task(1)  # so that the injected head has frozen weights
     plant(agent.actor, 1, 0, 5)
     samples, state = rollout(2).observation.flatten(0, 1), snapshot(agent)
     before = agent.actor(samples)
@@ -230,7 +230,7 @@ def test_cbp_goes_by_the_weights_in_use(methods):
     agent = make_agent(make_config(*methods, actor="dense", cbp={"maturity": 0}))
     with torch.no_grad():
         agent.actor.experts.head.weight[:, :, 0] = 50.0
-    begin(agent, 1)
+    agent.begin_task(1)
     layer, samples = unit_layers(agent.actor)[1], rollout(1).observation.flatten(0, 1)
     with torch.no_grad():
         layer.incoming.bias[0, 0] = 1.0
@@ -250,9 +250,9 @@ def test_cbp_goes_by_the_weights_in_use(methods):
 def test_units_of_replaced_layers_are_new_to_cbp(methods: tuple[str, ...]) -> None:
     """Else what units of the old layers did would be folded into the biases of the new ones."""
     agent = make_agent(make_config(*methods, cbp={"rate": 0.0, "maturity": 1}))
-    begin(agent, 0)
+    agent.begin_task(0)
     train(agent, 1, 2)
-    begin(agent, 1)
+    agent.begin_task(1)
     train(agent, 3)
     (cbp,) = (method for method in agent.methods if isinstance(method, Cbp))
     minibatches = 32 // agent.config.minibatch_size
@@ -261,9 +261,9 @@ def test_units_of_replaced_layers_are_new_to_cbp(methods: tuple[str, ...]) -> No
 
 def test_units_of_layers_that_stay_are_old_to_cbp_in_the_next_task() -> None:
     agent = make_agent(make_config("cbp", "reset_head", cbp={"rate": 0.0, "maturity": 1}))
-    begin(agent, 0)
+    agent.begin_task(0)
     train(agent, 1, 2)
-    begin(agent, 1)
+    agent.begin_task(1)
     train(agent, 3)
     (cbp, _) = agent.methods
     assert isinstance(cbp, Cbp)
@@ -274,7 +274,7 @@ def test_units_of_layers_that_stay_are_old_to_cbp_in_the_next_task() -> None:
 def test_nap_holds_the_norms_of_a_critic_whose_actor_went_too_far():
     config = make_config("nap", target_kl=1e-6, learning_rate=1e-2, num_epochs=2)
     agent = make_agent(config)
-    begin(agent, 0)
+    agent.begin_task(0)
     before = [matrix_norms(weight) for weight in weights(agent)]
     train(agent, 1)
     fresh = make_agent(config)
@@ -292,7 +292,7 @@ def test_cbp_replaces_a_constant_unit_without_changing_the_output():
         layer.outgoing.weight[0, :, 4] = 1e-3
     agent.learning_rate = 0.0
     agent.set_learning_rate(0.0)
-    begin(agent, 0)
+    agent.begin_task(0)
     agent.set_learning_rate(0.0)
     train(agent, 1)
     before, state = agent.actor(samples), snapshot(agent)
@@ -317,7 +317,7 @@ def none_of(network: MoENetwork) -> list[torch.Tensor]:
 def test_cbp_replaces_at_its_rate():
     """ρ = 0.05 of 16 mature units: 0.8 a minibatch in each layer that is at work."""
     agent = make_agent(make_config("cbp", actor="dense", cbp={"rate": 0.05, "maturity": 0}))
-    begin(agent, 0)
+    agent.begin_task(0)
     train(agent, 1, 2, 3)  # six minibatches, four layers
     # A replaced unit is mature again in the next minibatch, so a layer earns 0.8 six times: 4.8.
     assert only_method(agent).metrics() == {"cbp_replaced": 16.0}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from comparing import difference
-from conformance.agents import begin, make_agent, make_config, train, trained
+from conformance.agents import make_agent, make_config, train, trained
 from scipy.special import erfi
 from torch import nn
 
@@ -96,7 +96,7 @@ def test_trac_keeps_steps_that_are_less_than_round_off() -> None:
 @pytest.mark.parametrize("other", ["redo", "cbp", "nap", "shrink_perturb"])
 def test_what_others_change_is_no_move_of_tracs(other: str) -> None:
     agent = make_agent(make_config("trac", other, shrink_perturb={"when": "minibatch", "soft_perturb": 0.1}))
-    begin(agent, 0)
+    agent.begin_task(0)
     train(agent, 1, 2)
     optimizer: Any = agent.actor_optimizer
     moved, there = [m.clone() for m in optimizer.moved], [p.detach().clone() for p in agent.actor_parameters]
@@ -136,9 +136,9 @@ def test_trac_keeps_its_reference_when_moments_are_reset():
 def test_trac_starts_anew_on_tensors_that_are_replaced():
     """A replaced tensor's reference is its new value, so that the tuner does not pull it back to the old start."""
     agent = make_agent(make_config("trac", "reset_head"))
-    begin(agent, 0)
+    agent.begin_task(0)
     train(agent, 1)
-    begin(agent, 1)
+    agent.begin_task(1)
     optimizer: Any = agent.actor_optimizer
     head, references = agent.actor.experts.head.weight, [r.clone() for r in optimizer.reference]
     fresh = head.detach().clone()

@@ -247,9 +247,7 @@ class Run:
 
     def _begin_task(self, agent: Agent) -> None:
         self.lanes.renew()
-        agent.set_learning_rate(self.config.learning_rate)
-        for method in agent.methods:
-            method.on_task_start(agent, self.progress.task_index if self.config.protocol == "crl" else 0)
+        agent.begin_task(self.progress.task_index if self.config.protocol == "crl" else 0)
 
     def _train_segment(self, agent: Agent, collector: Collector) -> None:
         config, progress = self.config, self.progress

@@ -93,13 +93,6 @@ def rollout(seed: int = 0, task: str = SHORT) -> Rollout:
     return collected
 
 
-def begin(agent: Agent, task_index: int) -> None:
-    """What the protocol does at a task's start."""
-    agent.set_learning_rate(agent.config.learning_rate)
-    for method in agent.methods:
-        method.on_task_start(agent, task_index)
-
-
 def train(agent: Agent, *seeds: int, task: str = SHORT) -> None:
     """One iteration on each of these rollouts."""
     for seed in seeds:
@@ -109,7 +102,7 @@ def train(agent: Agent, *seeds: int, task: str = SHORT) -> None:
 def trained(method: str, critic: str = "topk_moe", **changes: Any) -> Agent:
     """An agent after one iteration of its first task."""
     agent = make_agent(make_config(method, critic=critic, **changes))
-    begin(agent, 0)
+    agent.begin_task(0)
     train(agent, 1)
     return agent
 

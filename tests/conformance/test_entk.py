@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from agents import batch, begin, make_agent, make_config, train
+from agents import batch, make_agent, make_config, train
 
 from sphere_rl.methods import methods
 from sphere_rl.spectrum import measure
@@ -16,7 +16,7 @@ from sphere_rl.spectrum.kernel import entk
 def test_structure_holds_in_every_methods_network(name):
     agent = make_agent(make_config(name))
     for task_index in range(2):
-        begin(agent, task_index)
+        agent.begin_task(task_index)
         train(agent, task_index)
     observations = batch().observation[:6].double()
     policy = copy.deepcopy(agent.actor).double().eval()
@@ -32,7 +32,7 @@ def test_structure_holds_in_every_methods_network(name):
 def test_training_is_bitwise_the_same_with_measurements(name):
     agents = [make_agent(make_config(name)) for _ in range(2)]
     for measured, agent in enumerate(agents):
-        begin(agent, 0)
+        agent.begin_task(0)
         for seed in range(2):
             if measured:
                 measure(agent.actor, batch().observation[:6].float())

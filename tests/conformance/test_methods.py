@@ -11,7 +11,7 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 import torch
-from agents import EAGER, SHORT, agent_or_refusal, begin, make_agent, make_config, train
+from agents import EAGER, SHORT, agent_or_refusal, make_agent, make_config, train
 from comparing import difference, run_difference
 
 from sphere_rl import protocol
@@ -51,9 +51,9 @@ def test_the_first_step_of_a_later_task_starts_from_the_policy_that_collected(na
     """Whatever a method has changed by then: KL and clipped share are zero, the value loss is that of the critic."""
     config = make_config(name, actor=kind, num_epochs=1)
     agent = agent_or_refusal(config)
-    begin(agent, 0)
+    agent.begin_task(0)
     train(agent, 0, 1)
-    begin(agent, 1)
+    agent.begin_task(1)
     envs = make_suite("gym").make(SHORT, config.num_envs, 2, 1)
     collected = Collector(envs, agent.normalizer, agent.device).collect(
         agent.actor, agent.critic, config.num_steps, agent.generator
@@ -77,13 +77,13 @@ def test_trains_and_resumes_bitwise(name, kind, tmp_path):
     agent = agent_or_refusal(config)
     parameters = [*agent.actor.named_parameters(), *agent.critic.named_parameters()]
     initial, globally = [p.detach().clone() for _, p in parameters], torch.get_rng_state()
-    begin(agent, 0)
+    agent.begin_task(0)
     train(agent, 1)
     checkpoint.save(tmp_path / "state.pt", agent.state_dict())
     resumed = make_agent(config, seed=1)
     resumed.load_state_dict(checkpoint.load(tmp_path / "state.pt"))
     for each in (agent, resumed):
-        begin(each, 1)
+        each.begin_task(1)
         train(each, 2, 3)
     assert difference(agent.state_dict(), resumed.state_dict()) is None
     assert [m.metrics() for m in agent.methods] == [m.metrics() for m in resumed.methods]
@@ -103,9 +103,9 @@ def test_trains_discrete_policies_beside_sphere_and_is_seeded(name):
     states = []
     for seed in (0, 0, 1):
         agent = agent_or_refusal(config, seed=seed, task="CartPole-v1")
-        begin(agent, 0)
+        agent.begin_task(0)
         train(agent, 1, task="CartPole-v1")
-        begin(agent, 1)
+        agent.begin_task(1)
         train(agent, 2, task="CartPole-v1")
         assert all(p.isfinite().all() for p in (*agent.actor_parameters, *agent.critic_parameters))
         states.append(agent.state_dict())

@@ -92,6 +92,9 @@ class Method:
     def on_task_start(self, agent: ActorCritic, task_index: int) -> None:
         """A task of the sequence begins (0 for the first)."""
 
+    def after_task_start(self, agent: ActorCritic, task_index: int) -> None:
+        """All methods have had their `on_task_start`: what they replaced (`ActorCritic.is_new`) is in place."""
+
     def observe(self, network: str, trace: Trace) -> None:
         """Look at a minibatch's forward pass of the ``actor`` or the ``critic``, its graph included.
 

@@ -7,7 +7,6 @@ weights redrawn, bias and outgoing weights zero, and what the unit gave on avera
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +90,6 @@ class Cbp(Method):
         super().__init__(config)
         self.statistics: dict[str, list[UnitStatistics]] = {}
         self._features: dict[str, tuple[RoutedFeatures, ...]] = {}
-        self._begins: set[str] = set()
         self._replaced = 0
 
     def start(self, agent: ActorCritic) -> None:
@@ -101,18 +99,12 @@ class Cbp(Method):
             for name, network in networks(agent).items()
         }
 
-    def on_task_start(self, agent: ActorCritic, task_index: int) -> None:
-        """Other methods may replace whole layers now, before this one's turn or after it."""
-        self._begins = set(self.statistics)
-
-    def parameter_gradients(self, agent: ActorCritic, network: str, gradients: Mapping[Tensor, Tensor]) -> None:
-        """Before a task's first step: units whose incoming weights were replaced, Adam's moments too, are new."""
-        if network not in self._begins:
-            return
-        self._begins.discard(network)
-        for layer, statistics in zip(unit_layers(networks(agent)[network]), self.statistics[network], strict=True):
-            if agent.is_new(layer.incoming.weight):
-                statistics.begin_anew()
+    def after_task_start(self, agent: ActorCritic, task_index: int) -> None:
+        """Units whose incoming weights were replaced, Adam's moments too, are new."""
+        for name, network in networks(agent).items():
+            for layer, statistics in zip(unit_layers(network), self.statistics[name], strict=True):
+                if agent.is_new(layer.incoming.weight):
+                    statistics.begin_anew()
 
     def observe(self, network: str, trace: Trace) -> None:
         """Keep the features of the forward pass."""

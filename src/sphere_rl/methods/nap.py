@@ -7,7 +7,6 @@ Adam starts anew on it, is held at its new norm.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -32,19 +31,11 @@ class NaP(Method):
     def start(self, agent: ActorCritic) -> None:
         """Measure the initial norms."""
         self._norms = [matrix_norms(weight) for weight in weights(agent)]
-        self._begins = set[str]()
 
-    def on_task_start(self, agent: ActorCritic, task_index: int) -> None:
-        """Other methods may replace matrices now, before this one's turn or after it."""
-        self._begins = set(networks(agent))
-
-    def parameter_gradients(self, agent: ActorCritic, network: str, gradients: Mapping[Tensor, Tensor]) -> None:
-        """Before a task's first step, measure those that were replaced."""
-        if network not in self._begins:
-            return
-        self._begins.discard(network)
+    def after_task_start(self, agent: ActorCritic, task_index: int) -> None:
+        """Measure those that were replaced."""
         for weight, norm in zip(weights(agent), self._norms, strict=True):
-            if weight in gradients and agent.is_new(weight):
+            if agent.is_new(weight):
                 norm.copy_(matrix_norms(weight))
 
     @torch.no_grad()

@@ -71,6 +71,14 @@ class Agent(ActorCritic):
                 return optimizer
         return super().make_optimizer(parameters)
 
+    def begin_task(self, task_index: int) -> None:
+        """Start the learning rate anew and let the methods do what they do at a change of task (0: none before it)."""
+        self.set_learning_rate(self.config.learning_rate)
+        for method in self.methods:
+            method.on_task_start(self, task_index)
+        for method in self.methods:
+            method.after_task_start(self, task_index)
+
     def add_metrics(self, row: dict[str, Any]) -> None:
         """Add what the methods measured to a row of ``train.jsonl``.
 
