@@ -18,9 +18,11 @@ from matplotlib.figure import Figure
 from measure import markdown
 
 from sphere_rl import statistics
+from sphere_rl.correlations import correlation
 from sphere_rl.report.appearance import COLORS, LINES, MARKERS, drawing
 from sphere_rl.report.axes import mark_tasks
 from sphere_rl.report.curves import curves
+from sphere_rl.report.foresight import entries, foresight, told
 from sphere_rl.results import Results, load_results
 
 NAMES = {
@@ -36,6 +38,9 @@ LEARNED = ("hammer", "push-wall", "faucet-close", "handle-press-side", "push", "
 """Tasks that plain PPO learns alone: success of half the episodes or more at the end; see docs/results/alone.md."""
 CHANGES = {"r_e_K": 1, "r_e_A": 1, "feature_norm": 1, "output_size": 1, "gate_entropy": 2}
 """What is shown of a task's first and last measurement, and with how many digits."""
+FORETELLING = {"r_e_K": "r_e(K)", "r_e_A": "r_e(A)", "feature_norm": "length of features",
+               "output_size": "size of mean actions", "gate_entropy": "gate's entropy",
+               "dormant_ratio": "dormant units"}  # fmt: skip
 
 
 def ranks(spectra: pl.DataFrame) -> str:
@@ -130,6 +135,37 @@ def within(results: Results, task: str) -> tuple[list[str], list[tuple[str, ...]
     return head, table
 
 
+def foretold(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Head and rows: of each measure on the fixed states as last taken on the task before, its rank correlation with
+    success at the task's end, over all entries into a task and within tasks (`sphere_rl.report.foresight`).
+    """
+    evals, spectra = (table.with_columns(place="task_index", label="method") for table in of_claim(results))
+    entered = entries(evals, spectra, "success_final")
+    table = []
+    for metric, name in FORETELLING.items():
+        found = foresight(entered, metric)
+        whole = told(found.spearman, found.spearman_low, found.spearman_high)
+        within = told(found.within, found.within_low, found.within_high)
+        table.append((name, whole, within, f"{found.entries}, {found.runs}"))
+    return ["before a task", "rank correlation with success at its end", "within tasks", "entries, runs"], table
+
+
+def proxy(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Head and rows: how r_e(A) of the last layer goes with r_e(K), on own and on fixed states."""
+    spectra = of_claim(results)[1]
+    table = []
+    for batch, name in (("rollout", "own"), ("probe", "fixed")):
+        found = correlation(spectra.filter(pl.col("batch") == batch))
+        table.append((name, told(found["pearson_r"], found["low"], found["high"]), str(found["batches"])))
+    return ["states", "Pearson's r of r_e(A) and r_e(K)", "batches"], table
+
+
+def of_claim(results: Results) -> list[pl.DataFrame]:
+    """Evaluations and spectra of the three arms of claim.toml, in sequence."""
+    mine = pl.col("method").is_in(["none", "sphere_free", "sphere_literal"]) & (pl.col("protocol") == "crl")
+    return [table.filter(mine) for table in (results.evals, results.spectra)]
+
+
 def by_seed(scores: pl.DataFrame, tasks: Sequence[str]) -> dict[int, float]:
     """Mean over the tasks of each seed that has them all."""
     means = scores.group_by("seed").agg(pl.col("score").mean(), pl.len()).sort("seed")
@@ -138,7 +174,7 @@ def by_seed(scores: pl.DataFrame, tasks: Sequence[str]) -> dict[int, float]:
 
 def several(values: Iterable[float]) -> str:
     """With two digits and the minus of text."""
-    return ", ".join(f"{value:.2f}" for value in values).replace("-", "−")
+    return ", ".join(f"{value:z.2f}" for value in values).replace("-", "−")
 
 
 def picture(results: Results) -> Figure:
@@ -186,7 +222,8 @@ def main() -> None:
         print(markdown(*within(results, given.task)))
         return
     learned = tuple(task for task in LEARNED if task not in given.without)
-    print(markdown(*rows(results)), markdown(*arms(results, learned)), sep="\n\n")
+    found = rows(results), arms(results, learned), foretold(results), proxy(results)
+    print(*(markdown(*table) for table in found), sep="\n\n")
     if given.picture:
         with drawing():
             picture(results).savefig(given.picture, dpi=160)

@@ -85,7 +85,7 @@ def test_so_have_their_correlations() -> None:
 
 def test_so_have_the_ten_tasks() -> None:
     results = load_results(RESULTS / "cw10")
-    for head, rows in (claim.rows(results), claim.arms(results)):
+    for head, rows in (claim.rows(results), claim.arms(results), claim.foretold(results), claim.proxy(results)):
         held("index.md", [head, *rows])
 
 

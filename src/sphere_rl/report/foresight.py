@@ -33,8 +33,8 @@ class Foresight:
     within_high: float | None = None
 
     def __str__(self) -> str:
-        whole = _text(self.spearman, self.spearman_low, self.spearman_high)
-        within = _text(self.within, self.within_low, self.within_high)
+        whole = told(self.spearman, self.spearman_low, self.spearman_high)
+        within = told(self.within, self.within_low, self.within_high)
         runs = f"{self.runs} run{'s' if self.runs != 1 else ''}"
         return f"Spearman {whole} over {self.entries} entries of {runs}; {within} within tasks"
 
@@ -71,8 +71,9 @@ def _spearman(table: pl.DataFrame, metric: str) -> tuple[float | None, float | N
     return float(found.statistic), low, high
 
 
-def _text(value: float | None, low: float | None, high: float | None) -> str:
+def told(value: float | None, low: float | None, high: float | None) -> str:
+    """A correlation with its interval, as text; a dash where there is none."""
     if value is None:
         return "–"
-    text = f"{value:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
+    text = f"{value:z.2f}" + ("" if low is None else f" [{low:z.2f}, {high:z.2f}]")
     return text.replace("-", "−")
