@@ -18,10 +18,10 @@ from watching import linear_outputs
 from sphere_rl.config import override
 from sphere_rl.errors import ConfigError
 from sphere_rl.experts.layers import RoutedFeatures
-from sphere_rl.experts.network import Trace
+from sphere_rl.experts.network import Trace, make_actor
 from sphere_rl.experts.routing import single_routing
 from sphere_rl.learner.minibatch import Minibatch
-from sphere_rl.methods.sphere import Schedule, SphereConfig, project_conflict
+from sphere_rl.methods.sphere import Schedule, Sphere, SphereConfig, project_conflict
 from sphere_rl.training.agent import Agent
 
 VARIANTS = [
@@ -87,6 +87,18 @@ def test_other_actors(actor):
     trace = agent.actor.trace(data.observation)
     assert method.penalty(trace).item() == pytest.approx(spread(trace.features[-1].weighted(), "free").item(), rel=1e-9)
     check_gradient(lambda: method.penalty(agent.actor.trace(data.observation)), agent.actor_parameters, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"grouping": "per_expert"}, {"factor": "gradient"}, {"gate_coefficient": 0.7}])
+@pytest.mark.parametrize("actor", ["dense", "topk_moe"])
+def test_where_the_free_penalty_has_no_gradient_round_off_is_none(actor: str, options: dict[str, Any]):
+    """Equal states of one output: mode grad would make whatever is left as long as any gradient."""
+    method = Sphere(SphereConfig(**options))
+    policy = make_actor(actor, 4, 1, seed=1, width=32, depth=2, num_experts=4)
+    policy.experts.layerwise = options.get("factor") == "gradient"
+    penalty = method.penalty(policy.trace(torch.tensor([[0.3, -1.2, 0.7, 0.9]]).repeat(64, 1)))
+    for gradient in torch.autograd.grad(penalty, [*policy.parameters()], materialize_grads=True):
+        assert not gradient.any()
 
 
 def gradients_of(agent: Agent, scalar: Tensor) -> list[Tensor]:

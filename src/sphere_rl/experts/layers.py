@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sphere_rl.experts.routing import Routing
 from sphere_rl.kernels.gram import routed_penalty
 from sphere_rl.kernels.mixture import Layers
 from sphere_rl.kernels.mlp import expert_chain
-from sphere_rl.penalty import Scale, sphere_penalty
+from sphere_rl.penalty import Scale, penalty_gradient, sphere_penalty
 
 SETTLING = 15
 """Power iterations that find the spectral norm of weights that are new."""
@@ -98,6 +100,26 @@ class GroupedLinear(nn.Module):
         return f"in={in_dim}, out={out_dim}, experts={experts}, spectral_norm={self.spectral_norm}"
 
 
+class _DensePenalty(torch.autograd.Function):
+    """`sphere_rl.sphere_penalty`; where it has no gradient, autograd's own would be round-off."""
+
+    @staticmethod
+    def forward(ctx: Any, phi: Tensor, scale: Scale) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(phi)
+        return sphere_penalty(phi, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        return grad_outputs[0] * penalty_gradient(*ctx.saved_tensors, ctx.scale), None
+
+
+def dense_penalty(phi: Float[Tensor, "N m"], scale: Scale) -> Float[Tensor, ""]:
+    """`sphere_rl.sphere_penalty` with `sphere_rl.penalty.penalty_gradient`; it can be differentiated once."""
+    return _DensePenalty.apply(phi, scale)  # type: ignore[return-value]
+
+
 @dataclass(frozen=True)
 class RoutedFeatures:
     """Hidden features of one expert layer, for the routed (sample, expert) pairs only.
@@ -141,11 +163,11 @@ class RoutedFeatures:
         )
 
     def sphere_penalty_per_expert(self, scale: Scale = "literal") -> Float[Tensor, ""]:
-        """`sphere_rl.per_expert_penalty`: of A_e = Φ_eᵀΦ_e/N, without cross-expert terms."""
+        """`sphere_rl.per_expert_penalty`: of A_e = Φ_eᵀΦ_e/N, without cross-expert terms; differentiated once."""
         weighted = self.routing.gate[:, None] * self.values
         penalty = weighted.new_zeros(())
         for _, start, end in self.routing.blocks:
-            own = sphere_penalty(weighted[start:end], scale)  # of Φ_eᵀΦ_e over the expert's own rows
+            own = dense_penalty(weighted[start:end], scale)  # of Φ_eᵀΦ_e over the expert's own rows
             penalty = penalty + (own if scale == "free" else own * ((end - start) / self.routing.num_samples) ** 2)
         return penalty
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from sphere_rl.errors import ConfigError
-from sphere_rl.experts.layers import RoutedFeatures
+from sphere_rl.experts.layers import RoutedFeatures, dense_penalty
 from sphere_rl.experts.network import Actor, Trace
 from sphere_rl.kernels.gradients import GradientStore, add_scaled_, total_norm
 from sphere_rl.kernels.threads import beside
@@ -34,7 +34,7 @@ from sphere_rl.learner.feature_penalty import FeaturePenalty, conflict, share_of
 from sphere_rl.learner.policy_step import StepResults
 from sphere_rl.learner.rollout import Rollout
 from sphere_rl.methods import ActorStep, Method, MethodConfig, check_range
-from sphere_rl.penalty import Scale, gate_penalty, sphere_penalty
+from sphere_rl.penalty import Scale
 from sphere_rl.spectrum.ranks import kernel_rank
 
 STRENGTH: dict[Scale, float] = {"literal": 1e-3, "free": 0.1}
@@ -177,13 +177,14 @@ class Sphere(Method):
         config = self.config
         layers = trace.features if config.layers == "all" else trace.features[-1:]
         if config.factor == "gradient":
-            terms = [sphere_penalty(backpropagated_signals(trace, layer), config.scale) for layer in layers]
+            terms = [dense_penalty(backpropagated_signals(trace, layer), config.scale) for layer in layers]
         elif config.grouping == "per_expert":
             terms = [layer.sphere_penalty_per_expert(config.scale) for layer in layers]
         else:
             terms = [layer.sphere_penalty(config.scale) for layer in layers]
         if config.gate_coefficient:
-            terms.append(config.gate_coefficient * gate_penalty(trace.gates, config.scale))
+            evenness = dense_penalty(trace.gates, config.scale) / trace.gates.shape[1]
+            terms.append(config.gate_coefficient * evenness)
         return torch.stack(terms).sum()
 
     def metrics(self) -> dict[str, float | Tensor]:
