@@ -157,6 +157,32 @@ def test_what_torch_func_does_not_take_goes_by_plain_backward_passes():
     assert estimates[0].value == pytest.approx(estimates[1].value, rel=1e-8)
 
 
+class Moving(nn.Module):
+    """A policy that is another after each pass, as power iterations make it, and draws a mask."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.policy, self.mask = policy, nn.Dropout(0.5)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return self.passes * self.mask(self.policy(x))
+
+
+@pytest.mark.parametrize("kind", [lambda: nn.Linear(4, 2), New, Old])
+def test_every_way_measures_the_policy_in_its_next_pass(kind: Any):
+    torch.manual_seed(0)
+    policy, x = Moving(kind().double()), torch.randn(5, 4, dtype=torch.float64)
+    torch.manual_seed(3)
+    kept = nn.Dropout(0.5)(torch.ones(5, 2, dtype=torch.float64)).flatten()
+    torch.manual_seed(3)
+    expected = entk(policy.policy, x) * kept * kept[:, None]
+    torch.testing.assert_close(entk(policy, x), expected, rtol=1e-10, atol=1e-12)
+    estimate = estimate_entk_rank(policy, x, probes=8, deflated=10).value
+    assert estimate == pytest.approx(effective_rank(torch.linalg.eigvalsh(expected)), rel=1e-6)
+
+
 @pytest.mark.parametrize("way", ["bfloat16", "float16", "autocast"])
 def test_half_precision_is_measured_in_float32(way: str):
     """In bfloat16 K is not positive: eigenvalues below zero by far more than round-off."""

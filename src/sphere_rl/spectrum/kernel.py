@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sphere_rl.measuring import as_measured
-from sphere_rl.spectrum.jacobian import Factor, Observations, factorise
+from sphere_rl.spectrum.jacobian import Factor, Factors, Observations, factorise
 from sphere_rl.spectrum.ranks import RankEstimate, at_least_float32, estimate_effective_rank, kernel_rank
 
 Outputs = Literal["full", "sum"]
@@ -47,7 +47,7 @@ def entk(policy: nn.Module, observations: Observations, outputs: Outputs = "full
     """
     _check_outputs(outputs)
     with _measured(policy, observations) as observations:
-        factors = factorise(policy, observations)
+        factors = _factors(policy, observations)
         if factors is not None:
             return factors.kernel(outputs)
         return _kernel_by_products(policy, observations, outputs)
@@ -68,7 +68,7 @@ def estimate_entk_rank(policy: nn.Module, observations: Observations, *, seed: i
     Options (probes, deflated, steps) and source: `sphere_rl.spectrum.ranks.estimate_effective_rank`.
     """
     with _measured(policy, observations) as observations:
-        factors = factorise(policy, observations)
+        factors = _factors(policy, observations)
         if factors is not None:
             product, size, like = factors.product, factors.rows, factors
         else:
@@ -246,6 +246,12 @@ def untouched(policy: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
+def _factors(policy: nn.Module, observations: Observations) -> Factors | None:
+    """`factorise`, and buffers and random state as before it: where there are none another way starts from them."""
+    with untouched(policy):
+        return factorise(policy, observations)
+
+
 def _kernel_by_products(policy: nn.Module, observations: Observations, outputs: Outputs) -> Float[Tensor, "n n"]:
     """K column by column as J(Jᵀ e): exact for any module, batch coupling included."""
     product, out = _jacobian_product(policy, observations)
@@ -268,11 +274,12 @@ def _jacobian_product(
 ) -> tuple[Callable[[Float[Tensor, "n k"]], Float[Tensor, "n k"]], Float[Tensor, "N A"]]:
     """V ↦ J(Jᵀ V), n = N·A, and the outputs; row by row where `torch.func` does not take the policy."""
     try:
-        product, out = _functional_product(policy, observations)
-        product(out.new_zeros(out.numel(), 1))
-        return product, out
+        with untouched(policy):
+            product, out = _functional_product(policy, observations)
+            product(out.new_zeros(out.numel(), 1))
     except RuntimeError:  # checkpoints, autograd functions of the old kind, backward passes without vmap
         return _plain_product(policy, observations)
+    return _functional_product(policy, observations)
 
 
 def _plain_product(
