@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch.nn import functional as F
 from watching import linear_outputs
 
 from sphere_rl.experts.layers import ExpertMLP, GroupedLinear, RoutedFeatures
+from sphere_rl.experts.network import make_actor
 from sphere_rl.experts.routing import Routing, dense_routing, shared_top_k_routing, single_routing, top_k_routing
 from sphere_rl.penalty import Scale, per_expert_penalty, sphere_penalty
 
@@ -327,3 +329,29 @@ def test_the_penalty_of_each_expert_does_not_cancel():
     values = 1000 * torch.linalg.qr(torch.randn(64, 16, generator=torch.Generator().manual_seed(0)))[0]
     features = RoutedFeatures(values, single_routing(64))
     assert 0 <= features.sphere_penalty_per_expert().item() < 0.1
+
+
+@pytest.mark.parametrize("way", ["autocast", "bfloat16"])
+@pytest.mark.parametrize("kind", ["dense", "topk_moe", "shared_moe"])
+def test_penalties_and_grams_of_half_precision_are_computed_in_float32(kind: str, way: str):
+    """As `sphere_rl.sphere_penalty` of Φ is; gradients, too, those of a backward pass under autocast among them."""
+    actor = make_actor(kind, 5, 3, width=16, depth=2, num_experts=4)
+    layer = actor.trace(torch.randn(64, 5, generator=torch.Generator().manual_seed(1))).features[-1]
+    if way == "bfloat16":
+        routing = replace(layer.routing, gate=layer.routing.gate.bfloat16())
+        layer = RoutedFeatures(layer.values.bfloat16(), routing)
+    values, phi = layer.values.detach().double(), layer.weighted().detach().double()
+    for scale in ("free", "literal"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+            found = layer.sphere_penalty(scale), layer.sphere_penalty_per_expert(scale), layer.gram()
+            for one in found:
+                assert one.dtype == torch.float32
+            (of_values,) = torch.autograd.grad(found[0], layer.values, retain_graph=True)
+        exact = values.clone().requires_grad_()
+        gate = layer.routing.gate.detach().double()
+        want = sphere_penalty(RoutedFeatures(exact, replace(layer.routing, gate=gate)).weighted(), scale)
+        rounding: dict[str, Any] = {"rtol": 1e-5 if way == "autocast" else 1e-2, "atol": 1e-5}
+        torch.testing.assert_close(found[0].double(), want, **rounding)
+        torch.testing.assert_close(found[2].double(), phi @ phi.T / len(phi), **rounding)
+        (wanted,) = torch.autograd.grad(want, exact)
+        torch.testing.assert_close(of_values.double(), wanted, **rounding)

@@ -12,7 +12,7 @@ from sphere_rl.experts.layers import GroupedLinear
 from sphere_rl.experts.network import KINDS, Actor, make_actor
 from sphere_rl.integrations.hooks import track
 from sphere_rl.penalty import sphere_penalty
-from sphere_rl.spectrum import SPECTRAL_METRICS, effective_rank, entk, measure
+from sphere_rl.spectrum import SPECTRAL_METRICS, block_view, effective_rank, entk, measure, weight_metrics
 from sphere_rl.spectrum.kernel import KERNEL_ROWS, kernel_states
 from sphere_rl.spectrum.plasticity import churn, dead_ratio, grama_ratio, outside_share, pca_rank
 from sphere_rl.spectrum.ranks import participation_ratio
@@ -89,6 +89,23 @@ def test_an_actor_in_half_precision_is_measured(dtype: torch.dtype):
     assert set(found) == set(expected)
     for name in ("stable_rank_W", "weight_norm", "r_e_K"):
         assert found[name] == pytest.approx(expected[name], rel=0.02), name
+
+
+def test_autocast_changes_no_number_of_an_actor():
+    policy, states = actor(), observations()
+    expected = measure(policy, states), block_view(policy, states)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (measure(policy, states), block_view(policy, states)) == expected
+
+
+def test_weight_metrics_leave_a_parametrised_module_as_it_was_and_say_nothing_of_what_is_not_there():
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(5, 4))
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    gradients = {name: torch.ones_like(p) for name, p in layer.named_parameters()}
+    assert set(weight_metrics(layer, gradients)) == {"stable_rank_W", "weight_norm", "grad_norm"}
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert set(weight_metrics(nn.Conv1d(1, 1, 1))) == {"weight_norm"}
 
 
 def test_bounds_of_the_box_do_not_move_with_the_precision_of_the_policy():

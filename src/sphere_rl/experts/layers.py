@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sphere_rl.experts.routing import Routing
@@ -110,14 +109,19 @@ class _DensePenalty(torch.autograd.Function):
         return sphere_penalty(phi, scale)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return grad_outputs[0] * penalty_gradient(*ctx.saved_tensors, ctx.scale), None
+        (phi,) = ctx.saved_tensors
+        return grad_outputs[0] * penalty_gradient(phi, ctx.scale), None
 
 
 def dense_penalty(phi: Float[Tensor, "N m"], scale: Scale) -> Float[Tensor, ""]:
-    """`sphere_rl.sphere_penalty` with `sphere_rl.penalty.penalty_gradient`; it can be differentiated once."""
-    return _DensePenalty.apply(phi, scale)  # type: ignore[return-value]
+    """`sphere_rl.sphere_penalty` with `sphere_rl.penalty.penalty_gradient`."""
+    return _DensePenalty.apply(_widened(phi), scale)  # type: ignore[return-value]
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """In float32 where it has fewer digits."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -143,13 +147,14 @@ class RoutedFeatures:
         return self._scatter(self.routing.gate[:, None] * self.values).flatten(1)
 
     def gram(self) -> Float[Tensor, "N N"]:
-        """ΦΦᵀ/N, summed over experts from the routed rows only."""
+        """ΦΦᵀ/N, summed over experts from the routed rows only; in float32 at least, under autocast, too."""
         n = self.routing.num_samples
-        weighted = self.routing.gate[:, None] * self.values
+        weighted = _widened(self.routing.gate[:, None] * self.values)
         gram = weighted.new_zeros(n, n)
-        for (_, start, end), rows in zip(self.routing.blocks, self.routing.block_rows, strict=True):
-            block = weighted[start:end]
-            gram = gram.index_put((rows[:, None], rows[None, :]), block @ block.t(), accumulate=True)
+        with torch.autocast(gram.device.type, enabled=False):
+            for (_, start, end), rows in zip(self.routing.blocks, self.routing.block_rows, strict=True):
+                block = weighted[start:end]
+                gram = gram.index_put((rows[:, None], rows[None, :]), block @ block.t(), accumulate=True)
         return gram / n
 
     def sphere_penalty(self, scale: Scale = "literal") -> Float[Tensor, ""]:
@@ -163,7 +168,7 @@ class RoutedFeatures:
         )
 
     def sphere_penalty_per_expert(self, scale: Scale = "literal") -> Float[Tensor, ""]:
-        """`sphere_rl.per_expert_penalty`: of A_e = Φ_eᵀΦ_e/N, without cross-expert terms; differentiated once."""
+        """`sphere_rl.per_expert_penalty`: of A_e = Φ_eᵀΦ_e/N, without cross-expert terms."""
         weighted = self.routing.gate[:, None] * self.values
         penalty = weighted.new_zeros(())
         for _, start, end in self.routing.blocks:

@@ -28,7 +28,8 @@ class _RoutedPenalty(torch.autograd.Function):
         ctx: Any, values: Tensor, gate: Tensor, sample: Tensor, counts: Sequence[int], n: int, free: bool
     ) -> Tensor:
         blocks = blocks_of(list(counts))
-        found = centred_gram(values, gate, sample, blocks, n, len(counts), free)
+        with torch.autocast(values.device.type, enabled=False):
+            found = centred_gram(values, gate, sample, blocks, n, len(counts), free)
         ctx.save_for_backward(found.features, gate, sample)
         ctx.kept = blocks, Centred(*found)
         return found.penalty.clone()  # what is returned gets a graph; what is kept must not
@@ -38,7 +39,8 @@ class _RoutedPenalty(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("create_graph: use sphere_rl.sphere_penalty(features.weighted()) in its place")
         (grad,), (features, gate, sample), (blocks, found) = grad_outputs, ctx.saved_tensors, ctx.kept
-        of_values, of_gate = gram_gradients(gate, sample, blocks, found._replace(features=features))
+        with torch.autocast(gate.device.type, enabled=False):
+            of_values, of_gate = gram_gradients(gate, sample, blocks, found._replace(features=features))
         return of_values.mul_(grad), of_gate.mul_(grad), None, None, None, None
 
 
@@ -47,9 +49,11 @@ def routed_penalty(
 ) -> Tensor:
     """The penalty of features [M, H] with gate weights [M] of n samples; it can be differentiated once.
 
-    Rows are sorted by expert, so many of each; ``sample`` is whose they are. ``free``: the scale-free penalty.
+    Rows are sorted by expert, so many of each; ``sample`` is whose they are. ``free``: the scale-free penalty. In
+    float32 at least, under autocast, too.
     """
-    return _RoutedPenalty.apply(values, gate, sample, counts, n, free)
+    dtype = torch.promote_types(torch.promote_types(values.dtype, gate.dtype), torch.float32)
+    return _RoutedPenalty.apply(values.to(dtype), gate.to(dtype), sample, counts, n, free)
 
 
 class Centred(NamedTuple):

@@ -160,20 +160,21 @@ def weight_metrics(
     """Metrics of the parameters alone: stable rank and norm; with ``gradients`` and ``previous`` those of an update.
 
     ``gradients`` and ``previous`` (the parameters before the update) go by the names of ``actor.named_parameters()``.
+    Without linear layers there is no stable_rank_W, without gradients of hidden ones no grama_ratio.
     """
     layers = {name: m for name, m in actor.named_modules() if isinstance(m, GroupedLinear | nn.Linear)}
-    ranks = torch.cat([stable_rank(layer.weight).reshape(-1) for layer in layers.values()])
-    metrics = {
-        "stable_rank_W": float(ranks.mean()),
-        "weight_norm": root_mean_square(actor.parameters()),
-    }
+    with untouched(actor):  # of a parametrised layer to read the weight is to compute it
+        ranks = [stable_rank(layer.weight).reshape(-1) for layer in layers.values()]
+    metrics = {"stable_rank_W": float(torch.cat(ranks).mean())} if ranks else {}
+    metrics["weight_norm"] = root_mean_square(actor.parameters())
     if gradients is not None:
         hidden = [
             gradients[f"{name}.weight"].reshape(-1, *layers[name].weight.shape[-2:])
             for name in layers
             if f"{name}.weight" in gradients and "hidden" in name.split(".")
         ]
-        metrics["grama_ratio"] = grama_ratio(hidden)
+        if hidden:
+            metrics["grama_ratio"] = grama_ratio(hidden)
         metrics["grad_norm"] = root_mean_square(gradients.values())
     if previous is not None:
         changes = (p.detach() - previous[name] for name, p in actor.named_parameters())

@@ -106,18 +106,18 @@ def block_view(policy: nn.Module, observations: Observations, outputs: Outputs =
     _check_outputs(outputs)
     with _measured(policy, observations) as observations:
         factors = factorise(policy, observations)
-    if factors is None:
-        raise ValueError(
-            f"policy: {type(policy).__name__} has no block structure, allowed: linear and expert layers only"
-        )
-    groups: dict[tuple[str, str], list[Factor]] = {}
-    for factor in factors.blocks:
-        if "gate" in factor.layer.split("."):
-            groups.setdefault(("gate", "gate"), []).append(factor)
-        else:
-            groups.setdefault(("layer", factor.layer), []).append(factor)
-            groups.setdefault(("expert", str(factor.expert)), []).append(factor)
-    kernels = {key: factors.kernel(outputs, members) for key, members in groups.items()}
+        if factors is None:
+            raise ValueError(
+                f"policy: {type(policy).__name__} has no block structure, allowed: linear and expert layers only"
+            )
+        groups: dict[tuple[str, str], list[Factor]] = {}
+        for factor in factors.blocks:
+            if "gate" in factor.layer.split("."):
+                groups.setdefault(("gate", "gate"), []).append(factor)
+            else:
+                groups.setdefault(("layer", factor.layer), []).append(factor)
+                groups.setdefault(("expert", str(factor.expert)), []).append(factor)
+        kernels = {key: factors.kernel(outputs, members) for key, members in groups.items()}
     total = sum(float(kernel.trace()) for (kind, _), kernel in kernels.items() if kind != "expert")
     return tuple(
         BlockShare(

@@ -68,7 +68,8 @@ def grama_ratio(weight_gradients: Sequence[Float[Tensor, "_ _ _"]], threshold: f
 def stable_rank(weight: Float[Tensor, "*b out in"]) -> Float[Tensor, "*b"]:
     """(‖W‖_F/‖W‖₂)² of each matrix, 0 for a zero matrix; 1 ≤ stable rank ≤ rank; in float32 at least."""
     matrix = at_least_float32(weight.detach())
-    gram = matrix @ matrix.mT if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT @ matrix
+    with torch.autocast(matrix.device.type, enabled=False):
+        gram = matrix @ matrix.mT if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT @ matrix
     largest = torch.linalg.eigvalsh(gram)[..., -1]
     return torch.where(largest > 0, matrix.square().sum((-2, -1)) / largest, 0.0)
 
