@@ -155,7 +155,8 @@ def test_nothing_measured_is_missing() -> None:
     for figure in (
         figures.geometry({}, "why"), figures.success_bars([], "label", "why"), figures.line_plot([], {}, "why", ""),
         figures.routing({}, "why"), figures.spectrum_decay({}, "why"), figures.tsne({}, "why", ()),
-        figures.option_sweep({}, "ρ", "why"), figures.table_figure((), [], "why"),
+        figures.option_sweep({}, "ρ", "why"), figures.option_sweep({0.1: {"rl": None, "crl": None}}, "ρ", "why"),
+        figures.table_figure((), [], "why"),
     ):  # fmt: skip
         assert "missing: " in texts(figure)
         assert (figure.get_label(), figure.get_gid()) == ("why", figures.MISSING)

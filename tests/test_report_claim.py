@@ -99,6 +99,14 @@ def test_hard_tasks_say_nothing_within_tasks() -> None:
     assert foresight(flat, "r_e_K") == Foresight(3, 3, None, None)
 
 
+def test_a_metric_of_tiny_numbers_has_the_ranks_of_any_other() -> None:
+    """As the gradients of an agent whose features vanish."""
+    rng = np.random.default_rng(0)
+    rows = [(f"run{run}", place, rank := rng.normal(), rank + rng.normal()) for run in range(4) for place in (1, 2, 3)]
+    entered = table(rows)
+    assert foresight(entered.with_columns(pl.col("r_e_K") * 1e-13), "r_e_K") == foresight(entered, "r_e_K")
+
+
 def test_an_entry_is_what_the_task_before_has_left(suite: SuiteContent) -> None:
     found = entries(suite.evals, suite.spectra, suite.score)
     assert found.height == 4 * 9

@@ -301,8 +301,8 @@ def option_sweep(
 
     A point with a ``label`` has the colour that it has in ``order``; RL is dashed with open markers.
     """
-    if not points:
-        return missing(f"No runs that differ in {option} alone", caption)
+    if not any(row[protocol] for row in points.values() for protocol in ("rl", "crl")):
+        return missing(f"No finished runs that differ in {option} alone", caption)
     figure = _figure((4.6, 3.0))
     axes = figure.add_subplot()
     for i, protocol in enumerate(("rl", "crl")):

@@ -53,19 +53,23 @@ def foresight(table: pl.DataFrame, metric: str) -> Foresight:
     """What one metric of `entries` foretells."""
     known = table.filter(pl.col(metric).is_not_null() & pl.col(metric).is_finite())
     peers = known.filter(pl.col("run").n_unique().over("place") > 1)
-    left = peers.select("run", *((pl.col(name) - pl.col(name).mean()).over("place") for name in (metric, "score")))
+    left = peers.select("run", *(_left(name, known[name].abs().max() or 1.0) for name in (metric, "score")))
     (whole, *ends), (within, *within_ends) = _spearman(known, metric), _spearman(left, metric)
     return Foresight(known.height, known["run"].n_unique(), whole, within, *ends, *within_ends)
+
+
+def _left(name: str, largest: Any) -> pl.Expr:
+    """What is left of a column when the mean of each task is taken out, without the rounding, which has ranks, too."""
+    return ((pl.col(name) - pl.col(name).mean()).over("place") / largest).round(12)
 
 
 def _spearman(table: pl.DataFrame, metric: str) -> tuple[float | None, float | None, float | None]:
     """The correlation and its interval's ends."""
     from scipy.stats import spearmanr
 
-    rounded = table.select(pl.col(metric, "score").round(12))  # a mean taken out leaves rounding, which has ranks, too
-    if rounded.height < 3 or min(rounded[name].n_unique() for name in (metric, "score")) < 2:
+    if table.height < 3 or min(table[name].n_unique() for name in (metric, "score")) < 2:
         return None, None, None
-    x, y = (rounded[name].cast(pl.Float64).to_numpy() for name in (metric, "score"))
+    x, y = (table[name].cast(pl.Float64).to_numpy() for name in (metric, "score"))
     found: Any = spearmanr(x, y)
     low, high = correlation_interval(x, y, table["run"].to_list(), ranks=True)
     return float(found.statistic), low, high
