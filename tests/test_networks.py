@@ -150,6 +150,13 @@ def test_sizes_are_whole_numbers(name: str, size: Any) -> None:
         make_actor("topk_moe", **sizes)
 
 
+@pytest.mark.parametrize("options", [{"discrete": True}, {}])
+def test_branches_that_do_not_fit_are_named(options: dict[str, Any]) -> None:
+    actions = 5 if options else 4
+    with pytest.raises(ConfigError, match=rf"^branches: \(2, 2\) is not allowed; .* sum action_dim \({actions}\)$"):
+        make_actor("dense", 3, actions, branches=(2, 2), **options)
+
+
 @pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("states", "found"),

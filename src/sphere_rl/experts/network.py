@@ -327,7 +327,11 @@ def make_actor(
         options: fields of `NetworkOptions`.
 
     Raises:
-        ConfigError: an unknown kind or an impossible size.
+        ConfigError: an unknown kind or an impossible size; branches that do not fit.
     """
+    if branches and not (discrete and sum(branches) == action_dim):
+        raise ConfigError(
+            "branches", branches, f"for discrete policies, numbers with the sum action_dim ({action_dim})"
+        )
     generator = torch.Generator().manual_seed(seed)
     return Actor(kind, observation_dim, action_dim, NetworkOptions(**options), generator, discrete, branches)
