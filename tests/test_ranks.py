@@ -183,3 +183,10 @@ def test_estimate_in_float32():
     kernel = spectrum_matrix(DECAYS["power law"], seed=5).float()
     result = estimate(kernel, 0)
     assert result.value == pytest.approx(effective_rank(DECAYS["power law"]), abs=4 * result.standard_error + 1e-2)
+
+
+@pytest.mark.parametrize("size", [1e-36, 1e-24, 1e24, 1e34])
+def test_estimate_in_float32_at_every_magnitude(size: float):
+    """Squares of such numbers are beyond float32."""
+    kernel = spectrum_matrix(DECAYS["power law"], seed=5).float()
+    assert estimate(kernel * size, 0).value == pytest.approx(estimate(kernel, 0).value, rel=1e-4)

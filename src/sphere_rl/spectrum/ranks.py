@@ -145,12 +145,16 @@ def estimate_effective_rank(
     def draw(count: int) -> Tensor:
         return torch.randn(size, count, generator=generator, dtype=dtype, device=generator.device).to(device)
 
-    basis = draw(min(deflated, size))
+    basis, noise = draw(min(deflated, size)), draw(probes)
+    power = min(max(frexp(product(noise).abs().max().item())[1], -120), 120)  # of K: no square over- or underflows
+
+    def unit(vectors: Tensor) -> Tensor:
+        return product(vectors) * 2.0**-power
+
     for _ in range(3 if deflated else 0):  # subspace iteration: the estimate is unbiased whatever the basis
-        basis = torch.linalg.qr(product(basis))[0]
-    noise = draw(probes)
+        basis = torch.linalg.qr(unit(basis))[0]
     rest = noise - basis @ (basis.T @ noise)
-    forms = _quadratic_forms(product, torch.cat((basis, rest), dim=1), steps)
+    forms = _quadratic_forms(unit, torch.cat((basis, rest), dim=1), steps)
     leading, sampled = forms[: basis.shape[1]], forms[basis.shape[1] :]
     trace, entropy = (leading.sum(0) + sampled.mean(0)).tolist()
     if trace <= 0:
