@@ -282,7 +282,7 @@ class _Read:
         return self.state == "finished", self.steps
 
 
-NEEDED = (
+NEEDED: dict[str, str] = (
     dict.fromkeys(("suite", "protocol", "actor"), TEXT)
     | dict.fromkeys(("method", "tasks"), TEXTS)
     | dict.fromkeys(("seed", "steps_per_task", "num_envs", "num_steps"), WHOLE)
