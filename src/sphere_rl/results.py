@@ -282,11 +282,10 @@ class _Read:
         return self.state == "finished", self.steps
 
 
-NEEDED: dict[str, str] = (
-    dict.fromkeys(("suite", "protocol", "actor"), TEXT)
-    | dict.fromkeys(("method", "tasks"), TEXTS)
-    | dict.fromkeys(("seed", "steps_per_task", "num_envs", "num_steps"), WHOLE)
-)
+NEEDED = {
+    "suite": TEXT, "protocol": TEXT, "actor": TEXT, "method": TEXTS, "seed": WHOLE, "tasks": TEXTS,
+    "steps_per_task": WHOLE, "num_envs": WHOLE, "num_steps": WHOLE,
+}  # fmt: skip
 """Fields without which nothing can be said of a run, and their kinds."""
 
 
