@@ -82,6 +82,21 @@ def test_a_task_that_comes_twice_is_compared_at_each_of_its_places(
     assert [row["difference"] for row in rows] == pytest.approx([0.8, 0, -0.8, 0])
 
 
+def test_a_run_of_rl_that_stands_at_two_places_is_drawn_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for side, last in (("ours", 3.0), ("theirs", 0.0)):
+        write_run(tmp_path / side / "crl", [0.0, 0.0, 0.0], (*TASKS, TASKS[0]))
+        for seed, value in enumerate([0.0, 0.0, last]):
+            for task, end in zip(TASKS, (value, 0.0), strict=True):
+                write_run(tmp_path / side / f"{task}-{seed}", [end], [task], protocol="rl", seed=seed)
+    assert main(["compare", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    (row,) = (r for r in rows if (r["protocol"], r["score"], r["task"]) == ("rl", "mean_return", "all tasks"))
+    assert (row["difference"], row["seeds"]) == (pytest.approx(2 / 3), 3)
+    assert (row["low"], row["high"]) == (0, 2)  # one draw of 27 is the last seed thrice; of 729 where it is drawn twice
+
+
 def test_a_run_that_is_there_twice_counts_once_and_is_named(
     folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

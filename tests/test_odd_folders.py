@@ -138,6 +138,14 @@ def test_columns_of_several_kinds_and_lists_stop_no_table(tmp_path: Path) -> Non
     assert "returns" not in (tmp_path / "t" / "evaluations.csv").read_text()
 
 
+@pytest.mark.parametrize(("name", "value"), [("r_e_K", [1.0]), ("expert_load", 1.0), ("feature_rank", 1e308)])
+def test_a_measurement_of_another_kind_costs_its_run_alone(tmp_path: Path, name: str, value: Any) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path / str(seed), TASK, seed=seed)
+    rewrite(tmp_path / "1", "spectrum", lambda line: line | {name: value})
+    assert load_results(tmp_path).broken["run"].to_list() == ["1"]
+
+
 def test_a_batch_that_two_runs_share_counts_once(tmp_path: Path) -> None:
     """A sweep makes the RL run of the first task from the CRL run, lines and all."""
     for protocol in ("rl", "crl"):

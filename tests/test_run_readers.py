@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -267,7 +268,9 @@ LOGS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "kind": (row_with(steps_per_second="fast"), r'line 1: steps_per_second is "fast", not a number'),
     "huge": (row_with(global_step=10**30), r"line 1: global_step is 10+, not a whole number"),
     "bool": (row_with(task_index=True), r"line 1: task_index is true, not a whole number"),
-    "other": (row_with(policy_loss={"a": 1}), r"line 1: policy_loss is .*, not a number, a list"),
+    "other": (row_with(kl={"a": 1}), r"line 1: kl is .*, not a number, a list of numbers or null"),
+    "several": (row_with(policy_loss=[1.0]), r"line 1: policy_loss is \[1.0\], not a number or null"),
+    "infinite": (lambda line: line[:-1] + b', "x": 1e999}', r"train.jsonl, line 1: x is Infinity, not a number"),
 }
 CONFIGS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "empty": (lambda text: b"", r"config.json: is not JSON"),
@@ -278,6 +281,8 @@ CONFIGS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "suite": (lambda text: text.replace(b'"suite": "gym"', b'"suite": "moon"'), r"config.json: suite: 'moon' is not"),
     "method": (lambda text: text.replace(b'"sphere": {', b'"sphere": 3, "fire": {'), r"config.json: "),
     "tasks": (lambda text: text.replace(b'"TenAgain-v0"', b"7"), r"config.json: tasks: 7 is not allowed"),
+    "kind": (lambda text: text.replace(b'"suite": "gym"', b'"suite": []'), r"config.json: "),
+    "method's kind": (lambda text: re.sub(rb'"method": \[[^]]*\]', b'"method": 1.5', text), r"config.json: "),
 }
 
 

@@ -240,6 +240,16 @@ def test_a_first_task_that_is_trained_once_for_both_protocols_is_drawn_once() ->
     assert astuple(transfer) == approximately(0.0, 0.0, 0.0, 2)
 
 
+def test_a_gap_of_unequal_numbers_of_seeds_has_an_interval_where_both_have_two() -> None:
+    alone, agents = np.array([[0.0], [0.0], [1.0]]), np.full((2, 1), 0.5)
+    for found, sign in ((statistics.gap(alone, agents), 1), (statistics.gap(agents, alone), -1)):
+        assert found is not None
+        assert astuple(found) == approximately(-sign / 6, -0.5, 0.5, 2)
+    for one in (statistics.gap(alone, agents[:1]), statistics.gap(agents[:1], alone)):
+        assert one is not None
+        assert (one.low, one.high, one.seeds) == (None, None, 1)
+
+
 def test_runs_that_stand_at_two_places_are_drawn_once() -> None:
     """Ten agents on A alone: a sequence A, A, A, A tells nothing new of them; on four tasks they would be forty."""
     scores = np.linspace(0, 1, 10)[:, None]

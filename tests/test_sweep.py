@@ -297,6 +297,14 @@ def test_errors_of_a_grid_file(text: str, field: str, tmp_path: Path) -> None:
         load_grid(path)
 
 
+@pytest.mark.parametrize("table", ["train", "arms.x"])
+def test_a_file_in_a_grid_file_has_a_name(table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(f'suites = ["gym"]\ntasks = ["Pendulum-v1"]\n[{table}]\nconfig = []\n')
+    assert cli.main(["sweep", "--config", str(path), "--out", str(tmp_path / "s")]) == 2
+    assert capsys.readouterr().err == "sphere: argument --config: expected one argument\n"
+
+
 @pytest.mark.parametrize("text", ["seeds = []", "methods = []", "[grid]\ngamma = []", "[[stages]]\nseeds = []"])
 def test_an_axis_without_values_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "grid.toml"
@@ -506,6 +514,21 @@ def test_a_first_task_that_is_not_over_is_trained(tmp_path: Path) -> None:
     assert not alone.folder.exists()
 
 
+def test_a_shared_first_task_tells_how_often_it_went_back(tmp_path: Path) -> None:
+    alone, sequence = plan(grid(**SEQUENCE), tmp_path)
+    assert cli.main(["train", *sequence.words, "--out", str(sequence.folder), "--quiet"]) == 0
+    source = RunFolder(sequence.folder)
+    rows = [row | {"rollbacks": row["task_index"] + 1} for row in source.read("train")]
+    (source.path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source.set_status("finished", sequence.steps, "Pendulum-v1", rollbacks=["in the first task", "in the second"])
+    assert share(alone, sequence)
+    folder = RunFolder(alone.folder)
+    assert folder.status()["rollbacks"] == ["in the first task"]
+    with folder:
+        protocol.resume(folder, lambda step: [])
+    assert folder.status()["rollbacks"] == ["in the first task"]
+
+
 def test_a_first_task_that_another_sweep_takes_meanwhile_is_left_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -647,6 +670,16 @@ def processes_of(folder: Path) -> list[int]:
             if str(folder).encode() in words and b"sphere_rl.cli" in words:
                 found.append(int(path.parent.name))
     return found
+
+
+def test_a_report_that_cannot_be_made_is_said_before_anything_is_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sphere_rl.extras.find_spec", lambda module: None if module == "plotly" else module)
+    assert cli.main(["sweep", *GYM, "--methods", "none", "--out", str(tmp_path / "s"), "--report"]) == 2
+    line = "sphere: --report: plotly is not installed; pip install 'sphere-rl[report]'\n"
+    assert capsys.readouterr().err == line
+    assert not (tmp_path / "s").exists()
 
 
 def test_report_follows_the_sweep(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from sphere_rl.labels import NAMED_IN_FULL, differing, method_labels, short_labe
 from sphere_rl.methods import methods
 from sphere_rl.runs import LOGS, RunFolder, make_folder, write_atomic
 from sphere_rl.runs.published import PublishedRun, published_runs
-from sphere_rl.runs.records import LOG_COLUMNS
+from sphere_rl.runs.records import LOG_COLUMNS, TEXT, TEXTS, WHOLE, check_kinds
 from sphere_rl.settings import TRAINS, settings
 from sphere_rl.suites import suites
 from sphere_rl.training.saved import config_of
@@ -282,8 +282,11 @@ class _Read:
         return self.state == "finished", self.steps
 
 
-NEEDED = (*KEY, "tasks", "steps_per_task", "num_envs", "num_steps")
-"""Fields without which nothing can be said of a run."""
+NEEDED = {
+    "suite": TEXT, "protocol": TEXT, "actor": TEXT, "method": TEXTS, "seed": WHOLE, "tasks": TEXTS,
+    "steps_per_task": WHOLE, "num_envs": WHOLE, "num_steps": WHOLE,
+}  # fmt: skip
+"""Fields without which nothing can be said of a run, and their kinds."""
 
 
 def _read(folder: RunFolder, run: str) -> _Read:
@@ -294,10 +297,13 @@ def _read(folder: RunFolder, run: str) -> _Read:
     """
     record = folder.record()
     config = record["config"]
+    where = f"{folder.config_path}: config"
+    check_kinds(where, config, {name: NEEDED[name] for name in ("suite", "method")}, ())
     if config.get("suite") in suites() and set(config.get("method", ())) <= methods().keys():
         config_of(folder)  # refuses what is no configuration
     elif missing := [name for name in NEEDED if name not in config]:
         raise RunFolderError(f"{folder.config_path}: its config has no {missing[0]}")
+    check_kinds(where, config, NEEDED, ())
     logs = {log: folder.read(log, LOG_COLUMNS[log]) for log in LOGS}
     return _Read(run, updated(config), record.get("commit"), folder.status(), logs)
 

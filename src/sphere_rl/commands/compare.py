@@ -117,7 +117,7 @@ def differences(
     both = {"A": one.join(two, on=["seed", "place"], how="semi"), "B": two.join(one, on=["seed", "place"], how="semi")}
     places = sorted(paired["place"].unique())
     for chosen in [*([place] for place in places), *([places] if len(places) > 1 else [])]:
-        gain = statistics.estimate(statistics.matrix(paired, chosen), protocol)
+        gain = statistics.estimate(statistics.matrix(paired, chosen), protocol, tasks=[tasks[i] for i in chosen])
         if gain is not None:
             means = {f"mean_{side}": mean_of(scores, chosen) for side, scores in both.items()}
             ends = {"difference": gain.value, "low": gain.low, "high": gain.high, "seeds": gain.seeds}

@@ -7,6 +7,7 @@ Every such file is refused here in one line that names it, so that nobody comput
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from stat import S_ISREG
@@ -15,10 +16,10 @@ from typing import Any, NoReturn
 from sphere_rl.errors import RunFolderError
 
 STATES = ("running", "finished", "failed", "interrupted")
-WHOLE, NUMBER, MAYBE, TEXT, MAYBE_TEXT, STATE, TEXTS, OBJECT, ORIGINS, ANY = (
-    "a whole number", "a number", "a number or null", "text", "text or null", f"one of {', '.join(STATES)}",
-    "a list of texts", "an object", "a list of objects with versions and commit",
-    "a number, a list of numbers or null",
+WHOLE, NUMBER, MAYBE_WHOLE, MAYBE, TEXT, MAYBE_TEXT, STATE, TEXTS, OBJECT, ORIGINS, NUMBERS, ANY = (
+    "a whole number", "a number", "a whole number or null", "a number or null", "text", "text or null",
+    f"one of {', '.join(STATES)}", "a list of texts", "an object", "a list of objects with versions and commit",
+    "a list of numbers or null", "a number, a list of numbers or null",
 )  # fmt: skip
 PLACE = {"global_step": WHOLE, "task_index": WHOLE, "task": TEXT, "task_step": WHOLE}
 SCORES = dict.fromkeys(("success_final", "success_once", "mean_return", "std_return", "mean_length"), MAYBE)
@@ -31,7 +32,16 @@ LOG_COLUMNS: dict[str, dict[str, str]] = {
     "eval": PLACE | {"phase": TEXT, "episodes": WHOLE} | SCORES,
     "spectrum": PLACE | {"batch": TEXT},
 }
-"""Columns that every line of a log has, and their kinds; all others are of the kind `ANY`."""
+"""Columns that every line of a log has, and their kinds."""
+SOME_COLUMNS: dict[str, dict[str, str]] = {
+    "train": dict.fromkeys(("learning_rate", "policy_loss", "value_loss"), MAYBE)
+    | {"episodes": MAYBE_WHOLE, "rollbacks": WHOLE}
+    | SCORES,
+    "eval": {},
+    "spectrum": dict.fromkeys(("r_e_K", "r_e_A", "gate_entropy"), MAYBE)
+    | {"feature_rank": MAYBE_WHOLE, "expert_load": NUMBERS},
+}
+"""Columns that some lines have, and their kinds, on which tables rely; all others are of the kind `ANY`."""
 
 
 def content(path: Path) -> bytes:
@@ -66,7 +76,7 @@ def read_row(where: str, line: bytes, log: str, needed: Iterable[str]) -> dict[s
         RunFolderError: as `read_object`.
     """
     row = parse_object(where, line)
-    check_kinds(where, row, dict.fromkeys(row, ANY) | LOG_COLUMNS[log], needed)
+    check_kinds(where, row, dict.fromkeys(row, ANY) | SOME_COLUMNS[log] | LOG_COLUMNS[log], needed)
     return row
 
 
@@ -111,7 +121,11 @@ def _whole(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return _whole(value) or isinstance(value, float)
+    return _whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_number, value))
 
 
 def _text(value: Any) -> bool:
@@ -127,6 +141,7 @@ def _origin(value: Any) -> bool:
 CHECKS: dict[str, Callable[[Any], bool]] = {
     WHOLE: _whole,
     NUMBER: _number,
+    MAYBE_WHOLE: lambda value: value is None or _whole(value),
     MAYBE: lambda value: value is None or _number(value),
     TEXT: _text,
     MAYBE_TEXT: lambda value: value is None or _text(value),
@@ -134,6 +149,7 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     TEXTS: lambda value: isinstance(value, list) and all(map(_text, value)),
     OBJECT: lambda value: isinstance(value, dict),
     ORIGINS: lambda value: isinstance(value, list) and all(map(_origin, value)),
-    ANY: lambda value: value is None or all(map(_number, value if isinstance(value, list) else [value])),
+    NUMBERS: lambda value: value is None or _numbers(value),
+    ANY: lambda value: value is None or _number(value) or _numbers(value),
 }
 """Whether a value is of a kind."""

@@ -183,7 +183,8 @@ def gap(
     if not rl.size or not crl.size:
         return None
     both = _in_both(rl, crl, tasks)
-    own = (crl.sum(1) - rl[:, both].sum(1)) / crl.shape[1]  # an agent's mean, less its part of the mean over RL runs
+    mine = rl[:, both].sum(1) if both.any() else 0.0  # an agent's part of the mean over RL runs
+    own = (crl.sum(1) - mine) / crl.shape[1]
     agents = bootstrap(own[:, None], "crl", seed=seed + 1)
     alone = np.float64(0)
     if not both.all():

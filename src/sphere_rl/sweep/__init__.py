@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sphere_rl.errors import CommandLineError
+from sphere_rl.extras import require
 from sphere_rl.terminal.parsers import ArgumentParser, integer, positive
 from sphere_rl.terminal.waiting import waiting
 
@@ -24,6 +25,8 @@ def command(words: list[str], report: Callable[[list[str]], object] | None = Non
     from sphere_rl.sweep.plan import plan, record, state, tell_idle_in
 
     given, rest = parse(words)
+    if given.report:
+        require("report", "--report")
     whole = grid_of(given, rest)
     runs = plan(whole, given.out)
     tell_idle_in(whole, runs)

@@ -38,7 +38,7 @@ def share(run: PlannedRun, source: PlannedRun) -> bool:
     """
     taken = RunFolder(source.folder)
     try:
-        policy, origin = checkpoint.task_checkpoint(taken, 0), taken.record()
+        policy, origin = checkpoint.task_checkpoint(taken, 0), taken.record() | taken.status()
         rows = {log: [row for row in taken.read(log, LOG_COLUMNS[log]) if row["task_index"] == 0] for log in LOGS}
         spaces = checkpoint.load(policy).get("spaces") if policy else None
     except RunFolderError:
@@ -64,7 +64,9 @@ def _make(
     spaces: Any,
     origin: Mapping[str, Any],
 ) -> None:
-    """Fill the folder: ``rows`` by log, the policy's file by name, and versions and commit of the source."""
+    """Fill the folder: ``rows`` by log, the policy's file by name; versions, commit and rollbacks are of ``origin``."""
+    times = max((row.get("rollbacks", 0) for row in rows["train"]), default=0)
+    rollbacks = origin.get("rollbacks", [])[:times]
     folder.create(to_dict(run.config), {name: origin[name] for name in ("versions", "commit")})
     name, data = policy
     final = rows["eval"].pop()
@@ -83,8 +85,10 @@ def _make(
         "due": asdict(Due("final", 0, run.steps)),  # as trained: the evaluation comes after the checkpoint
         "logs": lengths,
     }
+    if rollbacks:
+        state["rollbacks"] = rollbacks
     checkpoint.save_run(folder, run.steps, state)
-    folder.set_status("finished", run.steps, run.config.task_sequence[0])
+    folder.set_status("finished", run.steps, run.config.task_sequence[0], rollbacks=rollbacks)
 
 
 def _first_task(config: TrainConfig) -> TrainConfig:

@@ -79,9 +79,7 @@ def flag_of(word: str) -> str:
 def named_options(words: Sequence[str]) -> list[str]:
     """The options that words of ``sphere train`` set, and the file among them: ``sphere.rho`` for ``--sphere.rho``."""
     flags = [word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")]
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    file = first.parse_known_args(words)[0].config
+    file = _early(words)[1]
     return [*(names_of(read_toml(file)) if file else ()), *(flag.replace("-", "_") for flag in flags)]
 
 
