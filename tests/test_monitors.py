@@ -21,7 +21,7 @@ from toy_runs import config
 
 from sphere_rl import cli
 from sphere_rl.learner.actor_critic import Spaces
-from sphere_rl.numbers import number
+from sphere_rl.numbers import number, with_interval
 from sphere_rl.runs import RunFolder
 from sphere_rl.training import monitors
 from sphere_rl.training.agent import Agent
@@ -88,10 +88,15 @@ def test_tensorboard_has_the_hyperparameters_beside_the_curves(run: RunFolder) -
 @pytest.mark.parametrize(
     ("value", "text"),
     [(-1248.4, "−1 248"), (999.6, "1 000"), (-999.4, "−999"), (12.345, "12.3"), (0.5, "0.5"), (500.0, "500"),
-     (81_920, "81 920"), (7, "7"), (0.0, "0"), (2.04e-5, "2.04e−5"), (1_234_567.8, "1 234 568"), (-0.25, "−0.25")],
+     (81_920, "81 920"), (7, "7"), (0.0, "0"), (-0.0, "0"), (2.04e-5, "2.04e−5"), (1_234_567.8, "1 234 568"), (-0.25, "−0.25")],
 )  # fmt: skip
 def test_numbers_as_people_write_them(value: float, text: str) -> None:
     assert number(value) == text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def test_intervals_as_people_write_them() -> None:
+    assert with_interval(0.314, -0.217, 0.5) == "0.31 [−0.22, 0.50]"
+    assert with_interval(-0.001, None, None) == "0.00"
 
 
 def test_the_share_of_experts_is_that_of_an_even_load() -> None:

@@ -98,6 +98,13 @@ def test_the_penalty_is_that_of_a_loss_with_it():
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
+def test_states_of_any_shape():
+    mlp, states = runner().alg.get_policy().mlp, torch.randn(2, 3, 4)
+    expected = mlp(states.flatten(0, 1))
+    torch.testing.assert_close(mlp(states), expected.view(2, 3, -1))
+    torch.testing.assert_close(mlp(states[0, 1]), expected[1])
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_saved_loaded_and_exported(tmp_path: Any):
     trained = runner()

@@ -10,6 +10,12 @@ def number(value: float | int) -> str:
     if isinstance(value, int) or abs(value) >= 999.5:
         text = f"{round(value):,}".replace(",", SPACE)
     else:
-        digits, e, exponent = f"{value:.3g}".partition("e")
+        digits, e, exponent = f"{value:z.3g}".partition("e")
         text = f"{digits}e{int(exponent)}" if e else digits
+    return text.replace("-", MINUS)
+
+
+def with_interval(value: float, low: float | None, high: float | None) -> str:
+    """Two places, and the interval's ends if there are any: 0.31 [−0.21, 0.39]."""
+    text = f"{value:z.2f}" + ("" if low is None else f" [{low:z.2f}, {high:z.2f}]")
     return text.replace("-", MINUS)

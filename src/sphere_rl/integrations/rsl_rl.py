@@ -96,4 +96,5 @@ class Mixture(nn.Module):
     def forward(self, latent: Tensor) -> Tensor:
         """[..., D] → [..., A]."""
         rows = latent.reshape(-1, latent.shape[-1])
-        return regularized_output(self.network, rows, self.added).unflatten(0, latent.shape[:-1])
+        output = regularized_output(self.network, rows, self.added)
+        return output.reshape(*latent.shape[:-1], output.shape[-1])

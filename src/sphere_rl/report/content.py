@@ -153,7 +153,7 @@ class SuiteContent(SuiteRuns):
         r = each.filter((pl.col("lines") > 3) & pl.col("r").is_finite())["r"]
         if r.is_empty():
             return ""
-        middle, low, high = (f"{value:.2f}".replace("-", "−") for value in (r.median(), r.min(), r.max()))
+        middle, low, high = (f"{value:z.2f}".replace("-", "−") for value in (r.median(), r.min(), r.max()))
         return f"Within one run and one kind of batch: median r = {middle}, from {low} to {high} ({len(r)} of them)."
 
     def _profile(self) -> Panel:

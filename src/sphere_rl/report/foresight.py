@@ -12,6 +12,7 @@ from typing import Any
 import polars as pl
 
 from sphere_rl.correlations import correlation_interval
+from sphere_rl.numbers import with_interval
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,4 @@ def _spearman(table: pl.DataFrame, metric: str) -> tuple[float | None, float | N
 
 def told(value: float | None, low: float | None, high: float | None) -> str:
     """A correlation with its interval, as text; a dash where there is none."""
-    if value is None:
-        return "–"
-    text = f"{value:z.2f}" + ("" if low is None else f" [{low:z.2f}, {high:z.2f}]")
-    return text.replace("-", "−")
+    return "–" if value is None else with_interval(value, low, high)

@@ -230,7 +230,7 @@ def _cell(found: Estimate | None, signed: bool = False, large: bool = False) -> 
     """An estimate as text: value, interval, seeds; differences with their sign. ``large``: without decimals."""
     if found is None:
         return {"value": MISSING, "interval": "missing", "seeds": ""}
-    form = f"{'+' if signed else ''}.{0 if large or abs(found.value) >= 100 else 2}f"
+    form = f"{'+' if signed else ''}z.{0 if large or abs(found.value) >= 100 else 2}f"
     value, *bounds = (
         "" if number is None else format(number, form).replace("-", "−")
         for number in (found.value, found.low, found.high)

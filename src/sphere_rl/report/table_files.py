@@ -9,6 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
+from sphere_rl.numbers import with_interval
 from sphere_rl.report import tables
 from sphere_rl.report.content import SuiteContent
 from sphere_rl.results import Results
@@ -132,10 +133,7 @@ def by_column(table: pl.DataFrame) -> tuple[list[str], list[list[str]]]:
 
 def cell(value: float | None, low: float | None, high: float | None) -> str:
     """A number and its interval, with two places."""
-    if value is None:
-        return ""
-    text = f"{value:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
-    return text.replace("-", "−")
+    return "" if value is None else with_interval(value, low, high)
 
 
 def latex(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
