@@ -88,7 +88,8 @@ def test_tensorboard_has_the_hyperparameters_beside_the_curves(run: RunFolder) -
 @pytest.mark.parametrize(
     ("value", "text"),
     [(-1248.4, "−1 248"), (999.6, "1 000"), (-999.4, "−999"), (12.345, "12.3"), (0.5, "0.5"), (500.0, "500"),
-     (81_920, "81 920"), (7, "7"), (0.0, "0"), (-0.0, "0"), (2.04e-5, "2.04e−5"), (1_234_567.8, "1 234 568"), (-0.25, "−0.25")],
+     (81_920, "81 920"), (7, "7"), (0.0, "0"), (-0.0, "0"), (2.04e-5, "2.04e−5"), (1_234_567.8, "1 234 568"),
+     (-0.25, "−0.25")],
 )  # fmt: skip
 def test_numbers_as_people_write_them(value: float, text: str) -> None:
     assert number(value) == text.replace(" ", "\N{NO-BREAK SPACE}")
