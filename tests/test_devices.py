@@ -13,7 +13,7 @@ import torch
 from conformance.agents import SHORT, agent_or_refusal, make_config, rollout, spaces
 
 import sphere_rl as sp
-from sphere_rl import protocol
+from sphere_rl import cli, protocol
 from sphere_rl.experts.network import KINDS, make_actor
 from sphere_rl.methods import methods
 from sphere_rl.runs import RunFolder
@@ -70,3 +70,15 @@ def test_a_whole_run(tmp_path: Path, method: str, elsewhere: torch.device) -> No
         acted = policy(torch.zeros(1, 3, device="cpu"))
     assert acted.isfinite().all()
     assert RunFolder.existing(tmp_path).status()["state"] == "finished"
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="says what a machine without a GPU does")
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "tpu", "banana", "mps", "meta", ""])
+def test_training_on_one_that_is_not_there_writes_nothing(
+    device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert cli.main(["train", "--suite", "gym", "--tasks", CARTPOLE, f"--device={device}", "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"sphere: device: {device!r} is not allowed; expected one of cpu")
+    assert not out.exists()
