@@ -8,6 +8,7 @@ from pathlib import Path
 
 import claim
 import polars as pl
+import pytest
 import silent
 from pilot import Arm, arms, qualified
 
@@ -89,9 +90,10 @@ def test_so_have_the_ten_tasks() -> None:
         held("index.md", [head, *rows])
 
 
-def test_so_has_push_wall() -> None:
+@pytest.mark.parametrize("task", ["push-wall", "push"])
+def test_so_have_single_tasks(task: str) -> None:
     for folder in ("cw10", "inherited", "alone"):
-        head, rows = claim.within(load_results(RESULTS / folder), "push-wall")
+        head, rows = claim.within(load_results(RESULTS / folder), task)
         held("index.md", [head, *rows])
 
 
