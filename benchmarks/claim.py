@@ -19,10 +19,11 @@ from measure import markdown
 
 from sphere_rl import statistics
 from sphere_rl.correlations import correlation
+from sphere_rl.numbers import with_interval
 from sphere_rl.report.appearance import COLORS, LINES, MARKERS, drawing
 from sphere_rl.report.axes import mark_tasks
 from sphere_rl.report.curves import curves
-from sphere_rl.report.foresight import entries, foresight, told
+from sphere_rl.report.foresight import entries, foresight
 from sphere_rl.results import Results, load_results
 
 NAMES = {
@@ -144,8 +145,8 @@ def foretold(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
     table = []
     for metric, name in FORETELLING.items():
         found = foresight(entered, metric)
-        whole = told(found.spearman, found.spearman_low, found.spearman_high)
-        within = told(found.within, found.within_low, found.within_high)
+        whole = with_interval(found.spearman, found.spearman_low, found.spearman_high)
+        within = with_interval(found.within, found.within_low, found.within_high)
         table.append((name, whole, within, f"{found.entries}, {found.runs}"))
     return ["before a task", "rank correlation with success at its end", "within tasks", "entries, runs"], table
 
@@ -156,7 +157,7 @@ def proxy(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
     table = []
     for batch, name in (("rollout", "own"), ("probe", "fixed")):
         found = correlation(spectra.filter(pl.col("batch") == batch))
-        table.append((name, told(found["pearson_r"], found["low"], found["high"]), str(found["batches"])))
+        table.append((name, with_interval(found["pearson_r"], found["low"], found["high"]), str(found["batches"])))
     return ["states", "Pearson's r of r_e(A) and r_e(K)", "batches"], table
 
 

@@ -15,7 +15,9 @@ def number(value: float | int) -> str:
     return text.replace("-", MINUS)
 
 
-def with_interval(value: float, low: float | None, high: float | None) -> str:
-    """Two places, and the interval's ends if there are any: 0.31 [−0.21, 0.39]."""
+def with_interval(value: float | None, low: float | None, high: float | None, missing: str = "–") -> str:
+    """Two places, and the interval's ends if there are any: 0.31 [−0.21, 0.39]; ``missing`` for no value."""
+    if value is None:
+        return missing
     text = f"{value:z.2f}" + ("" if low is None else f" [{low:z.2f}, {high:z.2f}]")
     return text.replace("-", MINUS)

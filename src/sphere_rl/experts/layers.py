@@ -20,6 +20,7 @@ from sphere_rl.experts.routing import Routing
 from sphere_rl.kernels.gram import routed_penalty
 from sphere_rl.kernels.mixture import Layers
 from sphere_rl.kernels.mlp import expert_chain
+from sphere_rl.kernels.precision import at_least_float32
 from sphere_rl.penalty import Scale, penalty_gradient, sphere_penalty
 
 SETTLING = 15
@@ -116,12 +117,7 @@ class _DensePenalty(torch.autograd.Function):
 
 def dense_penalty(phi: Float[Tensor, "N m"], scale: Scale) -> Float[Tensor, ""]:
     """`sphere_rl.sphere_penalty` with `sphere_rl.penalty.penalty_gradient`."""
-    return _DensePenalty.apply(_widened(phi), scale)  # type: ignore[return-value]
-
-
-def _widened(tensor: Tensor) -> Tensor:
-    """In float32 where it has fewer digits."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return _DensePenalty.apply(at_least_float32(phi), scale)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -149,7 +145,7 @@ class RoutedFeatures:
     def gram(self) -> Float[Tensor, "N N"]:
         """ΦΦᵀ/N, summed over experts from the routed rows only; in float32 at least, under autocast, too."""
         n = self.routing.num_samples
-        weighted = _widened(self.routing.gate[:, None] * self.values)
+        weighted = at_least_float32(self.routing.gate[:, None] * self.values)
         gram = weighted.new_zeros(n, n)
         with torch.autocast(gram.device.type, enabled=False):
             for (_, start, end), rows in zip(self.routing.blocks, self.routing.block_rows, strict=True):

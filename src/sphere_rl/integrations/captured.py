@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from sphere_rl.kernels.precision import at_least_float32
 from sphere_rl.penalty import check_array, check_routed, weighted_features
-from sphere_rl.spectrum.ranks import at_least_float32
 
 Select = Callable[[str, Any], Any]
 """The tensor meant in a module's output, by name and output; (features, gates) of a module that gives both."""

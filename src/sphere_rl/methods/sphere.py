@@ -183,7 +183,7 @@ class Sphere(Method):
         else:
             terms = [layer.sphere_penalty(config.scale) for layer in layers]
         if config.gate_coefficient:
-            evenness = dense_penalty(trace.gates, config.scale) / trace.gates.shape[1]
+            evenness = dense_penalty(trace.gates, config.scale) / trace.gates.shape[1]  # `sphere_rl.gate_penalty`
             terms.append(config.gate_coefficient * evenness)
         return torch.stack(terms).sum()
 

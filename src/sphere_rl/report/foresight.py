@@ -34,8 +34,8 @@ class Foresight:
     within_high: float | None = None
 
     def __str__(self) -> str:
-        whole = told(self.spearman, self.spearman_low, self.spearman_high)
-        within = told(self.within, self.within_low, self.within_high)
+        whole = with_interval(self.spearman, self.spearman_low, self.spearman_high)
+        within = with_interval(self.within, self.within_low, self.within_high)
         runs = f"{self.runs} run{'s' if self.runs != 1 else ''}"
         return f"Spearman {whole} over {self.entries} entries of {runs}; {within} within tasks"
 
@@ -74,8 +74,3 @@ def _spearman(table: pl.DataFrame, metric: str) -> tuple[float | None, float | N
     found: Any = spearmanr(x, y)
     low, high = correlation_interval(x, y, table["run"].to_list(), ranks=True)
     return float(found.statistic), low, high
-
-
-def told(value: float | None, low: float | None, high: float | None) -> str:
-    """A correlation with its interval, as text; a dash where there is none."""
-    return "–" if value is None else with_interval(value, low, high)

@@ -133,7 +133,7 @@ def by_column(table: pl.DataFrame) -> tuple[list[str], list[list[str]]]:
 
 def cell(value: float | None, low: float | None, high: float | None) -> str:
     """A number and its interval, with two places."""
-    return "" if value is None else with_interval(value, low, high)
+    return with_interval(value, low, high, missing="")
 
 
 def latex(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

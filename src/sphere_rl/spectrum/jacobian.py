@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from sphere_rl.experts.layers import GroupedLinear
 from sphere_rl.experts.routing import Routing, single_routing
-from sphere_rl.spectrum.ranks import at_least_float32
+from sphere_rl.kernels.precision import at_least_float32
 
 Layer = nn.Linear | GroupedLinear
 

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
+from sphere_rl.kernels.precision import at_least_float32
 from sphere_rl.measuring import as_measured
 from sphere_rl.spectrum.jacobian import Factor, Factors, Observations, factorise
-from sphere_rl.spectrum.ranks import RankEstimate, at_least_float32, estimate_effective_rank, kernel_rank
+from sphere_rl.spectrum.ranks import RankEstimate, estimate_effective_rank, kernel_rank
 
 Outputs = Literal["full", "sum"]
 KERNEL_ROWS = 256 * 19

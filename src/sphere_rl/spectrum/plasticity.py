@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sphere_rl.experts.layers import RoutedFeatures
-from sphere_rl.spectrum.ranks import at_least_float32
+from sphere_rl.kernels.precision import at_least_float32
 
 ENERGY = 0.99
 """Share that the leading part of a spectrum must hold, for `srank`, `pca_rank` and `expert_overlap`."""

@@ -200,11 +200,6 @@ def _quadratic_forms(
     return torch.stack(((weights * nodes).sum(1), -(weights * torch.special.entr(nodes)).sum(1)), dim=1)
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor itself, or in float32 where it is a floating one with fewer digits."""
-    return tensor.float() if tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32 else tensor
-
-
 def _float64(name: str, array: Any) -> Tensor:
     if isinstance(array, Tensor):
         found = array.detach()
